@@ -1,0 +1,5784 @@
+#!/usr/bin/env python3
+"""thrum: messages for a team of coding agents, kept in the git repository they work on.
+
+Agents talk to a daemon, one per repository.  It appends what they say to an event
+log, projects the log into SQLite to answer questions, and carries the log to other
+machines on a branch of its own.  Read from the top: a section uses only those above.
+
+    1  World         time, ids, randomness, environment: all that a test replaces
+    2  Errors        what can go wrong, its JSON-RPC code and its exit status
+    3  Values        records, names, durations, limits, canonical JSON
+    4  Events        the event types: one table
+    5  Places        where things lie: .thrum, the sync worktree, the config
+    6  Git           the one place that runs git
+    7  Identity      who is who, and who is calling
+    8  Journal       the append-only files
+    9  Store         the one place that speaks SQL
+   10  Ledger        the one way to change anything
+   12  Routing       who is told what: waiting for a message
+   13  Sync          the branch that carries the log
+   14  JSON-RPC      lines in, calls out (JSON-RPC 2.0)
+   18  Integrations  what is written into the user's tree: ignore files
+   20  Methods       what the daemon answers: one table
+   21  Screen        what people see in a terminal
+   22  Commands      what the shell accepts and the daemon runs: one table
+   23  Daemon        sockets and threads: the only asyncio
+   24  Client        one command, sent to the daemon
+   26  Main          what the shell accepts and this process runs
+
+The numbers are those of the design; the missing ones belong to parts still to come.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+__version__ = "0.1.0"
+__all__ = [
+    "main", "connect", "read_log", "World", "ThrumError", "InvalidParams", "Unreachable",
+    "decode_request", "Lines",
+]
+
+TYPE_CHECKING = False           # type checkers read this name as True
+if TYPE_CHECKING:
+    import asyncio, calendar, concurrent.futures, errno, fcntl, hashlib, json, logging, queue, re  # noqa: E401
+    import resource, select, shutil, signal, socket, sqlite3, struct, subprocess, threading  # noqa: E401
+
+
+class _Lazy:
+    """A module imported at its first use, which then takes this object's place.
+
+    `thrum inbox` runs at every turn of every agent: what it does not use must not cost it.
+    """
+
+    def __init__(self, name):
+        self._name = name
+
+    def __getattr__(self, attribute):
+        module = globals()[self._name] = __import__(self._name)
+        return getattr(module, attribute)
+
+
+LAZY_MODULES = (
+    "asyncio calendar concurrent errno fcntl hashlib json logging queue re resource select shutil signal "
+    "socket sqlite3 struct subprocess threading"
+).split()
+globals().update((name, _Lazy(name)) for name in LAZY_MODULES)
+
+
+# ================================================================== 1  World
+#
+# Stamps are RFC 3339 in UTC with nine fractional digits, the last of them never 0, so that
+# no reader trims one and the order of the texts is the order of the times.  Ids are a kind
+# and a ULID (48 bits of milliseconds, 80 random bits, Crockford base32), so they sort too.
+
+CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+NS = 1_000_000_000              # nanoseconds in a second
+
+
+def crockford(number: int, length: int) -> str:
+    """`number` in Crockford base32, most significant digit first, padded to `length`."""
+    digits = []
+    for _ in range(length):
+        digits.append(CROCKFORD[number & 31])
+        number >>= 5
+    return "".join(reversed(digits))
+
+
+def hash32(text: str) -> str:
+    """The SHA-256 of `text` in Crockford base32, 52 characters, without padding."""
+    return crockford(int.from_bytes(hashlib.sha256(text.encode()).digest(), "big") << 4, 52)
+
+
+def stamp_of(ns: int) -> str:
+    """The stamp of a time in nanoseconds since the epoch."""
+    seconds, fraction = divmod(ns, NS)
+    t = time.gmtime(seconds)
+    return "%04d-%02d-%02dT%02d:%02d:%02d.%09dZ" % (*t[:6], fraction)
+
+
+def ns_of(stamp: str) -> int:
+    """The time of an RFC 3339 stamp in nanoseconds since the epoch.
+
+    Takes any number of fractional digits (more than nine are cut) and any offset, as other
+    programs write them.  Raises ValueError for anything else.
+    """
+    if not isinstance(stamp, str) or not 20 <= len(stamp) <= 64 or stamp[10] not in "Tt ":
+        raise ValueError(f"not an RFC 3339 time: {str(stamp)[:64]!r}")
+    try:
+        date, clock, rest = stamp[:10], stamp[11:19], stamp[19:]
+        fraction = ""
+        if rest[0] == ".":
+            end = 1
+            while rest[end].isdigit():
+                end += 1
+            fraction, rest = rest[1:end], rest[end:]
+            if not fraction:
+                raise ValueError
+        if rest in ("Z", "z"):
+            offset = 0
+        else:
+            sign = {"+": 1, "-": -1}[rest[0]]
+            if len(rest) != 6 or rest[3] != ":":
+                raise ValueError
+            offset = sign * (int(rest[1:3]) * 3600 + int(rest[4:6]) * 60)
+        numbers = (*map(int, date.split("-")), *map(int, clock.split(":")))
+        if len(numbers) != 6 or not (1970 <= numbers[0] and 1 <= numbers[1] <= 12 and 1 <= numbers[2] <= 31
+                                     and numbers[3] < 24 and numbers[4] < 60 and numbers[5] <= 60):
+            raise ValueError
+        return (calendar.timegm(numbers) - offset) * NS + int((fraction + "000000000")[:9])
+    except (ValueError, KeyError, IndexError):
+        raise ValueError(f"not an RFC 3339 time: {stamp!r}") from None
+
+
+class World:
+    """Time, ids, randomness and environment.  Nothing else reads a clock or makes an id."""
+
+    def __init__(self, environ=None):
+        self.environ = os.environ if environ is None else environ
+        self._last_ns = 0
+        self._last_ulid = 0
+
+    def now_ns(self) -> int:
+        """Nanoseconds since the epoch."""
+        return time.time_ns()
+
+    def monotonic(self) -> float:
+        """Seconds on a clock that is never set back."""
+        return time.monotonic()
+
+    def random(self, count: int) -> bytes:
+        """`count` random bytes, fit for secrets."""
+        return os.urandom(count)
+
+    def stamp_ns(self, after: int = 0) -> int:
+        """A time later than every one given before and than `after` (ns, of what is referred to).
+
+        So an answer is never older than its question, whatever the clock of the machine that asked.
+        """
+        ns = max(self.now_ns(), self._last_ns + 1, after + 1)
+        if ns % 10 == 0:
+            ns += 1
+        self._last_ns = ns
+        return ns
+
+    def seen(self, ns: int) -> None:
+        """Never stamp anything at or before `ns`: this daemon's own newest event in the log."""
+        self._last_ns = max(self._last_ns, ns)
+
+    def new_id(self, kind: str) -> str:
+        """`kind_` and a ULID, greater than every one this process made before."""
+        ulid = self.now_ns() // 1_000_000 << 80 | int.from_bytes(self.random(10), "big")
+        if ulid >> 80 <= self._last_ulid >> 80:
+            ulid = self._last_ulid + 1
+        self._last_ulid = ulid
+        return kind + "_" + crockford(ulid, 26)
+
+    def hostname(self) -> str:
+        """The name of this machine as agents registered here carry it."""
+        name = self.environ.get("THRUM_HOSTNAME") or os.uname().nodename
+        return name[:-6] if name.endswith(".local") else name
+
+
+# ================================================================== 2  Errors
+
+
+class ThrumError(Exception):
+    """Something its caller can be told.  `code` goes on the wire, `status` to the shell."""
+
+    code, status = -32000, 1
+
+    def __init__(self, message: str, data=None):
+        super().__init__(message)
+        self.data = data
+
+
+class ParseError(ThrumError):
+    code = -32700               # JSON-RPC 2.0, section 5.1, as the three below
+
+
+class InvalidRequest(ThrumError):
+    code = -32600
+
+
+class MethodNotFound(ThrumError):
+    code = -32601
+
+
+class InvalidParams(ThrumError):
+    code = -32602
+
+
+class InternalError(ThrumError):
+    code = -32603
+
+
+class Usage(ThrumError):
+    """A command line that its row does not allow."""
+
+
+class NotInitialized(ThrumError):
+    """No `.thrum` here."""
+
+
+class NoIdentity(ThrumError):
+    """It cannot be told who is calling."""
+
+
+class Unreachable(ThrumError):
+    """The daemon does not answer."""
+
+
+class GitError(ThrumError):
+    """git failed, was missing, or took too long."""
+
+
+class Conflict(ThrumError):
+    """Refused because somebody else was first.  `data` says who."""
+
+
+def os_problem(error: OSError) -> str:
+    """What went wrong with a file, in a few words: `No space left on device: /a/b`."""
+    where = f": {os.fsdecode(error.filename)}" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
+# ================================================================== 3  Values
+
+LINE_MAX = 65_535               # bytes of an event line: the reference cannot read a longer one
+NAME_MAX = 64                   # characters: a name is also a file name, and must fit a screen
+PAIR_MAX = 256                  # characters of each half of a scope or reference
+TEXT_MAX = 4_096                # bytes of an intent, a task, a description: one or two paragraphs
+LIST_MAX = 1_000                # items in a list that a caller sends: beyond is a mistake
+PAGE_MAX = 100                  # messages on a page, as in the reference
+RESERVED_NAMES = ("daemon", "system", "thrum", "all", "broadcast")
+EVERYONE = "everyone"           # the group of all agents; nobody creates or changes it
+
+LOWER = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
+WORD = LOWER | frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+
+class Record:
+    """An immutable value with named fields, like a frozen dataclass.
+
+    Forty dataclasses would cost every start 30 ms, forty of these cost half of one.
+    """
+
+    _fields: tuple = ()
+
+    def __init_subclass__(cls):
+        cls._fields = (*cls._fields, *cls.__dict__.get("__annotations__", ()))
+
+    def __init__(self, *args, **named):
+        values = self.__dict__
+        values.update(zip(self._fields, args))
+        values.update(named)
+        if len(args) + len(named) != len(values) or len(args) > len(self._fields):
+            raise TypeError(f"{type(self).__name__}: too many or repeated values")
+        for field in self._fields:
+            if field not in values:
+                values[field] = getattr(type(self), field)     # the default, or AttributeError
+        if len(values) != len(self._fields):
+            raise TypeError(f"{type(self).__name__} has no field {set(values) - set(self._fields)}")
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"{type(self).__name__} is immutable")
+
+    def __eq__(self, other):
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    def __hash__(self):
+        return hash(tuple(self.__dict__.values()))
+
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.__dict__.items())})"
+
+
+def canonical(value) -> bytes:
+    """JSON as the log holds it: keys sorted at every level, no blanks, UTF-8, no newline.
+
+    `<`, `>`, `&`, U+2028 and U+2029 are escaped as Go's encoder does, so that a file written
+    by either program is never rewritten by the other.  Raises ValueError for NaN and UnicodeEncodeError
+    for half a surrogate pair.
+    """
+    global _encode
+    if _encode is None:
+        _encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, allow_nan=False,
+                                   separators=(",", ":")).encode
+    text = _encode(value)
+    for character, escape in _GO_ESCAPES:
+        if character in text:
+            text = text.replace(character, escape)
+    return text.encode()
+
+
+_encode = None
+_GO_ESCAPES = (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
+
+
+def decode_object(data) -> dict:
+    """The JSON object in `data` (bytes or str).  Raises ValueError for anything else, NaN included."""
+    def refuse(word):
+        raise ValueError(f"{word} is not JSON")
+    try:
+        value = json.loads(data, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
+
+
+def check_name(name: str, what: str = "agent name") -> str:
+    """`name` itself when an agent or group may bear it; raises InvalidParams with the reason."""
+    if not name:
+        raise InvalidParams(f"{what} cannot be empty")
+    if name in RESERVED_NAMES or name.startswith("user_"):
+        raise InvalidParams(f"{what} '{name}' is reserved and cannot be used")
+    if not LOWER.issuperset(name):
+        raise InvalidParams(f"{what} {name!r} contains invalid characters; only lowercase letters (a-z), digits (0-9), "
+                            "underscores (_), and hyphens (-) are allowed")
+    if len(name) > NAME_MAX:
+        raise InvalidParams(f"{what} '{name[:20]}…' is longer than {NAME_MAX} characters")
+    return name
+
+
+def check_word(word: str, what: str) -> str:
+    """`word` when it may be a role: letters, digits, `_` and `-`.  It becomes part of file names."""
+    if not word:
+        raise ThrumError(f"{what} is required")
+    if not WORD.issuperset(word) or len(word) > NAME_MAX:
+        raise InvalidParams(f"{what} {word[:NAME_MAX]!r} is invalid; use up to {NAME_MAX} letters, digits, '_' and '-'")
+    return word
+
+
+def check_text(text: str, what: str, limit: int = TEXT_MAX) -> str:
+    """`text` when it is valid Unicode of at most `limit` bytes without NUL."""
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise InvalidParams(f"{what} is not valid UTF-8") from None
+    if size > limit:
+        raise InvalidParams(f"{what} is {size:,} bytes long; the limit is {limit:,}")
+    if "\0" in text:
+        raise InvalidParams(f"{what} contains a NUL character")
+    return text
+
+
+def is_label(text: str) -> bool:
+    """Whether `text` can be half of a scope or reference: short, not empty, without control characters."""
+    return 0 < len(text) <= PAIR_MAX and text.isprintable()
+
+
+def parse_pair(text: str, what: str) -> dict:
+    """`type:value`, split at the first colon, as a scope or reference."""
+    kind, colon, value = text.partition(":")
+    if not (colon and is_label(kind) and is_label(value)):
+        raise InvalidParams(f"{what} must be in 'type:value' format, got: {text}")
+    return {"type": kind, "value": value}
+
+
+DURATION_UNITS = {"ns": 1, "us": 1_000, "µs": 1_000, "ms": 1_000_000, "s": NS, "m": 60 * NS, "h": 3_600 * NS}
+DURATION_MAX_S = 366 * 86_400   # a year: what is longer is a slip of the finger
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a Go duration: `90s`, `1h30m`, `-250ms`, `0`.  Raises ValueError."""
+    sign = -1 if text[:1] == "-" else 1
+    rest = text[1:] if text[:1] in "+-" and text else text
+    if rest == "0":
+        return 0.0
+    total = 0.0
+    if not rest:
+        raise ValueError(f"invalid duration {text!r}")
+    while rest:
+        end = 0
+        while end < len(rest) and rest[end] in "0123456789.":
+            end += 1
+        number, rest = rest[:end], rest[end:]
+        unit = next((u for u in ("ns", "us", "µs", "ms", "s", "m", "h") if rest.startswith(u)), "")
+        if not unit or number.strip("0123456789") not in ("", ".") or number in ("", "."):
+            raise ValueError(f"invalid duration {text!r}; use for example 30s, 5m or 1h30m")
+        total += float(number) * DURATION_UNITS[unit]
+        rest = rest[len(unit):]
+    if total / NS > DURATION_MAX_S:
+        raise ValueError(f"duration {text!r} is longer than a year")
+    return sign * total / NS
+
+
+def version_key(version: str) -> tuple:
+    """A version such as `1.10.2` as numbers that compare; what is not a number counts as 0."""
+    return tuple(int(part) if part.isdigit() and part.isascii() else 0 for part in version.split(".")[:4])
+
+
+# ================================================================== 4  Events
+#
+# An event is a plain dict, the same in memory, in the log and on the wire; a field that a newer
+# version added survives being read, projected and written again.  Common to all: `type`, `timestamp`,
+# `event_id`, `v` (1), `origin_daemon`, and `sequence`, the number that its first daemon gave it.
+
+COMMON_FIELDS = {"type": str, "timestamp": str, "event_id": str, "v?": int, "origin_daemon?": str, "sequence?": int}
+
+
+class EventType(Record):
+    """What an event holds and where its line goes.
+
+    `fields` maps names to types, `?` marks optional ones.  `file` is `author` (the file of the message's author)
+    or `events`; `shared` is False for what concerns this machine only and stays in the journal.
+    """
+
+    fields: dict
+    file: str = "events"
+    shared: bool = True
+
+
+EVENTS = {
+    "message.create": EventType({
+        "message_id": str, "agent_id": str, "session_id?": str, "body": dict, "thread_id?": str, "scopes?": list,
+        "refs?": list, "recipients?": list, "authored_by?": str, "disclosed?": bool, "send_key?": str}, "author"),
+    "message.edit": EventType({"message_id": str, "body": dict, "agent_id?": str}, "author"),
+    "message.delete": EventType({"message_id": str, "reason?": str}, "author"),
+    "message.receipt": EventType({
+        "message_id": str, "agent_id": str, "receipt_type": str, "session_id?": str}, "author"),
+    "thread.create": EventType({"thread_id": str, "title?": str, "created_by?": str}),
+    "agent.register": EventType({
+        "agent_id": str, "kind": str, "role": str, "module": str, "name?": str, "worktree?": str, "display?": str,
+        "hostname?": str}),
+    "agent.session.start": EventType({"session_id": str, "agent_id": str}),
+    "agent.session.end": EventType({"session_id": str, "reason?": str}),
+    "agent.update": EventType({"agent_id": str, "work_contexts": list}),
+    "agent.cleanup": EventType({"agent_id": str, "reason?": str, "method?": str}),
+    "group.create": EventType({"group_id": str, "name": str, "created_by?": str, "description?": str}),
+    "group.update": EventType({"group_id": str, "fields": dict, "updated_by?": str}),
+    "group.delete": EventType({"group_id": str, "deleted_by?": str}),
+    "group.member.add": EventType({"group_id": str, "member_type": str, "member_value": str, "added_by?": str}),
+    "group.member.remove": EventType({"group_id": str, "member_type": str, "member_value": str, "removed_by?": str}),
+    "purge.executed": EventType({"cutoff": str}),
+    # Intent, task, scopes and references of a session: others learn of them by agent.update.
+    "session.update": EventType({
+        "session_id": str, "agent_id": str, "intent?": str, "current_task?": str, "scopes?": list, "refs?": list},
+        shared=False),
+}
+
+
+def _wrong_field(value: dict, fields: dict) -> str:
+    """The first way in which `value` differs from `fields`, or ``""``."""
+    for field, kind in fields.items():
+        name = field.rstrip("?")
+        if name not in value:
+            if name is field:
+                return f"{name} is missing"
+        elif type(value[name]) is not kind:
+            return f"{name} is not of type {kind.__name__}"
+    return ""
+
+
+def check_event(event: dict) -> int:
+    """The stamp (ns) of a well-formed event; raises ValueError naming what is wrong.
+
+    Everything read from a file, a remote or a peer passes here once.  Types that are not known are kept and
+    relayed: a newer version wrote them.
+    """
+    wrong = _wrong_field(event, COMMON_FIELDS)
+    kind = None if wrong else EVENTS.get(event["type"])
+    if kind:
+        wrong = _wrong_field(event, kind.fields)
+    if not wrong and kind and kind.file == "author" and type(event.get("body", {}).get("content", "")) is not str:
+        wrong = "body.content is not of type str"
+    if not wrong:
+        for name in ("message_id", "agent_id", "session_id", "event_id", "thread_id", "group_id"):
+            value = event.get(name)
+            if value is not None and not (type(value) is str and len(value) <= PAIR_MAX and value.isprintable()):
+                wrong = f"{name} is not an id"
+        for name in ("scopes", "refs"):
+            for pair in event.get(name) or ():
+                if type(pair) is not dict or type(pair.get("type")) is not str or type(pair.get("value")) is not str:
+                    wrong = f"{name} holds what is not a pair of texts"
+        if any(type(agent) is not str for agent in event.get("recipients") or ()):
+            wrong = "recipients holds what is not a text"
+    if wrong:
+        raise ValueError(wrong)
+    return ns_of(event["timestamp"])
+
+
+def file_stem(agent_id: str) -> str:
+    """The name of an agent's message file, without ending: `user:dana` is `user_dana`.
+
+    Raises ValueError where an id from elsewhere would name a file outside of its folder.
+    """
+    stem = (agent_id[6:] if agent_id.startswith("agent:") else agent_id).replace(":", "_")
+    if not stem or len(stem) > 2 * NAME_MAX or not WORD.issuperset(stem):
+        raise ValueError(f"{agent_id[:80]!r} cannot be a file name")
+    return stem
+
+
+# ================================================================== 5  Places
+#
+#     <top>/.thrum/                    never committed; in a linked worktree only the three with a *
+#       config.json                    settings; unknown keys are kept
+#       redirect *                     in a linked worktree: the absolute path of the .thrum in effect
+#       identities/<name>.json *       who works in this worktree
+#       context/<name>.md *            what an agent wrote down for its successor
+#       bin/thrum, bin/thrum.py *      the launcher, and the copy that launcher and daemon run
+#       var/                           0700; runtime state, of this machine only
+#         thrum.sock  thrum.pid  thrum.lock  start.lock  stopped  daemon.json  daemon.log
+#         journal/<first>.jsonl        the log in the order of acceptance (section 8)
+#         messages.db                  the projection (section 9); disposable
+#         bad-lines.jsonl              lines of the log that could not be read
+#     <common>/thrum-sync/a-sync/      worktree of the branch a-sync: events.jsonl, messages/<name>.jsonl
+
+# Every variable that is read, and what it does.  The client forwards those marked * to the daemon.
+ENVIRONMENT = {
+    "THRUM_HOME": "the worktree to act in, wherever the command is called",
+    "THRUM_NAME": "* which identity of the worktree is calling; beats --name",
+    "THRUM_AGENT_ID": "* the caller's agent id, taken as it is",
+    "THRUM_ROLE": "* the role, over that of the identity file",
+    "THRUM_MODULE": "* the module, over that of the identity file",
+    "THRUM_DISPLAY": "* the display name, over that of the identity file",
+    "THRUM_HOSTNAME": "* the host name stored when an agent registers",
+    "THRUM_SOCKET": "the daemon's socket, instead of the one under .thrum/var",
+    "THRUM_AUTOSTART": "0: do not start the daemon when it is absent",
+    "THRUM_LOCAL": "1 or true, 0 or false: nothing leaves this machine; over daemon.local_only",
+    "NO_COLOR": "* any value: no colour",
+    "COLUMNS": "* the width of the output where it is not a terminal",
+}
+FORWARDED = tuple(name for name, meaning in ENVIRONMENT.items() if meaning[0] == "*")
+
+
+def locate(start):
+    """The root of the worktree around `start`, and the `.thrum` in effect there or "".
+
+    The root is the nearest directory at or above `start` that holds `.thrum` or `.git`.  (The launcher carries
+    this function's source, so it uses nothing but `os`.)
+    """
+    top = start
+    while not os.path.isdir(top + "/.thrum") and not os.path.lexists(top + "/.git"):
+        if len(top) < 2:
+            return start, ""
+        top = os.path.dirname(top)
+    try:
+        with open(top + "/.thrum/redirect", encoding="utf-8", errors="surrogateescape") as file:
+            return top, file.read(4096).strip()
+    except OSError:
+        return top, top + "/.thrum" if os.path.isdir(top + "/.thrum") else ""
+
+
+class Places(Record):
+    """Where things lie for one caller.  All paths are absolute."""
+
+    top: str                    # root of the caller's worktree
+    thrum: str                  # the .thrum in effect: the main worktree's
+    common: str                 # git's common directory, "" outside of git
+
+    local = property(lambda self: self.top + "/.thrum")
+    root = property(lambda self: os.path.dirname(self.thrum))
+    var = property(lambda self: self.thrum + "/var")
+    journal = property(lambda self: self.var + "/journal")
+    database = property(lambda self: self.var + "/messages.db")
+    log = property(lambda self: self.var + "/daemon.log")
+    bad_lines = property(lambda self: self.var + "/bad-lines.jsonl")
+    copy = property(lambda self: self.thrum + "/bin/thrum.py")
+    sync = property(lambda self: self.common + "/thrum-sync/a-sync")
+    config = property(lambda self: self.thrum + "/config.json")
+    identities = property(lambda self: self.local + "/identities")
+
+
+def git_common_dir(top: str) -> str:
+    """The common directory of the repository whose worktree is `top`, or "".
+
+    Read from `.git` and `commondir` as gitrepository-layout(5) describes them: asking git costs a process.
+    """
+    path = top + "/.git"
+    try:
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8", errors="surrogateescape") as file:
+                text = file.read(8192)
+            if not text.startswith("gitdir:"):
+                return ""
+            path = os.path.normpath(os.path.join(top, text[7:].strip()))
+        elif not os.path.isdir(path):
+            return ""
+        try:
+            with open(path + "/commondir", encoding="utf-8", errors="surrogateescape") as file:
+                return os.path.normpath(os.path.join(path, file.read(8192).strip()))
+        except FileNotFoundError:
+            return path
+    except OSError:
+        return ""
+
+
+def find_places(start: str) -> Places:
+    """The places for a caller in `start` (any directory).
+
+    A linked worktree without a `.thrum` of its own uses the one of the main worktree.  Raises NotInitialized
+    when there is none, with a `redirect` that leads nowhere, or outside of a repository.
+    """
+    top, thrum = locate(os.path.realpath(start))
+    common = git_common_dir(top)
+    if not thrum and common and os.path.basename(common) == ".git" and os.path.isdir(os.path.dirname(common) + "/.thrum"):
+        thrum = os.path.dirname(common) + "/.thrum"
+    if not thrum:
+        if not common:
+            raise NotInitialized(f"{start} is not in a git repository; run 'git init' first, or name one with --repo")
+        raise NotInitialized(f"thrum is not initialized in {top}; run 'thrum init' or 'thrum quickstart'")
+    if thrum != top + "/.thrum":
+        if not os.path.isabs(thrum) or not os.path.isdir(thrum):
+            raise NotInitialized(f"{top}/.thrum/redirect leads to {thrum!r}, which is not there; run 'thrum setup'")
+        if os.path.exists(thrum + "/redirect"):
+            raise NotInitialized(f"{top}/.thrum/redirect leads to {thrum}, which is redirected itself; run 'thrum setup'")
+    return Places(top, thrum, common or git_common_dir(os.path.dirname(thrum)))
+
+
+def atomic_write(path: str, data: bytes, mode: int = 0o600) -> None:
+    """Replace the file at `path`: whoever reads it sees the old or the new bytes, also after a power cut."""
+    folder = os.path.dirname(path)
+    temporary = f"{folder}/.{os.path.basename(path)}.{os.getpid()}.tmp"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    try:
+        try:
+            write_all(descriptor, data)
+            os.fchmod(descriptor, mode)
+            durable_sync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(temporary, path)
+        sync_directory(folder)
+    except OSError:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of `data`; a short write (a full disk, a signal) goes on until done or failed."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view):]
+
+
+def durable_sync(descriptor: int) -> None:
+    """Wait until the file is on the medium.  fsync on macOS only reaches the drive's cache, hence F_FULLFSYNC."""
+    if sys.platform == "darwin":
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    else:
+        os.fdatasync(descriptor)
+
+
+def sync_directory(path: str) -> None:
+    """Make a file's creation or renaming in `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+CONFIG_TYPES = {                # the settings that are known; everything else is kept as it is
+    "daemon.local_only": bool, "daemon.sync_interval": int, "daemon.ws_port": str, "daemon.autostart": bool,
+}
+
+
+def load_config(thrum: str) -> dict:
+    """The settings in `config.json`, {} without one.  Raises ThrumError naming what is wrong with it."""
+    path = thrum + "/config.json"
+    try:
+        with open(path, "rb") as file:
+            config = decode_object(file.read())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ThrumError(f"cannot read the configuration: {os_problem(error)}") from None
+    except ValueError as error:
+        raise ThrumError(f"{path} is not valid JSON ({error}); correct it, or remove it for the defaults") from None
+    for setting, kind in CONFIG_TYPES.items():
+        value = get_setting(config, setting)
+        if value is not None and type(value) is not kind:
+            raise ThrumError(f"{path}: {setting} must be of type {kind.__name__}, not {value!r}")
+    return config
+
+
+def get_setting(config: dict, setting: str, default=None):
+    """The value at a dotted path in a configuration; `default` where it or a part of the path is absent."""
+    value = config
+    for key in setting.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return default if value is None else value
+
+
+def save_config(thrum: str, changes: dict) -> None:
+    """Set the settings in `changes` (dotted path to value; None removes one), keeping all others."""
+    config = load_config(thrum)
+    for setting, value in changes.items():
+        *path, last = setting.split(".")
+        section = config
+        for key in path:
+            section = section.setdefault(key, {})
+        if value is None:
+            section.pop(last, None)
+        else:
+            section[last] = value
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    atomic_write(thrum + "/config.json", text.encode())
+
+
+# ================================================================== 6  Git
+
+GIT_LOCAL_S = 5                 # seconds for a command that stays on this machine
+GIT_NETWORK_S = 10              # seconds for one that talks to a remote
+
+
+class Git:
+    """git in one directory.  Nothing else in this file starts it.
+
+    One environment (no prompt, no pager, no hooks, no signing, no locale, nothing inherited that names
+    another repository), bytes in and out, one error.
+    """
+
+    SETTINGS = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgsign=false", "-c", "core.fsmonitor=false",
+                "-c", "user.name=Thrum", "-c", "user.email=thrum@local")
+
+    def __init__(self, directory: str):
+        self.directory = directory
+
+    def run(self, *args: str, input: bytes = b"", timeout_s: float = GIT_LOCAL_S, check: bool = True) -> bytes:
+        """What git prints.  Raises GitError when it fails (unless `check` is False: then b""), is missing or too slow."""
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+        environ.update(GIT_TERMINAL_PROMPT="0", GIT_OPTIONAL_LOCKS="0", LC_ALL="C", GIT_CONFIG_NOSYSTEM="1")
+        try:
+            done = subprocess.run(["git", *self.SETTINGS, *args], cwd=self.directory, input=input, env=environ,
+                                  capture_output=True, timeout=timeout_s, start_new_session=True)
+        except FileNotFoundError as error:
+            if error.filename == "git":
+                raise GitError("git was not found; install it, or put it on the PATH") from None
+            raise GitError(f"cannot run git in {self.directory}: {error.strerror}") from None
+        except NotADirectoryError:
+            raise GitError(f"cannot run git in {self.directory}: not a directory") from None
+        except subprocess.TimeoutExpired:
+            raise GitError(f"git {args[0]} took longer than {timeout_s:g} s") from None
+        if done.returncode:
+            if not check:
+                return b""
+            reason = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
+            raise GitError(f"git {args[0]} failed: {reason[-1]}")
+        return done.stdout
+
+
+# ================================================================== 7  Identity
+#
+# An identity file, `identities/<name>.json`, says who works in a worktree.  The reference writes the keys under
+# `agent` capitalised and reads any case, so both are read here and the capitalised form is written.  Unknown keys
+# survive.  Of several files the one for this worktree counts, of several of those the latest.
+
+IDENTITY_VERSION = 3
+IDENTITY_MAX = 65_536           # bytes; a file that is larger is not one of ours
+IDENTITIES_MAX = 64             # files that a client reads: one worktree, a handful of agents
+
+
+def normalize_origin(url: str) -> str:
+    """The origin URL as all machines spell it, "" when there is none (storage contract, section 4.2).
+
+    Odd cases are kept odd on purpose: the ids made from it must match those of the reference.
+    """
+    url = url.strip()
+    if not url:
+        return ""
+    if url.startswith("git@"):
+        host, _, path = url[4:].partition(":")
+        return f"https://{host}/{path[:-4] if path.endswith('.git') else path}"
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        # Go's url.Parse: `host.tld:path` has a scheme and an opaque part, `user@host:path` is an error
+        head = url.split("/")[0].split(":")[0]
+        if ":" in url.split("/")[0]:
+            return "https://" if head[:1].isalpha() and all(c.isalnum() or c in "+-." for c in head) else ""
+        host, path = "", url.split("?")[0].split("#")[0]
+    else:
+        rest = rest.split("#")[0].split("?")[0]
+        host, slash, path = rest.partition("/")
+        host, path = host.rpartition("@")[2].lower(), slash + path
+    if "%" in path:
+        try:
+            path = re.sub(r"%(..?)?", lambda m: chr(int(m[1] or "", 16)), path).encode("latin-1").decode()
+        except (ValueError, UnicodeError):
+            return ""
+    return f"https://{host}{path[:-4] if path.endswith('.git') else path}"
+
+
+def repo_id_of(text: str) -> str:
+    """`r_` and 12 characters of the hash of a normalised origin URL, or of a root commit."""
+    return "r_" + hash32(text)[:12]
+
+
+def read_repo_id(git: Git) -> str:
+    """The repository's id: of its origin, else of its root commit, else ""."""
+    origin = normalize_origin(git.run("remote", "get-url", "origin", check=False).decode(errors="replace"))
+    if origin:
+        return repo_id_of(origin)
+    roots = git.run("rev-list", "--max-parents=0", "HEAD", check=False).split()
+    return repo_id_of(roots[-1].decode()) if roots else ""
+
+
+def unnamed_agent_id(repo_id: str, role: str, module: str) -> str:
+    """The id of an agent without a name: `{role}_{hash}`."""
+    return f"{role}_{hash32(f'{repo_id}|{role}|{module}')[:10].lower()}"
+
+
+def user_name_from_git(name: str) -> str:
+    """The user name for somebody called `name` in git: lower case, blanks as `-`, at most 32 bytes."""
+    kept = "".join("-" if c in " -_" else c for c in name.lower() if c.isalnum() or c in " -_")
+    return kept.encode()[:32].decode(errors="ignore").strip("-") or "user"
+
+
+class Identity(Record):
+    """Who works in a worktree: the content of an identity file."""
+
+    name: str = ""
+    role: str = ""
+    module: str = ""
+    display: str = ""
+    kind: str = "agent"
+    file: str = ""              # the file's name, "" when there was none
+    data: dict = {}             # everything in the file
+
+    def agent_id(self) -> str:
+        return self.name or unnamed_agent_id(self.data.get("repo_id") or "", self.role, self.module)
+
+
+def parse_identity(file: str, content: bytes) -> Identity:
+    """The identity in a file's bytes.  Raises NoIdentity naming the file and what is wrong."""
+    try:
+        if len(content) > IDENTITY_MAX:
+            raise ValueError(f"larger than {IDENTITY_MAX:,} bytes")
+        data = decode_object(content)
+        agent = data.get("agent")
+        if not isinstance(agent, dict):
+            raise ValueError("no object 'agent'")
+        values = {key.lower(): value for key, value in agent.items()}
+        fields = {}
+        for key in ("name", "role", "module", "display", "kind"):
+            value = values.get(key) or ""
+            if not isinstance(value, str) or (value and not value.isprintable()):
+                raise ValueError(f"agent.{key} is not a text")
+            fields[key] = value
+        if fields["name"] and ":" not in fields["name"]:
+            file_stem(fields["name"])
+        if not isinstance(data.get("repo_id", ""), str):
+            raise ValueError("repo_id is not a text")
+    except ValueError as error:
+        raise NoIdentity(f"identity file {file} is damaged ({error}); correct or remove it, then run "
+                         "'thrum quickstart --name <name> --role <role> --module <module>'") from None
+    fields["kind"] = fields["kind"] or "agent"
+    return Identity(**fields, file=file, data=data)
+
+
+def render_identity(identity: Identity, stamp: str, **changes) -> bytes:
+    """The bytes of an identity file; `changes` are keys of its top level, None removes one."""
+    data = dict(identity.data)
+    old = data.get("agent")
+    agent = {k: v for k, v in (old if isinstance(old, dict) else {}).items()
+             if k.lower() not in ("kind", "name", "role", "module", "display")}
+    agent.update(Kind=identity.kind, Name=identity.name, Role=identity.role, Module=identity.module,
+                 Display=identity.display)
+    version = data.get("version")
+    data.update(agent=agent, updated_at=stamp,
+                version=max(version if type(version) is int else 0, IDENTITY_VERSION), **changes)
+    data = {key: value for key, value in data.items() if value is not None}
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def choose_identity(files: list, environ: dict, worktree: str) -> Identity:
+    """The identity that counts among `files` (pairs of name and bytes), before any override.
+
+    Raises NoIdentity when THRUM_NAME has no file, a file is damaged, or none can be chosen; gives an empty
+    Identity when there is no file at all.
+    """
+    wanted = environ.get("THRUM_NAME", "").strip()
+    if wanted:
+        check_name(wanted, "THRUM_NAME")
+        for file, content in files:
+            if file == wanted + ".json":
+                return parse_identity(file, content)
+        raise NoIdentity(f"THRUM_NAME is '{wanted}', but this worktree has no identity of that name; run "
+                         f"'thrum quickstart --name {wanted} --role <role> --module <module>'")
+    found = [parse_identity(file, content) for file, content in files]
+    if len(found) > 1:
+        here = [identity for identity in found if identity.data.get("worktree") == worktree]
+        if not here:
+            names = ", ".join(sorted(identity.agent_id() for identity in found))
+            raise NoIdentity(f"cannot auto-select identity: {len(found)} identity files found in "
+                             f".thrum/identities/; set THRUM_NAME to one of: {names}")
+        found = [max(here, key=lambda identity: str(identity.data.get("updated_at")))]
+    return found[0] if found else Identity()
+
+
+REGISTER_HINT = "register with 'thrum quickstart --name <name> --role <role> --module <module>'"
+
+
+def resolve_caller(files: list, environ: dict, worktree: str, role: str = "", module: str = "") -> Identity:
+    """Who is calling: the identity in effect after environment and flags.  Raises NoIdentity.
+
+    With THRUM_AGENT_ID that id is taken as it is, and nothing has to exist here.
+    """
+    fixed = environ.get("THRUM_AGENT_ID", "").strip()
+    if fixed:
+        file_stem_or_refuse(fixed)
+        return Identity(name=fixed, role=role or environ.get("THRUM_ROLE", ""),
+                        module=module or environ.get("THRUM_MODULE", ""))
+    identity = choose_identity(files, environ, worktree)
+    merged = Identity(
+        identity.name, role or environ.get("THRUM_ROLE", "") or identity.role,
+        module or environ.get("THRUM_MODULE", "") or identity.module,
+        environ.get("THRUM_DISPLAY", "") or identity.display, identity.kind, identity.file, identity.data)
+    if not merged.name and not merged.role and not merged.module:
+        raise NoIdentity(f"no agent identities registered in this worktree; {REGISTER_HINT}")
+    for field in ("role", "module"):
+        if not getattr(merged, field):
+            raise NoIdentity(f"{field} not specified: set THRUM_{field.upper()}, use --{field}, or {REGISTER_HINT}")
+    return merged
+
+
+def file_stem_or_refuse(agent_id: str) -> None:
+    try:
+        file_stem(agent_id)
+    except ValueError:
+        raise NoIdentity(f"THRUM_AGENT_ID {agent_id[:80]!r} is not an agent id") from None
+
+
+# ================================================================== 8  Journal
+#
+# The journal holds every event in the order in which this daemon accepted it.  A file of it is
+#
+#     {"epoch":"<16 hex>","first":<n>,"v":1}        and its name is <n>.jsonl
+#     <event n>
+#     <event n+1> …
+#
+# so an event's sequence is the file's `first` and the number of lines between.  A new epoch means that the
+# sequences of before are no longer valid.  Lines are appended whole and synced before anybody is told, hence a
+# crash leaves at most an unfinished last line that nobody was promised; it is cut off and set aside.  A line that
+# is damaged later keeps its number, so that all others keep theirs.
+#
+# The branch files hold the same lines for the exchange with other machines, one file per author and one for
+# everything else.  They are written without sync, can be completed from the journal, and the journal can be
+# made anew from them.
+
+JOURNAL_FILE_MAX = 8 << 20      # bytes: the last file is read whole at each start
+BRANCH_FILE_MAX = 256 << 10     # bytes: each commit stores a changed file whole
+BAD_LINES_MAX = 4 << 20         # bytes of damaged lines kept for a look
+READ_BYTES = 1 << 20            # bytes read at once
+
+
+def read_lines(path: str, offset: int = 0):
+    """The complete lines of a file, without their newline, of any length, in bounded memory per line."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        for line in file:
+            if line.endswith(b"\n"):
+                yield line[:-1]
+
+
+def parse_line(line: bytes) -> tuple:
+    """The event in a line of the log and its time in ns.  Raises ValueError with the reason."""
+    event = decode_object(line)
+    return event, check_event(event)
+
+
+def read_log(path: str):
+    """The events of a log, without a daemon: of one file, or of all files below a directory.
+
+    Damaged lines are left out, and so are events that another file held already.  The order is that of the
+    files by name, not of time.
+
+    >>> for event in read_log(".git/thrum-sync/a-sync"):            # doctest: +SKIP
+    ...     print(event["timestamp"], event["type"])
+    """
+    seen = set()
+    for file in log_files(path) if os.path.isdir(path) else [path]:
+        for line in read_lines(file):
+            try:
+                event, _ = parse_line(line)
+            except ValueError:
+                continue
+            if event["event_id"] not in seen:
+                seen.add(event["event_id"])
+                yield event
+
+
+def log_files(directory: str) -> list:
+    """The regular `.jsonl` files below a journal or a sync worktree; links are not followed."""
+    found = []
+    for folder in (directory, directory + "/messages"):
+        try:
+            with os.scandir(folder) as entries:
+                found += sorted(e.path for e in entries if e.name.endswith(".jsonl") and e.is_file(follow_symlinks=False))
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+    return found
+
+
+class BadLines:
+    """The side file for lines that cannot be read: kept for a person to look at, never counted on."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.count = 0
+
+    def add(self, source: str, line: bytes, reason: str) -> None:
+        self.count += 1
+        entry = canonical({"file": source, "reason": reason[:200], "line": line[:LINE_MAX].decode(errors="replace")})
+        try:
+            with open(self.path, "ab") as file:
+                if file.tell() < BAD_LINES_MAX:
+                    file.write(entry + b"\n")
+        except OSError:
+            pass                # the line is still in its own file
+
+
+class Journal:
+    """The append-only log of one daemon.  Only the holder of the daemon's lock opens it."""
+
+    def __init__(self, directory: str, world: World, bad_lines: BadLines):
+        self.directory = directory
+        self.world = world
+        self.bad_lines = bad_lines
+        self.epoch = ""
+        self.last = 0           # sequence of the last event, 0 in an empty journal
+        self.size = 0           # bytes in the current file
+        self.mended = False     # whether opening found a torn tail
+        self._descriptor = -1
+
+    def open(self) -> bool:
+        """Open for appending, mending a torn tail.  False when there is no journal, or none that can be trusted."""
+        os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        firsts = self._firsts()
+        if not firsts:
+            return False
+        try:
+            headers = [self._header(first) for first in firsts]
+        except ValueError:
+            return False
+        self.epoch = headers[-1]["epoch"]
+        path = self._path(firsts[-1])
+        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        with open(path, "rb") as file:
+            data = file.read()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            self.mended = True
+            self.bad_lines.add(path, data[end:], "torn at the end of the file")
+            os.ftruncate(self._descriptor, end)
+            durable_sync(self._descriptor)
+        self.size = end
+        self.last = firsts[-1] + data.count(b"\n") - 2
+        return True
+
+    def create(self, first: int = 1) -> None:
+        """Begin a file; without any before it, also a new epoch."""
+        if not self.epoch:
+            self.epoch = self.world.random(8).hex()
+            self.last = first - 1
+        header = canonical({"epoch": self.epoch, "first": first, "v": 1}) + b"\n"
+        os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        atomic_write(self._path(first), header)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = os.open(self._path(first), os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        self.size = len(header)
+
+    def append(self, lines: list) -> None:
+        """Append lines and wait until they are on the medium.  On an error nothing of them remains."""
+        if self.size > JOURNAL_FILE_MAX:
+            self.create(self.last + 1)
+        data = b"\n".join(lines) + b"\n"
+        if os.fstat(self._descriptor).st_size != self.size:     # what a failed append could not take back
+            os.ftruncate(self._descriptor, self.size)
+        try:
+            write_all(self._descriptor, data)
+            durable_sync(self._descriptor)
+        except OSError:
+            os.ftruncate(self._descriptor, self.size)
+            raise
+        self.size += len(data)
+        self.last += len(lines)
+
+    def take_back(self, lines: list) -> None:
+        """Undo the last append: the database could not be brought to the same state."""
+        size = self.size - sum(map(len, lines)) - len(lines)
+        os.ftruncate(self._descriptor, size)
+        durable_sync(self._descriptor)
+        self.size = size
+        self.last -= len(lines)
+
+    def read(self, after: int = 0):
+        """Pairs of sequence and line for all events later than `after`, damaged ones included."""
+        firsts = self._firsts()
+        for index, first in enumerate(firsts):
+            if index + 1 < len(firsts) and firsts[index + 1] <= after + 1:
+                continue
+            lines = read_lines(self._path(first))
+            next(lines, None)   # the header
+            for sequence, line in enumerate(lines, first):
+                if sequence > after:
+                    yield sequence, line
+
+    def set_aside(self) -> None:
+        """Move a journal that cannot be trusted out of the way; its readable lines are imported again."""
+        aside = self.directory + ".damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(self.directory, aside)
+        self.mended = True
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _firsts(self) -> list:
+        names = (name[:-6] for name in os.listdir(self.directory) if name.endswith(".jsonl"))
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def _path(self, first: int) -> str:
+        return f"{self.directory}/{first}.jsonl"
+
+    def _header(self, first: int) -> dict:
+        with open(self._path(first), "rb") as file:
+            header = decode_object(file.readline(4096))
+        if header.get("first") != first or type(header.get("epoch")) is not str:
+            raise ValueError(f"{self._path(first)} has no valid first line")
+        return header
+
+
+class Branch:
+    """The files of the branch `a-sync`, below the sync worktree."""
+
+    def __init__(self, root: str):
+        self.root = root
+        self._open = {}         # stem -> (number, size) of the file that is appended to
+        self.dirty = set()     # paths written since the last sync
+
+    def append(self, items) -> None:
+        """Append (stem, line) pairs: complete lines, in order, not synced.  See `stem_of`."""
+        by_stem = {}
+        for stem, line in items:
+            by_stem.setdefault(stem, []).append(line)
+        for stem, lines in by_stem.items():
+            number, size = self._open.get(stem) or self._last(stem)
+            data = b"\n".join(lines) + b"\n"
+            if size and size + len(data) > BRANCH_FILE_MAX:
+                number, size = number + 1, 0
+            path = self.path(stem, number)
+            self._open.pop(stem, None)      # whatever happens now, look again next time
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                end = os.fstat(descriptor).st_size
+                if end and os.pread(descriptor, 1, end - 1) != b"\n":
+                    data = b"\n" + data     # a torn line must not swallow this one
+                write_all(descriptor, data)
+            finally:
+                os.close(descriptor)
+            self.dirty.add(path)
+            self._open[stem] = number, end + len(data)
+
+    def sync(self) -> None:
+        """Make everything appended so far durable."""
+        for path in sorted(self.dirty):
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                durable_sync(descriptor)
+            finally:
+                os.close(descriptor)
+        for folder in {os.path.dirname(path) for path in self.dirty}:
+            sync_directory(folder)
+        self.dirty.clear()
+
+    def path(self, stem: str, number: int = 1) -> str:
+        """The path of the `number`-th file of a stem; no agent name has a dot, so none collides."""
+        if number == 1:
+            return f"{self.root}/{stem}.jsonl"
+        return f"{self.root}/{'messages/events.log' if stem == 'events' else stem}.{number}.jsonl"
+
+    def files(self, stem: str) -> list:
+        """The existing files of a stem."""
+        paths = []
+        while os.path.isfile(self.path(stem, len(paths) + 1)):
+            paths.append(self.path(stem, len(paths) + 1))
+        return paths
+
+    def _last(self, stem: str) -> tuple:
+        files = self.files(stem)
+        return (len(files), os.stat(files[-1]).st_size) if files else (1, 0)
+
+
+# ================================================================== 9  Store
+#
+# The projection of the log.  What it holds is a function of the *set* of events: they may come in any order and
+# any number of times.  Where two events disagree, the one with the greater (time, event id) wins, except that the
+# first deletion and the first end of a session count.  What needs a parent that has not come waits in `pending`.
+#
+# A message is known by `seq`, its number in the journal; lists are ordered by `at`, its time in ns.  Agents
+# have small integer keys, because most rows are deliveries.  `delivered` and `listed` hold such keys as text.
+# Page and counts of an inbox cost the same at a thousand and at a million messages: the rows of one agent lie
+# together, an index holds only the unread, and the counts are kept with the agent.
+
+SCHEMA_VERSION = 1
+STORE_BATCH = 400               # events in a transaction of a rebuild; larger ones were slower
+QUERY_S = 10                    # seconds for one query; then it is interrupted
+FAR = 1 << 62                   # later than all times
+
+SCHEMA = """
+create table schema_version(version integer not null, applied_at text not null);
+create table meta(key text primary key, value) without rowid;
+create table events(event_id text primary key, seq integer not null) without rowid;
+create table agents(
+    agent integer primary key, agent_id text not null unique, kind text, role text, module text, name text,
+    display text, hostname text, worktree text, daemon text, registered_at integer, register_event text,
+    removed_at integer not null default 0, last_seen_at integer not null default 0,
+    inbox_total integer not null default 0, inbox_unread integer not null default 0);
+create table roster(
+    agent integer not null, at integer not null, event_id text not null, role text,
+    primary key(agent, at, event_id)) without rowid;
+create table sessions(
+    session_id text primary key, agent integer not null, started_at integer not null, ended_at integer,
+    end_reason text, last_seen_at integer not null, daemon text);
+create index sessions_of on sessions(agent, started_at);
+create table session_scopes(
+    session_id text, scope_type text, scope_value text, primary key(session_id, scope_type, scope_value)) without rowid;
+create table session_refs(
+    session_id text, ref_type text, ref_value text, primary key(session_id, ref_type, ref_value)) without rowid;
+create table agent_work_contexts(
+    session_id text primary key, agent integer not null, branch text, worktree_path text, unmerged_commits text,
+    uncommitted_files text, changed_files text, file_changes text, git_updated_at text, current_task text,
+    task_updated_at text, intent text, intent_updated_at text) without rowid;
+create index agent_work_contexts_of on agent_work_contexts(agent);
+create table messages(
+    seq integer primary key, message_id text not null unique, at integer not null, author integer not null,
+    session_id text, thread_id text, reply_to text, format text not null, content text not null, structured text,
+    scopes text, refs text, listed text not null, delivered text not null, wide integer not null,
+    unread_by integer not null,
+    updated_at integer, edit_event text, deleted_at integer, delete_reason text,
+    authored_by text, disclosed integer, send_key text, daemon text);
+create index messages_at on messages(at);
+create index messages_author on messages(author, at);
+create index messages_thread on messages(thread_id, at) where thread_id is not null;
+create index messages_reply on messages(reply_to) where reply_to is not null;
+create index messages_key on messages(send_key) where send_key is not null;
+create index messages_wide on messages(at) where wide;
+create table message_scopes(
+    scope_type text, scope_value text, at integer, seq integer,
+    primary key(scope_type, scope_value, at, seq)) without rowid;
+create table message_refs(
+    ref_type text, ref_value text, at integer, seq integer, primary key(ref_type, ref_value, at, seq)) without rowid;
+create table message_edits(
+    seq integer, at integer, event_id text, editor text, format text, content text, structured text,
+    primary key(seq, at, event_id)) without rowid;
+create table deliveries(
+    agent integer, at integer, seq integer, read_at integer, seen_at integer, hidden integer not null default 0,
+    primary key(agent, at, seq)) without rowid;
+create index deliveries_unread on deliveries(agent, at, seq) where read_at is null and not hidden;
+create view message_reads as
+    select m.message_id, a.agent_id, d.read_at from deliveries d join messages m on m.seq = d.seq
+    join agents a on a.agent = d.agent where d.read_at is not null;
+create table threads(thread_id text primary key, title text, created_by text, created_at integer) without rowid;
+create table thread_aliases(thread_id text primary key, into_id text not null) without rowid;
+create table groups(
+    group_id text primary key, name text, description text, created_by text, created_at integer, create_event text,
+    updated_at integer not null default 0, deleted_at integer);
+create index groups_name on groups(name);
+create table group_members(
+    group_id text, member_type text, member_value text, at integer, event_id text, present integer, by text,
+    primary key(group_id, member_type, member_value, at, event_id)) without rowid;
+create table subscriptions(
+    id integer primary key, session_id text not null, scope_type text, scope_value text, mention_role text,
+    created_at integer not null);
+create table pending(parent text, event_id text, line text, primary key(parent, event_id)) without rowid;
+"""
+
+
+def _keys(text: str) -> list:
+    """The agent keys in a text such as `3,17`."""
+    return [int(key) for key in text.split(",")] if text else []
+
+
+def _text(keys) -> str:
+    return ",".join(map(str, sorted(keys)))
+
+
+def pairs_of(value) -> list:
+    """The (type, value) tuples of a list of scopes or references, without repetitions, in order."""
+    return list(dict.fromkeys((pair["type"], pair["value"]) for pair in value or ()))
+
+
+def audience_of(event_or_message: dict) -> tuple:
+    """Whom a message names: the mentioned and the groups, both as lists in order; neither means everybody."""
+    refs = pairs_of(event_or_message.get("refs"))
+    groups = [v for k, v in refs if k == "group"]
+    groups += [v for k, v in pairs_of(event_or_message.get("scopes")) if k == "group" and v not in groups]
+    return [v for k, v in refs if k == "mention"], groups
+
+
+class Store:
+    """A connection to the projection, and every question that is asked of it."""
+
+    def __init__(self, path: str, world: World, *, writable: bool = False):
+        self.path = path
+        self.world = world
+        self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5,
+                                  cached_statements=256)
+        self.db.execute("pragma journal_mode=wal")
+        # The journal is what is durable; the database only must not be torn, which WAL with NORMAL ensures.
+        self.db.execute("pragma synchronous=normal")
+        self.db.execute("pragma temp_store=memory")
+        self.db.execute(f"pragma query_only={0 if writable else 1}")
+        self._deadline = FAR
+        self.db.set_progress_handler(self._late_query, 20_000)
+        self.forget()
+
+    def limit(self, seconds: float) -> None:
+        """Interrupt whatever runs longer than that from now on."""
+        self._deadline = self.world.monotonic() + seconds
+
+    def _late_query(self) -> bool:
+        return self.world.monotonic() > self._deadline
+
+    def forget(self) -> None:
+        """Drop what is remembered of the tables, after a rollback."""
+        self._known = {}        # agent id -> (key, removed_at)
+        self._expanded = {}     # group, role or everybody -> keys, for times after `_settled`
+        self._settled = -1      # the latest change of roster or groups; -1: not read yet
+        self._newest = -1       # the newest message
+        self._cutoff = -1       # the purge cutoff
+        self._late = FAR        # the earliest change of roster or groups that came after younger messages
+
+    def close(self) -> None:
+        self.db.close()
+
+    def checkpoint(self) -> None:
+        """Move the write-ahead log into the database."""
+        self.db.execute("pragma wal_checkpoint(truncate)")
+
+    # ---- transactions
+
+    def begin(self) -> None:
+        self.db.execute("begin immediate")
+
+    def commit(self) -> None:
+        self.db.execute("commit")
+
+    def rollback(self) -> None:
+        """Undo the transaction, if one is left: an error may have ended it."""
+        if self.db.in_transaction:
+            self.db.execute("rollback")
+        self.forget()
+
+    def save_point(self) -> None:
+        """Where `undo` goes back to; `keep` or `undo` ends it."""
+        self.db.execute("savepoint request")
+
+    def keep(self) -> None:
+        self.db.execute("release request")
+
+    def undo(self) -> None:
+        self.db.execute("rollback to request")
+        self.db.execute("release request")
+        self.forget()
+
+    def careless(self, yes: bool) -> None:
+        """Whether commits may be lost in a power cut: during a rebuild, which then starts over."""
+        self.db.execute(f"pragma synchronous={'off' if yes else 'normal'}")
+
+    def is_sound(self) -> bool:
+        """Whether the tables are of this version and SQLite finds no damage in them; reads all pages."""
+        return self.value("pragma quick_check(1)") == "ok" and self.is_current()
+
+    def is_current(self) -> bool:
+        return self.value("select version from schema_version") == SCHEMA_VERSION
+
+    # ---- small questions
+
+    def value(self, sql: str, *args, default=None):
+        row = self.db.execute(sql, args).fetchone()
+        return default if row is None or row[0] is None else row[0]
+
+    def row(self, sql: str, *args) -> dict | None:
+        cursor = self.db.execute(sql, args)
+        row = cursor.fetchone()
+        return None if row is None else dict(zip((c[0] for c in cursor.description), row))
+
+    def rows(self, sql: str, *args) -> list:
+        cursor = self.db.execute(sql, args)
+        names = [c[0] for c in cursor.description]
+        return [dict(zip(names, row)) for row in cursor]
+
+    def meta(self, key: str, default=None):
+        return self.value("select value from meta where key = ?", key, default=default)
+
+    def set_meta(self, **values) -> None:
+        self.db.executemany("insert or replace into meta values(?, ?)", values.items())
+
+    def within(self, seconds: float, question):
+        """The result of `question()`, all of it on one snapshot, interrupted after `seconds`."""
+        self._expanded.clear()  # the writer is another connection
+        self._settled = -1
+        self.limit(seconds)
+        self.db.execute("begin")
+        try:
+            return question()
+        except sqlite3.OperationalError as error:
+            if "interrupted" in str(error):
+                raise ThrumError(f"the query took longer than {seconds:g} s; ask for less") from None
+            raise
+        finally:
+            self.limit(FAR)
+            self.db.execute("rollback")
+
+    # ---- agents and sessions
+
+    def agent(self, agent_id: str) -> dict | None:
+        """The registered agent or user of that id."""
+        return self.row("select * from agents where agent_id = ? and registered_at is not null", agent_id)
+
+    def agents(self, role: str = "", module: str = "") -> list:
+        """The registered agents and users, the newest registration first."""
+        return self.rows("select * from agents where registered_at is not null and (? = '' or role = ?) and "
+                         "(? = '' or module = ?) order by registered_at desc, agent_id", role, role, module, module)
+
+    def agent_ids(self, keys) -> list:
+        """The ids of agent keys, sorted."""
+        ids = self.db.execute(f"select agent_id from agents where agent in ({_text(keys)})")
+        return sorted(row[0] for row in ids)
+
+    def open_session(self, agent_id: str) -> dict | None:
+        """The newest session of an agent that has not ended."""
+        return self.row("select s.* from sessions s join agents a using(agent) where a.agent_id = ? and "
+                        "s.ended_at is null order by s.started_at desc limit 1", agent_id)
+
+    def session(self, session_id: str) -> dict | None:
+        return self.row("select s.*, a.agent_id from sessions s join agents a using(agent) where session_id = ?", session_id)
+
+    def sessions(self, agent_id: str = "", active: bool = False, limit: int = LIST_MAX) -> list:
+        """Sessions with their intent, the newest first."""
+        return self.rows(
+            "select s.*, a.agent_id, c.intent from sessions s join agents a using(agent) left join agent_work_contexts c "
+            "using(session_id) where (? = '' or a.agent_id = ?) and (not ? or s.ended_at is null) "
+            "order by s.started_at desc limit ?", agent_id, agent_id, active, limit)
+
+    def work_context(self, session_id: str) -> dict | None:
+        return self.row("select * from agent_work_contexts where session_id = ?", session_id)
+
+    def newest_intent(self, agent_id: str) -> dict | None:
+        """The agent's work context with the newest intent, of ended sessions too."""
+        return self.row("select c.* from agent_work_contexts c join agents a using(agent) where a.agent_id = ? and "
+                        "c.intent is not null order by c.intent_updated_at desc limit 1", agent_id)
+
+    def session_pairs(self, session_id: str) -> tuple:
+        """The scopes and the references of a session, as lists of tuples."""
+        return tuple(list(self.db.execute(f"select {kind}_type, {kind}_value from session_{kind}s where session_id = ?",
+                                          (session_id,))) for kind in ("scope", "ref"))
+
+    def touch(self, session_id: str, ns: int) -> None:
+        """Note that a session was seen.  Not an event: it must never cause a commit."""
+        self.db.execute("update sessions set last_seen_at = ? where session_id = ?", (ns, session_id))
+        self.db.execute("update agents set last_seen_at = max(last_seen_at, ?) where agent = "
+                        "(select agent from sessions where session_id = ?)", (ns, session_id))
+
+    # ---- groups, roles, recipients
+
+    def roles(self) -> set:
+        return {row[0] for row in self.db.execute("select distinct role from agents where registered_at is not null "
+                                                  "and kind = 'agent'")}
+
+    def group(self, name: str) -> dict | None:
+        """The group of that name; of several, the first created."""
+        return self.row("select * from groups where name = ? and created_at is not null and deleted_at is null "
+                        "order by created_at, group_id limit 1", name)
+
+    def groups(self) -> list:
+        """All groups by name, each name once, with their count of members."""
+        return self.rows("select g.*, count(distinct m.member_type || ':' || m.member_value) as member_count, "
+                         "min(g.created_at) from groups g left join (" + _MEMBERS + ") m on m.group_id = g.group_id "
+                         "where g.name is not null and g.created_at is not null and g.deleted_at is null "
+                         "group by g.name order by g.name")
+
+    def group_members(self, name: str) -> list:
+        """The members of a group as they were added: type, value, when, by whom."""
+        return self.rows("select m.* from groups g join (" + _MEMBERS + ") m on m.group_id = g.group_id "
+                         "where g.name = ? and g.deleted_at is null order by m.member_type, m.member_value", name)
+
+    def expand(self, kind: str, name: str, ns: int = FAR, path: tuple = ()) -> frozenset:
+        """The keys of the agents behind a `group` (or role) or a `mention` (id, user or role) just before `ns`.
+
+        Answers for times after the latest change are remembered.  A group inside itself adds nothing.
+        """
+        if self._settled < 0:
+            self._settled = max(self.value("select max(at) from roster", default=0),
+                                self.value("select max(at) from group_members", default=0),
+                                self.value("select max(max(created_at), max(ifnull(deleted_at, 0))) from groups", default=0))
+        known = ns > self._settled
+        if known and (kind, name) in self._expanded:
+            return self._expanded[kind, name]
+        present = {agent: role for agent, role, _ in self.db.execute(
+            "select agent, role, max(at) from roster where at < ? group by agent", (ns,)) if role is not None}
+        groups = () if kind == "mention" else [row[0] for row in self.db.execute(
+            "select group_id from groups where name = ? and created_at < ? and (deleted_at is null or deleted_at >= ?)",
+            (name, ns, ns))]
+        if kind == "group" and name == EVERYONE:
+            found = set(present)
+        elif groups:
+            found = set()
+            for group in groups:
+                for member_type, value, is_in, _ in self.db.execute(
+                        "select member_type, member_value, present, max(at) from group_members "
+                        "where group_id = ? and at < ? group by member_type, member_value", (group, ns)):
+                    if not is_in:
+                        continue
+                    if member_type == "role":
+                        found.update(a for a, role in present.items() if value in ("*", role))
+                    elif member_type == "group" and value not in path:
+                        found |= self.expand("group", value, ns, (*path, name))
+                    elif member_type == "agent":
+                        found.update(key for key in [self.key_of(value)] if key in present)
+        else:
+            found = {agent for agent, role in present.items() if role == name}
+            if kind == "mention":
+                found.update(key for key in (self.key_of(name), self.key_of("user:" + name)) if key in present)
+        found = frozenset(found)
+        if known and not path:
+            self._expanded[kind, name] = found
+        return found
+
+    def key_of(self, agent_id: str) -> int:
+        """The key of an agent id, 0 when it was never met."""
+        known = self._known.get(agent_id)
+        if known:
+            return known[0]
+        row = self.db.execute("select agent, removed_at from agents where agent_id = ?", (agent_id,)).fetchone()
+        if row:
+            self._known[agent_id] = row
+            return row[0]
+        return 0
+
+    # ---- messages
+
+    def message(self, message_id: str) -> dict | None:
+        """One message with everything known of it."""
+        return self.row(f"select {_MESSAGE} from messages m join agents a on a.agent = m.author where message_id = ?",
+                        message_id)
+
+    def message_by_key(self, agent_id: str, send_key: str) -> dict | None:
+        """The message that a send with this key has made before."""
+        return self.row(f"select {_MESSAGE} from messages m join agents a on a.agent = m.author where send_key = ? and "
+                        "a.agent_id = ?", send_key, agent_id)
+
+    def recipients(self, message: dict) -> list:
+        """The recipients of a message with what they did: {agent_id, delivered_at, seen_at?, read_at?}, by id."""
+        found = []
+        for key in _keys(message["delivered"]):
+            row = self.db.execute("select a.agent_id, d.seen_at, d.read_at from deliveries d join agents a using(agent) "
+                                  "where d.agent = ? and d.at = ? and d.seq = ?", (key, message["at"], message["seq"])).fetchone()
+            if row:
+                state = {"agent_id": row[0], "delivered_at": stamp_of(message["at"])}
+                if row[1] or row[2]:
+                    state["seen_at"] = stamp_of(row[1] or row[2])
+                if row[2]:
+                    state["read_at"] = stamp_of(row[2])
+                found.append(state)
+        return sorted(found, key=lambda state: state["agent_id"])
+
+    def edits(self, seq: int) -> int:
+        """How often a message was edited."""
+        return max(0, self.value("select count(*) from message_edits where seq = ?", seq) - 1)
+
+    def page(self, *, receiver: str = "", unread: bool = False, reader: str = "", author: str = "", not_author: str = "",
+             scope=None, ref=None, mention: str = "", thread_id: str = "", after_ns: int = 0, after_seq: int = -1,
+             by_update: bool = False, ascending: bool = False, limit: int = 10, offset: int = 0) -> dict:
+        """Messages, newest first: {messages, total, unread}.
+
+        `receiver` keeps what was delivered to that agent, `unread` of it what it has not read; `reader` is whose
+        read state `is_read` tells.  What was deleted is left out.  `scope` and `ref` are pairs, `after_seq` is a
+        sequence of the journal.
+        """
+        key, reader_key = self.key_of(receiver), self.key_of(reader or receiver)
+        tables, where, args = "messages m", ["m.deleted_at is null"], []
+        plain = not (unread or author or scope or ref or mention or thread_id or after_ns or after_seq >= 0)
+        if receiver and key:
+            tables = "deliveries d join messages m on m.seq = d.seq"
+            where = ["d.agent = ?", "not d.hidden"]
+            args.append(key)
+            if unread:
+                where.append("d.read_at is null")
+            if after_seq >= 0:  # few messages are that young, and many were delivered: go by the message
+                tables = "messages m join deliveries d on d.agent = ? and d.at = m.at and d.seq = m.seq"
+                where = where[1:]
+        elif receiver:          # somebody unknown sees what is addressed to everybody, all of it unread
+            where.append("m.wide = 2")
+        filters = []
+        for condition, value in (
+                ("m.author = ?", self.key_of(author) if author else None),
+                ("m.author != ?", self.key_of(not_author) if not_author and not key else None),
+                ("m.thread_id = ?", self.thread(thread_id) if thread_id else None),
+                ("m.at > ?", after_ns or None), ("m.seq > ?", after_seq if after_seq >= 0 else None)):
+            if value is not None:
+                filters.append(condition)
+                args.append(value)
+        for table, kind, pair in (("message_scopes", "scope", scope), ("message_refs", "ref", ref),
+                                  ("message_refs", "ref", ("mention", mention) if mention else None)):
+            if pair:
+                filters.append(f"exists(select 1 from {table} x where x.{kind}_type = ? and x.{kind}_value = ? and "
+                               "x.at = m.at and x.seq = m.seq)")
+                args += pair
+        condition = " and ".join(where + filters)
+        at = "d" if tables.startswith("deliveries") else "m"
+        way = "" if ascending else " desc"
+        order = f"m.updated_at{way}, m.at{way}, m.seq{way}" if by_update else f"{at}.at{way}, {at}.seq{way}"
+        if after_seq >= 0 and ascending:
+            order = "m.seq"
+        found = self.rows(f"select {_MESSAGE} from {tables} join agents a on a.agent = m.author where {condition} "
+                          f"order by {order} limit ? offset ?", *args, limit, offset)
+        for message in found:
+            row = self.db.execute("select read_at from deliveries where agent = ? and at = ? and seq = ?",
+                                  (reader_key, message["at"], message["seq"])).fetchone()
+            message["is_read"] = row[0] is not None if row else bool(reader_key)
+        counted = self.row("select inbox_total, inbox_unread from agents where agent = ?", key) if key else None
+        if plain and counted:
+            total, left = counted["inbox_total"], counted["inbox_unread"]
+        elif unread and counted and not filters:
+            total = left = counted["inbox_unread"]
+        else:
+            total = self.value(f"select count(*) from {tables} where {condition}", *args)
+            left = total if unread or (receiver and not key) else self.value(
+                f"select count(*) from {tables} join deliveries u on u.agent = ? and u.at = m.at and u.seq = m.seq "
+                f"where {condition} and u.read_at is null and not u.hidden", reader_key, *args) if reader_key else 0
+        return {"messages": found, "total": total, "unread": left}
+
+    def outbox(self, agent_id: str, to: str = "", unread: bool = False, limit: int = 10, offset: int = 0) -> dict:
+        """What an agent wrote, newest first: {messages, total}; `to` is an agent, role or group, or `everyone`."""
+        where, args = ["m.author = ?"], [self.key_of(agent_id)]
+        if to == EVERYONE:
+            where.append("(m.wide = 2 or exists(select 1 from message_refs r where r.ref_type = 'group' and "
+                         "r.ref_value = 'everyone' and r.at = m.at and r.seq = m.seq))")
+        elif to:
+            where.append("(exists(select 1 from deliveries d where d.agent = ? and d.at = m.at and d.seq = m.seq) or exists("
+                         "select 1 from message_refs r where r.ref_type in ('mention', 'group') and r.ref_value = ? and "
+                         "r.at = m.at and r.seq = m.seq))")
+            args += [self.key_of(to), to]
+        if unread:
+            where.append("m.unread_by > 0")
+        condition = " and ".join(where)
+        found = self.rows(f"select {_MESSAGE} from messages m join agents a on a.agent = m.author where {condition} "
+                          "order by m.at desc, m.seq desc limit ? offset ?", *args, limit, offset)
+        return {"messages": found, "total": self.value(f"select count(*) from messages m where {condition}", *args)}
+
+    def has_event(self, event_id: str) -> bool:
+        return self.value("select 1 from events where event_id = ?", event_id) is not None
+
+    def counts(self) -> dict:
+        """How many agents, messages and open sessions there are."""
+        return self.row("select (select count(*) from agents where registered_at is not null) as agents, "
+                        "(select count(*) from messages) as messages, "
+                        "(select count(*) from sessions where ended_at is null) as sessions")
+
+    def thread(self, thread_id: str) -> str:
+        """The id a thread goes by; the same text unless it was joined with another."""
+        return self.value("select into_id from thread_aliases where thread_id = ?", thread_id, default=thread_id)
+
+    def newest_in(self, thread_id: str) -> int:
+        """The time of the newest message in a thread, 0 when there is none."""
+        return self.value("select max(at) from messages where thread_id = ?", thread_id, default=0)
+
+    # ---- the projection
+
+    def create(self) -> None:
+        """Make the tables of an empty database, all or none."""
+        self.db.execute("begin immediate")
+        for statement in SCHEMA.strip().split(";\n"):
+            self.db.execute(statement)
+        self.db.execute("insert into schema_version values(?, ?)", (SCHEMA_VERSION, stamp_of(self.world.now_ns())))
+        self.db.execute("commit")
+
+    def apply(self, event: dict, seq: int, ns: int) -> bool:
+        """Bring the tables up to an event that `check_event` has found well-formed; False when it was here before.
+
+        `seq` is its number in the journal, `ns` its time.  Types that are not known change nothing.
+        """
+        try:
+            self.db.execute("insert into events values(?, ?)", (event["event_id"], seq))
+        except sqlite3.IntegrityError:
+            return False
+        self._project(event, seq, ns)
+        return True
+
+    def settle(self) -> None:
+        """Deliver what late registrations and memberships have changed; before each commit."""
+        if self._late == FAR:
+            return
+        late, self._late = self._late, FAR
+        for message in self.rows("select * from messages where wide and at > ?", late):
+            wanted = self._recipients(message, set(_keys(message["listed"])), message["author"], message["at"], message["wide"])
+            present = set(_keys(message["delivered"]))
+            if wanted != present:
+                self._deliver(message, wanted - present)
+                self._undeliver(message, present - wanted)
+                self.db.execute("update messages set delivered = ? where seq = ?", (_text(wanted), message["seq"]))
+                self._parent_came(message["message_id"])        # receipts of the new recipients
+
+    def _project(self, event: dict, seq: int, ns: int) -> None:
+        project = _PROJECTIONS.get(event["type"])
+        if project:
+            project(self, event, seq, ns)
+
+    def _wait_for(self, parent: str, event: dict) -> None:
+        self.db.execute("insert or ignore into pending values(?, ?, ?)",
+                        (parent, event["event_id"], canonical(event).decode()))
+
+    def _parent_came(self, parent: str) -> None:
+        waiting = self.db.execute("select line from pending where parent = ?", (parent,)).fetchall()
+        if waiting:
+            self.db.execute("delete from pending where parent = ?", (parent,))
+            for (line,) in waiting:
+                event = json.loads(line)
+                self._project(event, 0, ns_of(event["timestamp"]))
+
+    def _agent(self, agent_id: str) -> tuple:
+        """The key of an agent id, made at its first appearance, and when the agent was last removed."""
+        known = self._known.get(agent_id)
+        if not known:
+            if not self.key_of(agent_id):
+                self.db.execute("insert into agents(agent_id) values(?)", (agent_id,))
+                self.key_of(agent_id)
+            known = self._known[agent_id]
+        return known
+
+    def _roster_changed(self, ns: int) -> None:
+        """Somebody came, went or changed groups at `ns`: younger messages may have other recipients now."""
+        self._expanded.clear()
+        self._settled = max(self._settled, ns) if self._settled >= 0 else -1
+        if self._newest < 0:
+            self._newest = self.value("select max(at) from messages", default=0)
+        if ns < self._newest:
+            self._late = min(self._late, ns)
+
+    def _recipients(self, message: dict, listed: set, author: int, ns: int, wide: int) -> set:
+        """Everybody who gets a message (design, decision 19): the list in it, and whom the list should have had."""
+        if wide == 2:
+            listed |= self.expand("group", EVERYONE, ns)
+        elif wide:
+            if type(message.get("refs")) is not list:
+                message = {"refs": json.loads(message["refs"] or "[]"), "scopes": json.loads(message["scopes"] or "[]")}
+            mentions, groups = audience_of(message)
+            for group in groups:
+                listed |= self.expand("group", group, ns)
+            for mention in mentions:
+                listed |= self.expand("mention", mention, ns)
+        listed.discard(author)
+        return listed
+
+    def _deliver(self, message: dict, keys) -> None:
+        """Give a message to agents; `message` has seq, at, message_id, deleted_at."""
+        if not keys:
+            return
+        hidden = 1 if message["deleted_at"] else 0
+        self.db.executemany("insert or ignore into deliveries(agent, at, seq, hidden) values(?, ?, ?, ?)",
+                            [(key, message["at"], message["seq"], hidden) for key in sorted(keys)])
+        self.db.execute("update messages set unread_by = unread_by + ? where seq = ?", (len(keys), message["seq"]))
+        if not hidden:
+            self._count(keys, 1, 1)
+
+    def _undeliver(self, message: dict, keys) -> None:
+        """Take a message back from agents who should not have had it; what they did with it is remembered."""
+        for key in keys:
+            which = (key, message["at"], message["seq"])
+            row = self.db.execute("select read_at, seen_at from deliveries where agent = ? and at = ? and seq = ?", which).fetchone()
+            self.db.execute("delete from deliveries where agent = ? and at = ? and seq = ?", which)
+            if row[0] is None:
+                self.db.execute("update messages set unread_by = unread_by - 1 where seq = ?", (message["seq"],))
+            if not message["deleted_at"]:
+                self._count([key], -1, -1 if row[0] is None else 0)
+            agent_id = self.agent_ids([key])[0]
+            for kind, at in (("read", row[0]), ("seen", row[1])):
+                if at:
+                    self._wait_for(message["message_id"], {
+                        "type": "message.receipt", "timestamp": stamp_of(at), "message_id": message["message_id"],
+                        "agent_id": agent_id, "receipt_type": kind, "event_id": f"{kind}:{agent_id}"})
+
+    def _count(self, keys, total: int, unread: int) -> None:
+        sql = "update agents set inbox_total = inbox_total + ?, inbox_unread = inbox_unread + ? where agent"
+        if len(keys) > 8:       # one statement for a broadcast: a thousand cost a millisecond
+            self.db.execute(f"{sql} in ({_text(keys)})", (total, unread))
+        else:
+            self.db.executemany(f"{sql} = ?", [(total, unread, key) for key in keys])
+
+    def _drop(self, message: dict) -> None:
+        """Remove a message and all that hangs on it."""
+        for key in _keys(message["delivered"]):
+            which = (key, message["at"], message["seq"])
+            if not message["deleted_at"]:
+                read = self.value("select read_at from deliveries where agent = ? and at = ? and seq = ?", *which)
+                self._count([key], -1, 0 if read else -1)
+            self.db.execute("delete from deliveries where agent = ? and at = ? and seq = ?", which)
+        for kind in ("scope", "ref"):
+            for pair in pairs_of(json.loads(message[kind + "s"] or "[]")):
+                self.db.execute(f"delete from message_{kind}s where {kind}_type = ? and {kind}_value = ? and at = ? and seq = ?",
+                                (*pair, message["at"], message["seq"]))
+        self.db.execute("delete from message_edits where seq = ?", (message["seq"],))
+        self.db.execute("delete from messages where seq = ?", (message["seq"],))
+
+    def _link(self, message_id: str, thread_id: str | None, reply_to: str | None) -> str | None:
+        """The thread of a message; replies and their parents share one, of several ids the smallest wins."""
+        found = {self.thread(thread_id)} if thread_id else set()
+        parent = self.row("select seq, thread_id from messages where message_id = ?", reply_to) if reply_to else None
+        if parent and parent["thread_id"]:
+            found.add(parent["thread_id"])
+        for (thread,) in self.db.execute("select thread_id from messages where reply_to = ?", (message_id,)):
+            found.add(thread)
+        if not found and not reply_to:
+            return None
+        thread = min(found) if found else "thr_" + reply_to.partition("_")[2]
+        for other in found - {thread}:
+            self.db.execute("update messages set thread_id = ? where thread_id = ?", (thread, other))
+            self.db.execute("update thread_aliases set into_id = ? where into_id = ?", (thread, other))
+            self.db.execute("insert or replace into thread_aliases values(?, ?)", (other, thread))
+        if parent and parent["thread_id"] != thread:
+            self.db.execute("update messages set thread_id = ? where seq = ?", (thread, parent["seq"]))
+        return thread
+
+    def _message_create(self, event: dict, seq: int, ns: int) -> None:
+        db, message_id = self.db, event["message_id"]
+        refs, scopes, body = pairs_of(event.get("refs")), pairs_of(event.get("scopes")), event["body"]
+        reply_to = next((value for kind, value in refs if kind == "reply_to"), None)
+        thread = event.get("thread_id")
+        # Most messages have no thread; but a reply may have come before its parent.
+        if thread or reply_to or db.execute("select 1 from messages where reply_to = ? limit 1", (message_id,)).fetchone():
+            thread = self._link(message_id, thread, reply_to)
+        author, removed_at = self._agent(event["agent_id"])
+        if self._cutoff < 0:
+            self._cutoff = self.meta("purge_cutoff", 0)
+        if ns <= removed_at or ns < self._cutoff:
+            return              # purged, or of an agent that was deleted later
+        ids = event.get("recipients") or ()
+        listed = {self._agent(agent_id)[0] for agent_id in ids}
+        mentions, groups = audience_of(event)
+        if not mentions and not groups:
+            wide = 2
+        else:
+            wide = 1 if groups or any(m not in ids and "user:" + m not in ids for m in mentions) else 0
+        listed.discard(author)
+        delivered = self._recipients(event, set(listed), author, ns, wide) if wide else listed
+        structured = body.get("structured")
+        done = db.execute(
+            "insert or ignore into messages(seq, message_id, at, author, session_id, thread_id, reply_to, format, content, "
+            "structured, scopes, refs, listed, delivered, wide, unread_by, authored_by, disclosed, send_key, daemon) "
+            "values(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?)",
+            (seq, message_id, ns, author, event.get("session_id"), thread, reply_to, str(body.get("format") or "markdown"),
+             body.get("content", ""), structured if type(structured) is str else None,
+             canonical(event["scopes"]).decode() if scopes else None, canonical(event["refs"]).decode() if refs else None,
+             _text(listed), _text(delivered), wide, event.get("authored_by"), event.get("disclosed"), event.get("send_key"),
+             event.get("origin_daemon")))
+        if not done.rowcount:
+            return
+        self._newest = max(self._newest, ns) if self._newest >= 0 else -1
+        if scopes:
+            db.executemany("insert into message_scopes values(?, ?, ?, ?)", [(*pair, ns, seq) for pair in scopes])
+        if refs:
+            db.executemany("insert into message_refs values(?, ?, ?, ?)", [(*pair, ns, seq) for pair in refs])
+        self._deliver({"seq": seq, "at": ns, "deleted_at": None}, delivered)
+        db.execute("update agents set last_seen_at = max(last_seen_at, ?) where agent = ?", (ns, author))
+        self._parent_came(message_id)
+
+    def _message_edit(self, event: dict, seq: int, ns: int) -> None:
+        message = self.row("select * from messages where message_id = ?", event["message_id"])
+        if not message:
+            return self._wait_for(event["message_id"], event)
+        body, structured = event["body"], event["body"].get("structured")
+        content = body.get("content", "")
+        insert = "insert or ignore into message_edits values(?, ?, ?, ?, ?, ?, ?)"
+        if not message["updated_at"]:
+            self.db.execute(insert, (message["seq"], message["at"], "", None, message["format"], message["content"],
+                                     message["structured"]))
+        self.db.execute(insert, (message["seq"], ns, event["event_id"], event.get("agent_id"), message["format"], content,
+                                 structured))
+        if (ns, event["event_id"]) > (message["updated_at"] or 0, message["edit_event"] or ""):
+            self.db.execute("update messages set content = ?, structured = ?, updated_at = ?, edit_event = ? where seq = ?",
+                            (content, structured if type(structured) is str else None, ns, event["event_id"], message["seq"]))
+
+    def _message_delete(self, event: dict, seq: int, ns: int) -> None:
+        message = self.row("select * from messages where message_id = ?", event["message_id"])
+        if not message:
+            return self._wait_for(event["message_id"], event)
+        if not message["deleted_at"]:
+            for key in _keys(message["delivered"]):
+                which = (key, message["at"], message["seq"])
+                read = self.value("select read_at from deliveries where agent = ? and at = ? and seq = ?", *which)
+                self.db.execute("update deliveries set hidden = 1 where agent = ? and at = ? and seq = ?", which)
+                self._count([key], -1, 0 if read else -1)
+        if ns < (message["deleted_at"] or FAR):
+            self.db.execute("update messages set deleted_at = ?, delete_reason = ? where seq = ?",
+                            (ns, event.get("reason"), message["seq"]))
+
+    def _message_receipt(self, event: dict, seq: int, ns: int) -> None:
+        if event["receipt_type"] not in ("read", "seen"):
+            return
+        which = self.db.execute("select at, seq from messages where message_id = ?", (event["message_id"],)).fetchone()
+        key = self._agent(event["agent_id"])[0]
+        row = which and self.db.execute("select read_at, seen_at, hidden from deliveries where agent = ? and at = ? and seq = ?",
+                                        (key, *which)).fetchone()
+        if not row:             # only a recipient reads; it may become one when a late registration arrives
+            return self._wait_for(event["message_id"], event)
+        read_at = min(row[0] or FAR, ns) if event["receipt_type"] == "read" else row[0]
+        self.db.execute("update deliveries set read_at = ?, seen_at = ? where agent = ? and at = ? and seq = ?",
+                        (read_at, min(row[1] or FAR, ns), key, *which))
+        if read_at and not row[0]:
+            self.db.execute("update messages set unread_by = unread_by - 1 where seq = ?", (which[1],))
+            if not row[2]:
+                self._count([key], 0, -1)
+
+    def _thread_create(self, event: dict, seq: int, ns: int) -> None:
+        self.db.execute("insert into threads values(?, ?, ?, ?) on conflict(thread_id) do update set title = excluded.title, "
+                        "created_by = excluded.created_by, created_at = excluded.created_at "
+                        "where excluded.created_at < threads.created_at",
+                        (event["thread_id"], event.get("title"), event.get("created_by"), ns))
+
+    def _agent_register(self, event: dict, seq: int, ns: int) -> None:
+        key, removed_at = self._agent(event["agent_id"])
+        self.db.execute("insert or ignore into roster values(?, ?, ?, ?)", (key, ns, event["event_id"], event["role"]))
+        if ns > removed_at:
+            self.db.execute(
+                "update agents set kind = ?, role = ?, module = ?, name = ?, display = ?, hostname = ?, worktree = ?, daemon = ?, "
+                "registered_at = ?, register_event = ? where agent = ? and (ifnull(registered_at, 0), ifnull(register_event, '')) "
+                "< (?, ?)",
+                (event["kind"], event["role"], event["module"], event.get("name"), event.get("display"), event.get("hostname"),
+                 event.get("worktree"), event.get("origin_daemon"), ns, event["event_id"], key, ns, event["event_id"]))
+            self.db.execute("update agents set last_seen_at = max(last_seen_at, ?) where agent = ?", (ns, key))
+        self._roster_changed(ns)
+
+    def _agent_cleanup(self, event: dict, seq: int, ns: int) -> None:
+        key, removed_at = self._agent(event["agent_id"])
+        self.db.execute("insert or ignore into roster values(?, ?, ?, null)", (key, ns, event["event_id"]))
+        self.db.execute("update agents set removed_at = max(removed_at, ?), registered_at = case when registered_at > ? then "
+                        "registered_at end where agent = ?", (ns, ns, key))
+        self._known.pop(event["agent_id"], None)
+        for message in self.rows("select * from messages where author = ? and at <= ?", key, ns):
+            self._drop(message)
+        for (session_id,) in self.db.execute("select session_id from sessions where agent = ? and started_at <= ?",
+                                             (key, ns)).fetchall():
+            self._drop_session(session_id)
+        self._roster_changed(ns)
+
+    def _drop_session(self, session_id: str) -> None:
+        for table in ("sessions", "session_scopes", "session_refs", "agent_work_contexts", "subscriptions"):
+            self.db.execute(f"delete from {table} where session_id = ?", (session_id,))
+
+    def _session_start(self, event: dict, seq: int, ns: int) -> None:
+        key, removed_at = self._agent(event["agent_id"])
+        if ns <= removed_at:
+            return
+        self.db.execute("insert or ignore into sessions values(?, ?, ?, null, null, ?, ?)",
+                        (event["session_id"], key, ns, ns, event.get("origin_daemon")))
+        self.db.execute("update agents set last_seen_at = max(last_seen_at, ?) where agent = ?", (ns, key))
+        self._parent_came(event["session_id"])
+
+    def _session_end(self, event: dict, seq: int, ns: int) -> None:
+        session = self.session(event["session_id"])
+        if not session:
+            return self._wait_for(event["session_id"], event)
+        if ns < (session["ended_at"] or FAR):
+            self.db.execute("update sessions set ended_at = ?, end_reason = ?, last_seen_at = max(last_seen_at, ?) "
+                            "where session_id = ?", (ns, event.get("reason") or "normal", ns, event["session_id"]))
+        self.db.execute("delete from subscriptions where session_id = ?", (event["session_id"],))
+        if self._cutoff < 0:
+            self._cutoff = self.meta("purge_cutoff", 0)
+        if session["started_at"] < self._cutoff:
+            self._drop_session(event["session_id"])
+
+    def _session_update(self, event: dict, seq: int, ns: int) -> None:
+        if not self.session(event["session_id"]):
+            return self._wait_for(event["session_id"], event)
+        key = self._agent(event["agent_id"])[0]
+        self.db.execute("insert or ignore into agent_work_contexts(session_id, agent) values(?, ?)", (event["session_id"], key))
+        for field, at in (("intent", "intent_updated_at"), ("current_task", "task_updated_at")):
+            if field in event:
+                self.db.execute(f"update agent_work_contexts set {field} = ?, {at} = ? where session_id = ? and "
+                                f"ifnull({at}, '') < ?", (event[field] or None, stamp_of(ns), event["session_id"], stamp_of(ns)))
+        for kind in ("scope", "ref"):
+            if kind + "s" in event:
+                self.db.execute(f"delete from session_{kind}s where session_id = ?", (event["session_id"],))
+                self.db.executemany(f"insert or ignore into session_{kind}s values(?, ?, ?)",
+                                    [(event["session_id"], *pair) for pair in pairs_of(event[kind + "s"])])
+
+    def _agent_update(self, event: dict, seq: int, ns: int) -> None:
+        key = self._agent(event["agent_id"])[0]
+        for context in event["work_contexts"]:
+            if type(context) is not dict or type(context.get("session_id")) is not str:
+                continue
+            session_id = context["session_id"]
+            self.db.execute("insert or ignore into agent_work_contexts(session_id, agent) values(?, ?)", (session_id, key))
+            for at, fields in (
+                    ("git_updated_at", ("branch", "worktree_path", "unmerged_commits", "uncommitted_files", "changed_files",
+                                        "file_changes")),
+                    ("intent_updated_at", ("intent",)), ("task_updated_at", ("current_task",))):
+                stamp = context.get(at)
+                if type(stamp) is str:
+                    values = [v if v is None or type(v) is str else canonical(v).decode() for v in map(context.get, fields)]
+                    self.db.execute(f"update agent_work_contexts set {' = ?, '.join(fields)} = ?, {at} = ? where session_id = ? "
+                                    f"and ifnull({at}, '') < ?", (*values, stamp, session_id, stamp))
+
+    def _group_create(self, event: dict, seq: int, ns: int) -> None:
+        self.db.execute(
+            "insert into groups(group_id, name, description, created_by, created_at, create_event) values(?, ?, ?, ?, ?, ?) "
+            "on conflict(group_id) do update set name = excluded.name, description = excluded.description, "
+            "created_by = excluded.created_by, created_at = excluded.created_at, create_event = excluded.create_event "
+            "where (excluded.created_at, excluded.create_event) < (ifnull(groups.created_at, ?), ifnull(groups.create_event, ''))",
+            (event["group_id"], event["name"], event.get("description"), event.get("created_by"), ns, event["event_id"], FAR))
+        self._parent_came(event["group_id"])
+        self._roster_changed(ns)
+
+    def _group_update(self, event: dict, seq: int, ns: int) -> None:
+        if self.value("select created_at from groups where group_id = ?", event["group_id"]) is None:
+            return self._wait_for(event["group_id"], event)
+        for field in ("name", "description"):
+            if type(event["fields"].get(field)) is str:
+                self.db.execute(f"update groups set {field} = ? where group_id = ? and updated_at <= ?",
+                                (event["fields"][field], event["group_id"], ns))
+        self.db.execute("update groups set updated_at = max(updated_at, ?) where group_id = ?", (ns, event["group_id"]))
+        self._roster_changed(ns)
+
+    def _group_delete(self, event: dict, seq: int, ns: int) -> None:
+        self.db.execute("insert into groups(group_id, deleted_at) values(?, ?) on conflict(group_id) do update set "
+                        "deleted_at = min(ifnull(deleted_at, excluded.deleted_at), excluded.deleted_at)", (event["group_id"], ns))
+        self._roster_changed(ns)
+
+    def _group_member(self, event: dict, seq: int, ns: int) -> None:
+        present = event["type"] == "group.member.add"
+        self.db.execute("insert or ignore into group_members values(?, ?, ?, ?, ?, ?, ?)",
+                        (event["group_id"], event["member_type"], event["member_value"], ns, event["event_id"], present,
+                         event.get("added_by")))
+        self._roster_changed(ns)
+
+    def _purge_executed(self, event: dict, seq: int, ns: int) -> None:
+        try:
+            cutoff = min(ns_of(event["cutoff"]), ns)        # never in the future: it would swallow what is to come
+        except ValueError:
+            return
+        if cutoff <= self.meta("purge_cutoff", 0):
+            return
+        self.set_meta(purge_cutoff=cutoff)
+        self._cutoff = cutoff
+        for message in self.rows("select * from messages where at < ?", cutoff):
+            self._drop(message)
+        for (session_id,) in self.db.execute("select session_id from sessions where started_at < ? and ended_at is not null",
+                                             (cutoff,)).fetchall():
+            self._drop_session(session_id)
+
+
+_MESSAGE = ("m.seq, m.message_id, m.at, a.agent_id, m.session_id, m.thread_id, m.reply_to, m.format, m.content, m.structured, "
+            "m.scopes, m.refs, m.delivered, m.wide, m.updated_at, m.deleted_at, m.delete_reason, m.authored_by, m.disclosed")
+_MEMBERS = ("select group_id, member_type, member_value, max(at) as at, present, by from group_members "
+            "group by group_id, member_type, member_value having present")
+_PROJECTIONS = {
+    "message.create": Store._message_create, "message.edit": Store._message_edit, "message.delete": Store._message_delete,
+    "message.receipt": Store._message_receipt, "thread.create": Store._thread_create,
+    "agent.register": Store._agent_register, "agent.cleanup": Store._agent_cleanup, "agent.update": Store._agent_update,
+    "agent.session.start": Store._session_start, "agent.session.end": Store._session_end,
+    "session.update": Store._session_update, "group.create": Store._group_create, "group.update": Store._group_update,
+    "group.delete": Store._group_delete, "group.member.add": Store._group_member, "group.member.remove": Store._group_member,
+    "purge.executed": Store._purge_executed,
+}
+
+
+# ================================================================== 10  Ledger
+#
+# Everything that changes goes through `commit`, which takes the requests that have come meanwhile as one batch:
+#
+#     BEGIN; for each request, in a SAVEPOINT: decide, make events, apply them; append all lines to the journal;
+#     one sync; COMMIT with the sequence reached; then tell everybody.
+#
+# What a crash leaves: before the sync, nothing that was promised; between sync and COMMIT, lines that the next
+# start applies; after COMMIT, lines that the branch files may lack, which the next start adds.
+
+BATCH_MAX = 256                 # requests in one batch: bounds how long the first of them waits
+EXPORT_MAX = 512                # lines that may wait for their branch file
+
+
+class Context:
+    """What a method may touch: the store, and for one that changes something, `append`."""
+
+    def __init__(self, world: World, store: Store, ledger: Ledger, facts: dict):
+        self.world = world
+        self.store = store
+        self.ledger = ledger
+        self.facts = facts      # of the daemon: started_at (monotonic s), pid, log, …
+        self.lines = []         # (line, event, ns) that this request has made
+
+    def append(self, kind: str, /, *, after: int = 0, **fields) -> dict:
+        """Make an event, later than `after` (ns), and apply it; empty optional fields are left out."""
+        known = EVENTS[kind].fields
+        event = {k: v for k, v in fields.items() if k in known or v not in (None, "", False, [])}
+        ns = self.world.stamp_ns(after)
+        sequence = self.ledger.journal.last + len(self.ledger.batch) + len(self.lines) + 1
+        event.update(type=kind, timestamp=stamp_of(ns), event_id=self.world.new_id("evt"), v=1,
+                     origin_daemon=self.ledger.daemon_id, sequence=sequence)
+        try:
+            line = canonical(event)
+        except UnicodeEncodeError:
+            raise InvalidParams("the text is not valid UTF-8") from None
+        if len(line) > LINE_MAX:
+            raise ThrumError(f"the message is too large: {len(line):,} bytes with its envelope, the limit is {LINE_MAX:,}; "
+                             "put the content into a file in the repository and send its path")
+        self.store.apply(event, sequence, ns)
+        self.lines.append((line, event, ns))
+        return event
+
+
+class Ledger:
+    """The log and its projection, and the one way to change them.  One per repository, under the daemon's lock."""
+
+    def __init__(self, places: Places, world: World):
+        self.places = places
+        self.world = world
+        self.facts = {}
+        self.batch = []         # (line, event, ns) of the batch in progress
+        self.export = []        # (stem, line) that wait for their branch file
+        self.export_problem = ""
+        self.generation = 0     # rises when the database was replaced: readers open it again
+        self.bad_lines = BadLines(places.bad_lines)
+        self.journal = Journal(places.journal, world, self.bad_lines)
+        self.branch = Branch(places.sync)
+        self.store = None
+        self.rebuilt = 0        # events that the last start had to project
+
+    # ---- opening and closing
+
+    def open(self, repo_id: str = "") -> None:
+        """Bring journal, database and branch files into one state, whatever a crash has left of them."""
+        os.makedirs(self.places.var, mode=0o700, exist_ok=True)
+        clean = self._take_clean_mark()
+        if not self.journal.open():
+            if os.listdir(self.places.journal):
+                self.journal.set_aside()
+            self.journal.create()
+            self.journal.mended = True
+        self._read_ids(repo_id)
+        self._open_store(clean)
+        if self.journal.mended:
+            self._import_files()
+        if not clean:
+            self._complete_branch()
+        if not self.store.group(EVERYONE):
+            self._create_everyone()
+
+    def close(self) -> None:
+        """Write everything out and leave a mark that nothing needs to be checked at the next start."""
+        self.flush(sync=True)
+        self.store.checkpoint()
+        self.store.close()
+        self.journal.close()
+        if not self.export:
+            atomic_write(self.places.var + "/clean.json", canonical(self._clean_mark()))
+
+    def _clean_mark(self) -> dict:
+        database = os.stat(self.places.database)
+        return {"epoch": self.journal.epoch, "last": self.journal.last, "journal_size": self.journal.size,
+                "database_size": database.st_size, "database_mtime_ns": database.st_mtime_ns,
+                "database_inode": database.st_ino}
+
+    def _take_clean_mark(self) -> dict:
+        path = self.places.var + "/clean.json"
+        try:
+            with open(path, "rb") as file:
+                mark = decode_object(file.read(4096))
+            os.unlink(path)
+            return mark
+        except (OSError, ValueError):
+            return {}
+
+    def _read_ids(self, repo_id: str) -> None:
+        """This daemon's id, and the repository's where git has none: made once, kept in `daemon.json`."""
+        path = self.places.var + "/daemon.json"
+        try:
+            with open(path, "rb") as file:
+                ids = decode_object(file.read(4096))
+        except (FileNotFoundError, ValueError):
+            ids = {}
+        before = dict(ids)
+        if type(ids.get("daemon_id")) is not str:
+            ids["daemon_id"] = "d_" + crockford(int.from_bytes(self.world.random(8), "big") >> 4, 12).lower()
+        if not repo_id and type(ids.get("repo_id")) is not str:
+            ids["repo_id"] = repo_id_of(self.world.random(16).hex())
+        if ids != before:
+            atomic_write(path, canonical(ids) + b"\n")
+        self.daemon_id, self.repo_id = ids["daemon_id"], repo_id or ids["repo_id"]
+
+    def _open_store(self, clean: dict) -> None:
+        """Open the database if it agrees with the journal, else make it anew; then project what it lacks."""
+        self.generation += 1
+        try:
+            trusted = bool(clean) and clean == self._clean_mark()
+            self.store = Store(self.places.database, self.world, writable=True)
+            if not self._agrees(trusted):
+                raise sqlite3.DatabaseError("does not agree with the journal")
+        except (sqlite3.Error, OSError):
+            if self.store:
+                self.store.close()
+            for suffix in ("", "-wal", "-shm"):
+                try:
+                    os.unlink(self.places.database + suffix)
+                except FileNotFoundError:
+                    pass
+            self.store = Store(self.places.database, self.world, writable=True)
+            self.store.create()
+            self.store.set_meta(epoch=self.journal.epoch)
+        os.chmod(self.places.database, 0o600)
+        self.rebuilt = self._project_from(self.store.meta("seq", 0))
+        self.world.seen(self.store.meta("newest", 0))
+
+    def _agrees(self, trusted: bool) -> bool:
+        store = self.store
+        if not (store.is_current() if trusted else store.is_sound()) or store.meta("epoch") != self.journal.epoch:
+            return False
+        seq = store.meta("seq", 0)
+        if trusted or seq == 0:
+            return True
+        _, line = next(self.journal.read(seq - 1), (0, b"")) if seq <= self.journal.last else (0, b"")
+        return store.meta("event_id", "").encode() in line and bool(line)
+
+    def _project_from(self, after: int) -> int:
+        """Apply the events after a sequence in transactions of STORE_BATCH; their count."""
+        count, batch = 0, []
+        self.store.careless(True)
+        for sequence, line in self.journal.read(after):
+            batch.append((sequence, line))
+            if len(batch) == STORE_BATCH:
+                self._project_batch(batch)
+                count, batch = count + len(batch), []
+        if batch:
+            self._project_batch(batch)
+        self.store.careless(False)
+        return count + len(batch)
+
+    def _project_batch(self, batch: list) -> None:
+        """One transaction of a rebuild; when an event in it breaks, again with each event on its own."""
+        try:
+            self._project_events(batch, careful=False)
+        except (sqlite3.IntegrityError, sqlite3.InterfaceError, TypeError, KeyError, ValueError, OverflowError):
+            self.store.rollback()
+            self._project_events(batch, careful=True)
+
+    def _project_events(self, batch: list, careful: bool) -> None:
+        store, newest, event_id = self.store, self.store.meta("newest", 0), self.store.meta("event_id", "")
+        own = self.daemon_id
+        store.begin()
+        for sequence, line in batch:
+            try:
+                event, ns = parse_line(line)
+            except ValueError as error:
+                self.bad_lines.add(f"journal:{sequence}", line, str(error))
+                continue
+            if careful:
+                store.save_point()
+                try:
+                    store.apply(event, sequence, ns)
+                    store.keep()
+                except (sqlite3.Error, TypeError, KeyError, ValueError, OverflowError) as error:
+                    store.undo()
+                    self.bad_lines.add(f"journal:{sequence}", line, f"cannot be projected: {error}")
+            else:
+                store.apply(event, sequence, ns)
+            event_id = event["event_id"]
+            if ns > newest and event.get("origin_daemon") == own:
+                newest = ns
+        store.settle()
+        store.set_meta(seq=batch[-1][0], event_id=event_id, newest=newest)
+        store.commit()
+
+    def _import_files(self) -> None:
+        """Take in what the branch files, or a journal set aside, hold and the journal does not."""
+        known, found = set(), []
+        for file in log_files(self.places.journal + ".damaged") + log_files(self.places.sync):
+            for line in read_lines(file):
+                try:
+                    event, ns = parse_line(line)
+                except ValueError as error:
+                    if b'"epoch"' not in line[:40]:
+                        self.bad_lines.add(file, line, str(error))
+                    continue
+                if event["event_id"] not in known and not self.store.has_event(event["event_id"]):
+                    known.add(event["event_id"])
+                    found.append((ns, event["event_id"], line))
+        found.sort()
+        for start in range(0, len(found), STORE_BATCH):
+            before = self.journal.last
+            self.journal.append([line for _, _, line in found[start:start + STORE_BATCH]])
+            self._project_from(before)
+
+    def _complete_branch(self) -> None:
+        """Write what the branch files lack of the journal: they are not synced with each message."""
+        if not os.path.isdir(self.branch.root):
+            return
+        events = {}
+        for _, line in self.journal.read(self.store.meta("branch_seq", 0)):
+            try:
+                event, _ = parse_line(line)
+            except ValueError:
+                continue
+            stem = self._stem(event)
+            if stem:
+                events.setdefault(stem, []).append((event["event_id"].encode(), line))
+        for stem, lines in events.items():
+            present = set()
+            for path in self.branch.files(stem):
+                self._mend_tail(path)
+                with open(path, "rb") as file:
+                    present.update(re.findall(rb'"event_id":"([^"]*)"', file.read()))
+            self.export += [(stem, line) for event_id, line in lines if event_id not in present]
+        self.flush(sync=True)
+
+    def _mend_tail(self, path: str) -> None:
+        """Cut an unfinished last line off a branch file; its event is in the journal or was never acknowledged."""
+        with open(path, "rb+") as file:
+            data = file.read()
+            end = data.rfind(b"\n") + 1
+            if end < len(data):
+                self.bad_lines.add(path, data[end:], "torn at the end of the file")
+                file.truncate(end)
+
+    def _stem(self, event: dict) -> str:
+        """The stem of the branch file for an event, "" when it stays in the journal."""
+        kind = EVENTS.get(event["type"])
+        if kind and not kind.shared:
+            return ""
+        if not kind or kind.file == "events":
+            return "events"
+        author = event.get("agent_id")
+        if event["type"] != "message.create":
+            message = self.store.message(event["message_id"])
+            author = message and message["agent_id"]
+        try:
+            return "messages/" + file_stem(author) if author else "events"
+        except ValueError:
+            return "events"
+
+    def _create_everyone(self) -> None:
+        """The built-in group, as two events, because the reference wants to find them in the log."""
+        def decide(context):
+            event = context.append("group.create", group_id="grp_everyone", name=EVERYONE, description="All agents",
+                                   created_by="system")
+            context.append("group.member.add", after=ns_of(event["timestamp"]), group_id="grp_everyone", member_type="role",
+                           member_value="*", added_by="system")
+        (outcome,), _ = self.commit([decide])
+        if isinstance(outcome, Exception):
+            raise outcome
+
+    # ---- changing
+
+    def commit(self, requests: list) -> tuple:
+        """Carry out requests, functions of a Context, as one batch: (outcomes, events).
+
+        An outcome is what the request returned, or the exception that it raised; a request that raises leaves
+        nothing behind.  The events are pairs of sequence and event, durable when this returns.
+        """
+        self.batch, outcomes = [], []
+        try:
+            self.store.begin()
+            for request in requests:
+                outcomes.append(self._carry_out(request))
+            if self.batch:
+                self.store.settle()
+                last = self.journal.last + len(self.batch)
+                self.store.set_meta(seq=last, event_id=self.batch[-1][1]["event_id"], newest=self.batch[-1][2])
+                lines = [line for line, _, _ in self.batch]
+                self.journal.append(lines)
+                try:
+                    self.store.commit()
+                except sqlite3.Error:
+                    self.journal.take_back(lines)
+                    raise
+            else:
+                self.store.commit()
+        except (OSError, sqlite3.Error) as error:
+            self.store.rollback()
+            self.batch = []
+            problem = ThrumError(f"nothing was stored: {os_problem(error) if isinstance(error, OSError) else error}")
+            return [o if isinstance(o, ThrumError) else problem for o in outcomes] + \
+                   [problem] * (len(requests) - len(outcomes)), []
+        first = self.journal.last - len(self.batch) + 1
+        events = [(first + i, event) for i, (_, event, _) in enumerate(self.batch)]
+        for line, event, _ in self.batch:
+            stem = self._stem(event)
+            if stem:
+                self.export.append((stem, line))
+        self.batch = []
+        if len(self.export) > EXPORT_MAX:
+            self.flush()
+        return outcomes, events
+
+    def _carry_out(self, request):
+        context = Context(self.world, self.store, self, self.facts)
+        self.store.save_point()
+        self.store.limit(QUERY_S)
+        try:
+            reply = request(context)
+        except (sqlite3.OperationalError, sqlite3.InternalError) as error:
+            if not self.store.db.in_transaction:
+                raise           # the disk is full or gone: this ends the batch
+            self.store.undo()
+            return ThrumError(f"nothing was stored: {error}")
+        except Exception as error:      # a bug in one request must not harm the others
+            self.store.undo()
+            return error
+        finally:
+            self.store.limit(FAR)
+        self.store.keep()
+        self.batch += context.lines
+        return reply
+
+    def flush(self, sync: bool = False) -> None:
+        """Write waiting lines to the branch files; with `sync`, make them durable and remember how far."""
+        export, self.export = self.export, []
+        try:
+            if export:
+                self.branch.append(export)
+            if sync:
+                self.branch.sync()
+                if self.store.meta("branch_seq", 0) != self.journal.last:
+                    self.store.set_meta(branch_seq=self.journal.last)
+            self.export_problem = ""
+        except (OSError, sqlite3.Error) as error:
+            # Nothing is lost: the journal has the lines, and the next start completes the files.
+            self.export_problem = os_problem(error) if isinstance(error, OSError) else str(error)
+            self.export = (export + self.export)[-EXPORT_MAX:] if not sync else export
+
+    def unsynced(self) -> bool:
+        """Whether branch files were written that a power cut could still take back."""
+        return bool(self.export or self.branch.dirty)
+
+    def heal(self) -> bool:
+        """Make the database anew if it is damaged; whether it was."""
+        try:
+            if self.store.is_sound():
+                return False
+        except sqlite3.DatabaseError:
+            pass
+        self.store.close()
+        self.store = None
+        try:
+            os.unlink(self.places.database)
+        except FileNotFoundError:
+            pass
+        self._open_store({})
+        return True
+
+
+# ================================================================== 12  Routing
+
+
+class Waiters:
+    """Who waits for a message, and is to be woken.  No threads: the daemon calls it from one."""
+
+    def __init__(self):
+        self._waiting = {}      # token -> (agent id or "" for any message, function)
+        self._next = 0
+
+    def add(self, agent_id: str, wake) -> int:
+        """Call `wake()` once for each batch with a message to `agent_id` ("": with any); gives a token for `remove`."""
+        self._next += 1
+        self._waiting[self._next] = (agent_id, wake)
+        return self._next
+
+    def remove(self, token: int) -> None:
+        self._waiting.pop(token, None)
+
+    def publish(self, events: list) -> None:
+        """Wake those whom (sequence, event) pairs concern; they then ask the store what has come."""
+        created = [event for _, event in events if event["type"] == "message.create"]
+        if created and self._waiting:
+            reached = {agent for event in created for agent in event.get("recipients", ())}
+            for agent_id, wake in list(self._waiting.values()):
+                if not agent_id or agent_id in reached:
+                    wake()
+
+
+# ================================================================== 13  Sync
+
+BRANCH = "a-sync"               # the orphan branch that carries the log
+
+
+def ensure_branch(places: Places) -> None:
+    """Make the branch and its worktree where they are missing.  Raises GitError.
+
+    Nothing of the user's is touched: not HEAD, not the index, not the hooks.  A branch that is known from the
+    remote is continued; an existing one is never replaced.
+    """
+    git = Git(places.root)
+    branch = "refs/heads/" + BRANCH
+    if os.path.isfile(places.sync + "/.git") and git.run("rev-parse", "--verify", "-q", branch, check=False):
+        os.makedirs(places.sync + "/messages", mode=0o700, exist_ok=True)
+        return
+    if not git.run("rev-parse", "--verify", "-q", branch, check=False):
+        start = git.run("rev-parse", "--verify", "-q", "refs/remotes/origin/" + BRANCH, check=False).strip()
+        if not start:
+            tree = git.run("mktree").strip()
+            start = git.run("commit-tree", tree.decode(), "-m", "Initialize Thrum sync").strip()
+        git.run("update-ref", branch, start.decode())
+    git.run("worktree", "prune")
+    if os.path.isdir(places.sync):      # a plain directory, left by a crash or by hand: keep what is in it
+        aside = places.sync + ".old"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(places.sync, aside)
+    os.makedirs(os.path.dirname(places.sync), mode=0o700, exist_ok=True)
+    git.run("worktree", "add", "-f", places.sync, BRANCH)
+    os.makedirs(places.sync + "/messages", mode=0o700, exist_ok=True)
+    events = places.sync + "/events.jsonl"
+    if not os.path.exists(events):
+        with open(events, "ab"):
+            pass
+        in_sync = Git(places.sync)
+        in_sync.run("add", "events.jsonl")
+        in_sync.run("commit", "--no-verify", "-q", "-m", "Initialize Thrum sync data")
+
+
+# ================================================================== 14  JSON-RPC
+#
+# One JSON object, or an array of them, on each line (JSON-RPC 2.0).  A call without `id` is a notification and is
+# never answered.  An error that cannot be assigned to a call has the id null, as section 5 asks.
+
+REQUEST_MAX = 1 << 20           # bytes of one line: sixteen times the largest message
+BATCH_CALLS_MAX = 100           # calls in one array
+
+
+class Call(Record):
+    """One request (JSON-RPC 2.0, section 4).  `error` is set instead of `method` when it is malformed."""
+
+    method: str = ""
+    params: object = None
+    id: object = None
+    answered: bool = True       # False for a notification
+    error: object = None
+
+
+def decode_request(line: bytes) -> tuple:
+    """The calls in a line and whether they came as an array: ([Call, …], is_batch).  Never raises.
+
+    >>> decode_request(b'{"jsonrpc":"2.0","id":1,"method":"health"}')[0][0].method
+    'health'
+    """
+    def refuse(word):
+        raise ValueError(f"{word} is not JSON")
+    try:
+        value = json.loads(line.decode(), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        return [Call(error=ParseError("Parse error", str(error)[:200]))], False
+    if not isinstance(value, list):
+        return [_decode_call(value)], False
+    if not value:
+        return [Call(error=InvalidRequest("Invalid request", "batch request cannot be empty"))], False
+    if len(value) > BATCH_CALLS_MAX:
+        return [Call(error=InvalidRequest("Invalid request", f"more than {BATCH_CALLS_MAX} calls in a batch"))], False
+    return [_decode_call(item) for item in value], True
+
+
+def _decode_call(value) -> Call:
+    def wrong(data, id=None):
+        return Call(id=id, error=InvalidRequest("Invalid request", data))
+    if not isinstance(value, dict):
+        return wrong("a request must be an object")
+    id = value.get("id")
+    if not (id is None or (isinstance(id, (str, int, float)) and not isinstance(id, bool))):
+        return wrong("id must be a string, a number or null")
+    if value.get("jsonrpc") != "2.0":
+        return wrong("jsonrpc field must be '2.0'", id)
+    method = value.get("method")
+    if "method" in value and method is not None and not isinstance(method, str):
+        return wrong("method must be a string", id)
+    params = value.get("params")
+    if not (params is None or isinstance(params, (dict, list))):
+        return Call(method or "", id=id, answered="id" in value, error=InvalidParams("invalid params: params must be an object"))
+    return Call(method or "", params, id, "id" in value)
+
+
+def encode_reply(call: Call, result=None, error: Exception | None = None) -> bytes:
+    """The response object for a call (JSON-RPC 2.0, section 5), one line."""
+    reply = {"jsonrpc": "2.0"}
+    if error is None:
+        reply["result"] = result
+    else:
+        reply["error"] = {"code": getattr(error, "code", InternalError.code), "message": str(error)}
+        if getattr(error, "data", None) is not None:
+            reply["error"]["data"] = error.data
+    reply["id"] = call.id
+    return json.dumps(reply, separators=(",", ":")).encode()
+
+
+class Lines:
+    """Splits a stream of bytes into lines of at most `limit` bytes.
+
+    >>> Lines(80).feed(b'{"a":1}\\r\\n{"b"')
+    [b'{"a":1}']
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> list:
+        """The lines that are complete now, without their ends.  Raises InvalidRequest when one is too long."""
+        self._rest += data
+        end = self._rest.rfind(b"\n") + 1
+        if not end:
+            complete = []
+        else:
+            complete = [line.rstrip(b"\r") for line in bytes(self._rest[:end - 1]).split(b"\n")]
+            del self._rest[:end]
+        if len(self._rest) > self.limit or any(len(line) > self.limit for line in complete):
+            raise InvalidRequest("Invalid request", f"a line is longer than {self.limit:,} bytes")
+        return complete
+
+
+# ================================================================== 18  Integrations
+
+IGNORED = (".thrum/", ".thrum.*.json", "scripts/thrum-startup.sh")
+IGNORED_BECAUSE = "# thrum: messages between agents, kept on the branch a-sync"
+
+
+def add_ignore_lines(path: str) -> bool:
+    """Append what git is to ignore to an ignore file, unless it is there; whether the file was changed."""
+    try:
+        with open(path, "rb") as file:
+            before = file.read()
+    except FileNotFoundError:
+        before = b""
+    present = {line.strip() for line in before.decode(errors="replace").splitlines()}
+    missing = [line for line in IGNORED if line not in present]
+    if not missing:
+        return False
+    gap = (b"\n" if before and not before.endswith(b"\n") else b"") + (b"\n" if before else b"")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    mode = os.stat(path).st_mode & 0o777 if before else 0o644
+    atomic_write(path, before + gap + "\n".join([IGNORED_BECAUSE, *missing, ""]).encode(), mode)
+    return True
+
+
+# ================================================================== 20  Methods
+#
+# A row says what may be asked, and dispatch holds callers to it.  Names end in `!` when a value must be given and
+# not be empty.  A method that writes runs in the ledger's batch and may use `context.append`; all others read.
+
+ACTIVE_S = 24 * 3600            # seconds after which somebody who was not seen is worth a warning
+WAIT_MAX_MS = 600_000           # one `message.wait`; a caller that wants more asks again from where it was
+PAIR = object()                 # {"type": …, "value": …}
+
+
+class Method(Record):
+    """What one JSON-RPC method takes and does."""
+
+    handler: object
+    params: dict
+    help: str
+    writes: bool = False
+    waits: bool = False         # the handler gives None until there is something
+    unix_only: bool = False
+    aliases: dict = {}          # other spellings of parameters (design, decision 23)
+
+
+def check_params(method: Method, params) -> dict:
+    """The parameters of a call as its row wants them; raises InvalidParams naming the field."""
+    if params is None:
+        params = {}
+    if not isinstance(params, dict):
+        raise InvalidParams("invalid params: params must be an object")
+    checked = {}
+    for field, kind in method.params.items():
+        name = field.rstrip("!")
+        value = params.get(name)
+        if value is None:
+            value = next((params[a] for a, real in method.aliases.items() if real == name and params.get(a) is not None), None)
+        if value is None or (name is not field and value in ("", [], 0)):
+            if name is not field:
+                raise ThrumError(f"{name} is required")
+            continue
+        checked[name] = _check_value(name, kind, value)
+    return checked
+
+
+_KIND_NAMES = {str: "a string", int: "an integer", bool: "true or false", dict: "an object"}
+
+
+def _check_value(name: str, kind, value):
+    if isinstance(kind, list):
+        if not isinstance(value, list) or len(value) > LIST_MAX:
+            raise InvalidParams(f"invalid params: {name} must be an array of at most {LIST_MAX:,}")
+        return [_check_value(f"{name}[{i}]", kind[0], item) for i, item in enumerate(value)]
+    if kind is PAIR:
+        if not isinstance(value, dict) or not all(isinstance(value.get(k), str) and is_label(value[k]) for k in ("type", "value")):
+            raise InvalidParams(f"invalid params: {name} must be an object with the texts type and value")
+        return {"type": value["type"], "value": value["value"]}
+    if type(value) is not kind:
+        raise InvalidParams(f"invalid params: {name} must be {_KIND_NAMES[kind]}")
+    if kind is str:
+        check_text(value, name, REQUEST_MAX)
+    return value
+
+
+def compact(**fields) -> dict:
+    """The fields that say something: without None, "", empty lists and objects."""
+    return {k: v for k, v in fields.items() if v not in (None, "", [], {})}
+
+
+def _stamp(ns) -> str:
+    return stamp_of(ns) if ns else ""
+
+
+# ---- who is calling
+
+def caller_of(context: Context, params: dict) -> str:
+    """The agent id of the caller: the one in the request, else the identity of the daemon's own worktree."""
+    given = params.get("caller_agent_id")
+    if given:
+        return given
+    places = context.ledger.places
+    return resolve_caller(read_identities(places.root + "/.thrum"), {}, os.path.basename(places.root)).agent_id()
+
+
+def read_identities(local: str) -> list:
+    """The identity files of a worktree, as pairs of name and bytes, at most IDENTITIES_MAX."""
+    files = []
+    try:
+        for name in sorted(os.listdir(local + "/identities")):
+            if name.endswith(".json") and not name.startswith(".") and len(files) < IDENTITIES_MAX:
+                with open(f"{local}/identities/{name}", "rb") as file:
+                    files.append((name, file.read(IDENTITY_MAX + 1)))
+    except OSError:
+        pass
+    return files
+
+
+def session_of(context: Context, agent_id: str) -> dict:
+    """The open session that an agent needs for what it does."""
+    session = context.store.open_session(agent_id)
+    if not session:
+        raise ThrumError(f"resolve agent and session: no active session found for agent {agent_id} "
+                         "(you must start a session first)")
+    return session
+
+
+# ---- platform, agents, sessions
+
+def health(context: Context, params: dict) -> dict:
+    ledger = context.ledger
+    return {
+        "status": "ok", "uptime_ms": int((context.world.monotonic() - ledger.facts["started"]) * 1000), "version": __version__,
+        "repo_id": ledger.repo_id, "sync_state": "error" if ledger.export_problem else "ok", "pid": os.getpid(),
+        "epoch": ledger.journal.epoch, "last_seq": ledger.journal.last, "bad_lines": ledger.bad_lines.count,
+        "rebuilt_events": ledger.rebuilt, **context.store.counts()}
+
+
+def _agent_info(row: dict) -> dict:
+    info = {key: row[key] or "" for key in ("agent_id", "kind", "role", "module", "display")}
+    info["registered_at"] = stamp_of(row["registered_at"])
+    if row["last_seen_at"]:
+        info["last_seen_at"] = stamp_of(row["last_seen_at"])
+    return info
+
+
+def agent_register(context: Context, params: dict) -> dict:
+    store, role = context.store, check_word(params["role"], "role")
+    module = params["module"]
+    if not is_label(module):
+        raise InvalidParams(f"module must be a text of at most {PAIR_MAX} printable characters")
+    display = params.get("display", "")
+    if display and not is_label(display):
+        raise InvalidParams(f"display must be a text of at most {PAIR_MAX} printable characters")
+    name, again = params.get("name", ""), params.get("re_register", False)
+    if name:
+        try:
+            check_name(name)
+        except InvalidParams as error:
+            raise InvalidParams(f"invalid agent name: {error}") from None
+        if name == role and not again:
+            raise ThrumError(f'agent name "{name}" cannot be the same as its role — use a distinct name (e.g., \'{name}_main\')')
+    agent_id = name or unnamed_agent_id(context.ledger.repo_id, role, module)
+    if not again:
+        if name and name in store.roles():
+            raise ThrumError(f"agent name \"{name}\" conflicts with existing role '{name}' — choose a different name")
+        if store.agent(role):
+            raise ThrumError(f"role \"{role}\" conflicts with existing agent name '{role}' — choose a different role")
+    if store.group(agent_id):
+        raise ThrumError(f'agent name "{agent_id}" is the name of a group — choose a different name')
+    known = store.agent(agent_id)
+    force = params.get("force", False)
+    if known and known["daemon"] != context.ledger.daemon_id and not force \
+            and context.world.now_ns() - known["last_seen_at"] < ACTIVE_S * NS:
+        raise Conflict(f"agent '{agent_id}' was registered on {known['hostname'] or 'another machine'} and last seen "
+                       f"{_stamp(known['last_seen_at'])[:19]}Z; choose another name, or take it over with --force")
+    if known and (known["role"], known["module"]) == (role, module):
+        if not again and not force:
+            return {"agent_id": agent_id, "status": "registered"}
+        status = "updated" if again else "registered"
+    else:
+        status = "registered"
+        others = [row for row in store.agents(role, module) if row["agent_id"] != agent_id and row["kind"] == "agent"]
+        if others and not (force or again):
+            info = _agent_info(others[0])
+            return {"agent_id": "", "status": "conflict", "conflict": {
+                "existing_agent_id": info["agent_id"], "registered_at": info["registered_at"],
+                "last_seen_at": info.get("last_seen_at", "")}}
+    context.append("agent.register", after=known["registered_at"] if known else 0, agent_id=agent_id, kind="agent", name=name,
+                   role=role, module=module, display=display, worktree=params.get("worktree", ""),
+                   hostname=context.world.hostname())
+    return {"agent_id": agent_id, "status": status}
+
+
+def agent_list(context: Context, params: dict) -> dict:
+    return {"agents": [_agent_info(row) for row in context.store.agents(params.get("role", ""), params.get("module", ""))]}
+
+
+def agent_whoami(context: Context, params: dict) -> dict:
+    agent_id = caller_of(context, params)
+    agent, session = context.store.agent(agent_id) or {}, context.store.open_session(agent_id)
+    work = context.store.newest_intent(agent_id) or {}
+    reply = {"agent_id": agent_id, "role": agent.get("role") or "", "module": agent.get("module") or "",
+             "display": agent.get("display") or "", "source": "caller" if params.get("caller_agent_id") else "identity_file"}
+    if session:
+        reply.update(session_id=session["session_id"], session_start=stamp_of(session["started_at"]))
+    return {**reply, **compact(branch=work.get("branch"), intent=work.get("intent"))}
+
+
+def session_start(context: Context, params: dict) -> dict:
+    store, agent_id = context.store, params["agent_id"]
+    agent = store.agent(agent_id)
+    if not agent:
+        raise ThrumError(f"agent not found: agent {agent_id} not registered")
+    newest = agent["registered_at"]
+    for session in store.sessions(agent_id, active=True):
+        if session["daemon"] == context.ledger.daemon_id:
+            newest = max(newest, session["started_at"])
+            context.append("agent.session.end", after=newest, session_id=session["session_id"], reason="crash_recovered")
+    event = context.append("agent.session.start", after=newest, session_id=context.world.new_id("ses"), agent_id=agent_id)
+    if params.get("scopes") or params.get("refs"):
+        context.append("session.update", session_id=event["session_id"], agent_id=agent_id, scopes=params.get("scopes"),
+                       refs=params.get("refs"))
+    return {"session_id": event["session_id"], "agent_id": agent_id, "started_at": event["timestamp"]}
+
+
+def session_end(context: Context, params: dict) -> dict:
+    session = context.store.session(params["session_id"])
+    if not session:
+        raise ThrumError(f"session not found: {params['session_id']}")
+    if session["ended_at"]:
+        raise ThrumError(f"session {session['session_id']} has already ended")
+    reason = check_text(params.get("reason") or "normal", "reason", PAIR_MAX)
+    event = context.append("agent.session.end", after=session["started_at"], session_id=session["session_id"], reason=reason)
+    return {"session_id": session["session_id"], "ended_at": event["timestamp"],
+            "duration_ms": (ns_of(event["timestamp"]) - session["started_at"]) // 1_000_000}
+
+
+def session_list(context: Context, params: dict) -> dict:
+    rows = context.store.sessions(params.get("agent_id", ""), params.get("active_only", False))
+    return {"sessions": [{
+        "session_id": row["session_id"], "agent_id": row["agent_id"], "started_at": stamp_of(row["started_at"]),
+        **compact(ended_at=_stamp(row["ended_at"]), end_reason=row["end_reason"]), "last_seen_at": stamp_of(row["last_seen_at"]),
+        **compact(intent=row["intent"]), "status": "ended" if row["ended_at"] else "active"} for row in rows]}
+
+
+def _open_session(context: Context, session_id: str) -> dict:
+    session = context.store.session(session_id)
+    if not session:
+        raise ThrumError(f"session not found: {session_id}")
+    if session["ended_at"]:
+        raise ThrumError(f"session {session_id} has already ended")
+    return session
+
+
+def session_heartbeat(context: Context, params: dict) -> dict:
+    session = _open_session(context, params["session_id"])
+    before = context.store.session_pairs(session["session_id"])
+    changed = {}
+    for kind, pairs in zip(("scopes", "refs"), before):
+        kept = [pair for pair in pairs if pair not in pairs_of(params.get("remove_" + kind))]
+        kept += [pair for pair in pairs_of(params.get("add_" + kind)) if pair not in kept]
+        if kept != pairs:
+            changed[kind] = [{"type": k, "value": v} for k, v in kept]
+    if changed:
+        context.append("session.update", after=session["started_at"], session_id=session["session_id"],
+                       agent_id=session["agent_id"], **changed)
+    now = context.world.now_ns()
+    context.store.touch(session["session_id"], now)
+    work = context.store.work_context(session["session_id"]) or {}
+    return {"session_id": session["session_id"], "last_seen_at": stamp_of(now), **compact(branch=work.get("branch"))}
+
+
+def _session_text(context: Context, params: dict, field: str, at: str) -> dict:
+    session = _open_session(context, params["session_id"])
+    text = check_text(params.get(field, ""), field)
+    event = context.append("session.update", after=session["started_at"], session_id=session["session_id"],
+                           agent_id=session["agent_id"], **{field: text})
+    return {"session_id": session["session_id"], field: text, at: event["timestamp"]}
+
+
+def session_set_intent(context: Context, params: dict) -> dict:
+    return _session_text(context, params, "intent", "intent_updated_at")
+
+
+def session_set_task(context: Context, params: dict) -> dict:
+    return _session_text(context, params, "current_task", "task_updated_at")
+
+
+# ---- groups
+
+def group_create(context: Context, params: dict) -> dict:
+    name, store = params["name"].lstrip("@"), context.store
+    if not (WORD | {"."}).issuperset(name) or len(name) > NAME_MAX or name in RESERVED_NAMES or not name:
+        raise InvalidParams(f"group name {name[:NAME_MAX]!r} is invalid or reserved; use up to {NAME_MAX} letters, digits, "
+                            "'_', '-' and '.'")
+    if store.group(name):
+        raise ThrumError(f'group "{name}" already exists')
+    if store.agent(name) or name in store.roles():
+        raise ThrumError(f'group "{name}" would hide the agent or role of that name — choose a different name')
+    event = context.append("group.create", group_id=context.world.new_id("grp"), name=name,
+                           description=check_text(params.get("description", ""), "description"),
+                           created_by=params.get("caller_agent_id") or "system")
+    return {"group_id": event["group_id"], "name": name, "created_at": event["timestamp"]}
+
+
+def _group_for_change(context: Context, name: str) -> dict:
+    name = name.lstrip("@")
+    group = context.store.group(name)
+    if name == EVERYONE:
+        raise ThrumError("cannot modify members of built-in @everyone group")
+    if not group:
+        raise ThrumError(f'group "{name}" not found')
+    return group
+
+
+def group_member_add(context: Context, params: dict) -> dict:
+    store, kind = context.store, params.get("member_type") or "agent"
+    value = params["member_value"].lstrip("@")
+    if kind not in ("agent", "role", "group"):
+        raise ThrumError(f"invalid member_type \"{kind}\" (must be 'agent', 'role' or 'group')")
+    group = _group_for_change(context, params["group"])
+    if kind == "agent" and not store.agent(value):
+        raise ThrumError(f'agent "{value}" not found — agent must be registered before being added to a group')
+    if kind == "role" and value != "*" and value not in store.roles():
+        raise ThrumError(f'role "{value}" not found — no registered agents with this role')
+    if kind == "group":
+        if not store.group(value):
+            raise ThrumError(f'group "{value}" not found')
+        if group["name"] in _groups_inside(store, value):
+            raise ThrumError(f'group "{value}" contains "{group["name"]}": a group cannot be inside itself')
+    members = store.group_members(group["name"])
+    if not any((m["member_type"], m["member_value"]) == (kind, value) for m in members):
+        context.append("group.member.add", after=max([group["created_at"], *(m["at"] for m in members)]),
+                       group_id=group["group_id"], member_type=kind, member_value=value,
+                       added_by=params.get("caller_agent_id") or "system")
+    return {"group": group["name"], "member_type": kind, "member_value": value, "member": value}
+
+
+def _groups_inside(store: Store, name: str) -> set:
+    """The names of the group itself and of all that are nested in it."""
+    found, left = set(), [name]
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += [m["member_value"] for m in store.group_members(name) if m["member_type"] == "group"]
+    return found
+
+
+def group_list(context: Context, params: dict) -> dict:
+    return {"groups": [{"group_id": row["group_id"], "name": row["name"], **compact(description=row["description"]),
+                        "member_count": row["member_count"], "created_at": stamp_of(row["created_at"])}
+                       for row in context.store.groups()]}
+
+
+# ---- messages
+
+def resolve_mention(store: Store, text: str) -> tuple:
+    """What a mention names: (kind, value, keys of recipients); kind is group, agent, role or "" for nothing."""
+    name = text[1:] if text.startswith("@") else text
+    if store.group(name):
+        return "group", name, store.expand("group", name)
+    for agent_id in (name, "user:" + name):
+        if store.agent(agent_id):
+            return "agent", name, frozenset([store.key_of(agent_id)])
+    if name and name in store.roles():
+        return "role", name, store.expand("group", name)
+    return "", name, frozenset()
+
+
+def _body(row: dict) -> dict:
+    return {"format": row["format"], "content": row["content"], **compact(structured=row["structured"])}
+
+
+def _audiences(row: dict) -> list:
+    mentions, groups = audience_of({"refs": json.loads(row["refs"] or "[]"), "scopes": json.loads(row["scopes"] or "[]")})
+    found = [{"type": "mention", "value": v} for v in mentions] + [{"type": "group", "value": v} for v in groups]
+    return found or [{"type": "broadcast", "value": EVERYONE}]
+
+
+def _summary(row: dict, **more) -> dict:
+    return {"message_id": row["message_id"], **compact(thread_id=row["thread_id"], reply_to=row["reply_to"]),
+            "agent_id": row["agent_id"], "body": _body(row), "created_at": stamp_of(row["at"]),
+            **compact(updated_at=_stamp(row["updated_at"])), "deleted": bool(row["deleted_at"]),
+            "is_read": row.get("is_read", False), "seq": row["seq"], **more}
+
+
+def message_send(context: Context, params: dict) -> dict:
+    store, content = context.store, params["content"]
+    form = params.get("format") or "markdown"
+    if form not in ("markdown", "plain", "json"):
+        raise ThrumError(f"invalid format: {form} (must be 'markdown', 'plain', or 'json')")
+    author = caller_of(context, params)
+    key = params.get("send_key", "")
+    if key and len(key) > PAIR_MAX:
+        raise InvalidParams(f"send_key is longer than {PAIR_MAX} characters")
+    before = store.message_by_key(author, key) if key else None
+    if before:
+        return _send_reply(store, before, 0, [], repeated=True)
+    session = session_of(context, author)
+    # Scopes and references of routing types are what they say, whether they come as mentions or not.
+    given_scopes, given_refs = pairs_of(params.get("scopes")), pairs_of(params.get("refs"))
+    wanted = [*params.get("mentions", []), *(v for k, v in given_refs if k in ("mention", "group")),
+              *(v for k, v in given_scopes if k == "group")]
+    scopes = [pair for pair in given_scopes if pair[0] != "group"]
+    refs = [pair for pair in given_refs if pair[0] not in ("mention", "group", "reply_to")]
+    refs += [("tag", check_text(tag, "tag", PAIR_MAX)) for tag in params.get("tags", [])]
+    unknown, warnings, audiences, recipients, resolved = [], [], [], set(), 0
+    for mention in dict.fromkeys(wanted):
+        kind, value, keys = resolve_mention(store, mention)
+        if not kind:
+            unknown.append("@" + value)
+            continue
+        resolved += 1
+        recipients |= keys
+        if kind == "agent":
+            refs.append(("mention", value))
+        else:
+            scopes.append(("group", value))
+            refs.append(("group", value))
+            if value != EVERYONE:
+                warnings.append(f"@{value} resolved to a group, not an individual agent")
+        audiences.append({"type": "agent" if kind == "agent" else "group", "value": value})
+    if unknown:
+        raise ThrumError(f"unknown recipients: {', '.join(unknown)} — no matching agent, role, or group found")
+    if not audiences:
+        audiences = [{"type": "broadcast", "value": EVERYONE}]
+        recipients = store.expand("group", EVERYONE)
+    after, thread = session["started_at"], params.get("thread_id", "")
+    if thread:
+        thread, newest = _thread_for(store, thread)
+        after = max(after, newest)
+    reply_to = params.get("reply_to") or next((v for k, v in given_refs if k == "reply_to"), "")
+    if reply_to:
+        parent = store.message(reply_to)
+        if not parent:
+            raise ThrumError(f"reply_to message not found: {reply_to}")
+        own = parent["thread_id"] or "thr_" + reply_to.partition("_")[2]
+        if thread and thread != own:
+            raise ThrumError(f"{reply_to} is in thread {own}, not in {thread}")
+        thread, after = own, max(after, parent["at"])
+        refs.append(("reply_to", reply_to))
+    structured = params.get("structured")
+    ids = [agent_id for agent_id in store.agent_ids(recipients) if agent_id != author]
+    event = context.append(
+        "message.create", after=after, message_id=context.world.new_id("msg"), agent_id=author, session_id=session["session_id"],
+        body={"format": form, "content": content,
+              **({"structured": canonical(structured).decode()} if structured is not None else {})},
+        thread_id=thread, scopes=[{"type": k, "value": v} for k, v in dict.fromkeys(scopes)],
+        refs=[{"type": k, "value": v} for k, v in dict.fromkeys(refs)], recipients=ids, send_key=key)
+    if not ids:
+        warnings.append("nobody else is registered, so nobody received this")
+    return compact(
+        message_id=event["message_id"], thread_id=thread, created_at=event["timestamp"], seq=event["sequence"],
+        warnings=warnings, audiences=audiences,
+        recipients=[{"agent_id": agent_id, "delivered_at": event["timestamp"]} for agent_id in ids]) | {"resolved_to": resolved}
+
+
+def _send_reply(store: Store, row: dict, resolved: int, warnings: list, **more) -> dict:
+    audiences = [{**a, "type": "agent" if a["type"] == "mention" else a["type"]} for a in _audiences(row)]
+    return {**compact(message_id=row["message_id"], thread_id=row["thread_id"], created_at=stamp_of(row["at"]), seq=row["seq"],
+                      audiences=audiences, recipients=store.recipients(row)),
+            "resolved_to": sum(a["type"] != "broadcast" for a in audiences), **more}
+
+
+def _thread_for(store: Store, thread_id: str) -> tuple:
+    """The id that a thread goes by and the time of its newest message; a lone message has a thread of its own."""
+    thread_id = store.thread(thread_id)
+    newest = store.newest_in(thread_id)
+    if not newest:
+        lone = store.message("msg_" + thread_id.partition("_")[2])
+        newest = lone["at"] if lone else 0
+    if not newest:
+        raise ThrumError(f"thread not found: {thread_id}")
+    return thread_id, newest
+
+
+def _message(store: Store, message_id: str) -> dict:
+    row = store.message(message_id)
+    if not row:
+        raise ThrumError(f"message not found: {message_id}")
+    return row
+
+
+def message_get(context: Context, params: dict) -> dict:
+    row = _message(context.store, params["message_id"])
+    return {"message": {
+        "message_id": row["message_id"], **compact(thread_id=row["thread_id"], reply_to=row["reply_to"]),
+        "author": {"agent_id": row["agent_id"], "session_id": row["session_id"] or ""}, "body": _body(row),
+        "scopes": json.loads(row["scopes"] or "[]"), "refs": json.loads(row["refs"] or "[]"),
+        "metadata": compact(deleted_at=_stamp(row["deleted_at"]), delete_reason=row["delete_reason"]),
+        "created_at": stamp_of(row["at"]), **compact(updated_at=_stamp(row["updated_at"])), "deleted": bool(row["deleted_at"]),
+        **compact(audiences=_audiences(row), recipients=context.store.recipients(row)), "seq": row["seq"]}}
+
+
+def message_list(context: Context, params: dict) -> dict:
+    store = context.store
+    sort_by, order = params.get("sort_by") or "created_at", params.get("sort_order") or "desc"
+    if sort_by not in ("created_at", "updated_at"):
+        raise ThrumError(f"invalid sort_by: {sort_by} (must be 'created_at' or 'updated_at')")
+    if order not in ("asc", "desc"):
+        raise ThrumError(f"invalid sort_order: {order} (must be 'asc' or 'desc')")
+    size = min(max(params.get("page_size") or 10, 1), PAGE_MAX)
+    page = max(params.get("page") or 1, 1)
+    caller, receiver = params.get("caller_agent_id", ""), params.get("for_agent", "")
+    if params.get("exclude_self") or params.get("unread") or params.get("mentions"):
+        caller = caller_of(context, params)
+    unread_for = params.get("unread_for_agent") or (caller if params.get("unread") else "")
+    mention = params.get("mention_role", "")
+    if params.get("mentions") and not mention:
+        mention = caller        # decision 16: mail that names the caller itself
+    try:
+        after_ns = ns_of(params["created_after"]) if params.get("created_after") else 0
+    except ValueError as error:
+        raise InvalidParams(f"invalid params: created_after is {error}") from None
+    found = store.page(
+        receiver=unread_for or receiver, unread=bool(unread_for), reader=unread_for or caller or receiver,
+        author=params.get("author_id", ""), not_author=caller if params.get("exclude_self") else "",
+        scope=_pair(params.get("scope")), ref=_pair(params.get("ref")), mention=mention.lstrip("@"),
+        thread_id=params.get("thread_id", ""), after_ns=after_ns, after_seq=params.get("after_seq", -1),
+        by_update=sort_by == "updated_at", ascending=order == "asc", limit=size, offset=(page - 1) * size)
+    return {"messages": [_summary(row) for row in found["messages"]], "total": found["total"], "unread": found["unread"],
+            "page": page, "page_size": size, "total_pages": -(-found["total"] // size),
+            "last_seq": store.meta("seq", 0), "epoch": store.meta("epoch", "")}
+
+
+def _pair(scope):
+    return (scope["type"], scope["value"]) if scope else None
+
+
+def message_outbox(context: Context, params: dict) -> dict:
+    store, to = context.store, params.get("to", "")
+    wanted = to.strip().lstrip("@").lower()
+    if to and not wanted:
+        raise ThrumError("invalid to filter")
+    size = min(max(params.get("page_size") or 10, 1), PAGE_MAX)
+    page = max(params.get("page") or 1, 1)
+    found = store.outbox(caller_of(context, params), wanted, params.get("unread", False), size, (page - 1) * size)
+    messages = []
+    for row in found["messages"]:
+        recipients = store.recipients(row)
+        messages.append(_summary(row, **compact(audiences=_audiences(row), recipients=recipients),
+                                 read_count=sum("read_at" in state for state in recipients)))
+    return {"messages": messages, "total": found["total"], "page": page, "page_size": size,
+            "total_pages": -(-found["total"] // size)}
+
+
+def _may_change(row: dict, params: dict, verb: str) -> None:
+    """The author, a person, or a local caller without a name (decision 17); advisory within one user."""
+    caller = params.get("caller_agent_id", "")
+    if caller and caller != row["agent_id"] and not caller.startswith("user:"):
+        raise ThrumError(f"only message author can {verb} (author: {row['agent_id']}, current: {caller})")
+
+
+def message_edit(context: Context, params: dict) -> dict:
+    content, structured = params.get("content", ""), params.get("structured")
+    if not content and structured is None:
+        raise ThrumError("at least one of content or structured must be provided")
+    row = _message(context.store, params["message_id"])
+    if row["deleted_at"]:
+        raise ThrumError(f"cannot edit deleted message: {row['message_id']}")
+    _may_change(row, params, "edit")
+    structured = canonical(structured).decode() if structured is not None else row["structured"]
+    event = context.append(
+        "message.edit", after=max(row["at"], row["updated_at"] or 0), message_id=row["message_id"],
+        agent_id=params.get("caller_agent_id"),
+        body={"format": row["format"], "content": content or row["content"], **compact(structured=structured)})
+    return {"message_id": row["message_id"], "updated_at": event["timestamp"], "version": context.store.edits(row["seq"])}
+
+
+def message_delete(context: Context, params: dict) -> dict:
+    row = _message(context.store, params["message_id"])
+    if row["deleted_at"]:
+        raise ThrumError(f"message already deleted: {row['message_id']}")
+    _may_change(row, params, "delete")
+    event = context.append("message.delete", after=row["at"], message_id=row["message_id"],
+                           reason=check_text(params.get("reason", ""), "reason"))
+    return {"message_id": row["message_id"], "deleted_at": event["timestamp"]}
+
+
+def message_mark_read(context: Context, params: dict) -> dict:
+    """Marks what the caller received and has not read; `all` means everything up to `up_to_seq`."""
+    store, reader = context.store, caller_of(context, params)
+    if params.get("all"):
+        unread = store.page(receiver=reader, unread=True, limit=BATCH_READ_MAX)["messages"]
+        rows = [row for row in unread if row["seq"] <= params.get("up_to_seq", FAR)]
+    elif not params.get("message_ids"):
+        raise ThrumError("message_ids is required and must not be empty")
+    else:
+        rows = [row for row in map(store.message, dict.fromkeys(params["message_ids"])) if row]
+    session = store.open_session(reader)
+    marked, others = 0, {}
+    for row in rows:
+        states = {state["agent_id"]: state for state in store.recipients(row)} if not params.get("all") else {reader: {}}
+        if reader not in states:
+            continue
+        marked += 1
+        if "read_at" not in states[reader]:
+            context.append("message.receipt", after=row["at"], message_id=row["message_id"], agent_id=reader,
+                           receipt_type="read", session_id=session and session["session_id"])
+        read_by = [agent for agent, state in states.items() if "read_at" in state and agent != reader]
+        if read_by:
+            others[row["message_id"]] = read_by
+    left = store.page(receiver=reader, limit=1)["unread"]
+    return {"marked_count": marked, **compact(also_read_by=others), "remaining": left}
+
+
+BATCH_READ_MAX = 5_000          # messages marked at once: bounds the transaction that others wait for
+
+
+def message_wait(context: Context, params: dict) -> dict | None:
+    """The messages after a point, oldest first, or None while there are none."""
+    store, limit = context.store, min(max(params.get("page_size") or 10, 1), PAGE_MAX)
+    agent_id = "" if params.get("all") else caller_of(context, params)
+    after, unread = params.get("after_seq", -1), params.get("unread", False)
+    if params.get("epoch", store.meta("epoch")) != store.meta("epoch"):
+        after, unread = -1, not params.get("all")      # numbers of another journal: begin at the oldest unread
+    try:
+        after_ns = ns_of(params["created_after"]) if params.get("created_after") else 0
+    except ValueError as error:
+        raise InvalidParams(f"invalid params: created_after is {error}") from None
+    found = store.page(
+        receiver=agent_id, unread=unread, author=params.get("from", "").lstrip("@"),
+        not_author=params.get("caller_agent_id", ""), scope=_pair(params.get("scope")),
+        mention=params.get("mention_role", "").lstrip("@"), thread_id=params.get("thread_id", ""), after_ns=after_ns,
+        after_seq=after, ascending=True, limit=limit)
+    if not found["messages"]:
+        return None
+    return {"messages": [_summary(row) for row in found["messages"]], "after_seq": found["messages"][-1]["seq"],
+            "epoch": store.meta("epoch"), "remaining": found["total"] - len(found["messages"])}
+
+
+CALLER = {"caller_agent_id": str}
+PAGING = {"page_size": int, "page": int}
+METHODS = {
+    "health": Method(health, {}, "Whether the daemon is well, and how much it holds."),
+    "agent.register": Method(
+        agent_register, {"role!": str, "module!": str, "name": str, "display": str, "force": bool, "re_register": bool,
+                         "worktree": str}, "Register an agent, or report who holds its role and module.", writes=True),
+    "agent.list": Method(agent_list, {"role": str, "module": str}, "The registered agents, newest first."),
+    "agent.whoami": Method(agent_whoami, {**CALLER}, "Who is calling, with session and intent."),
+    "session.start": Method(session_start, {"agent_id!": str, "scopes": [PAIR], "refs": [PAIR]},
+                            "Start a session; ends what a crash left open.", writes=True),
+    "session.end": Method(session_end, {"session_id!": str, "reason": str}, "End a session.", writes=True),
+    "session.list": Method(session_list, {"agent_id": str, "active_only": bool}, "Sessions, newest first.",
+                           aliases={"active": "active_only"}),
+    "session.heartbeat": Method(
+        session_heartbeat, {"session_id!": str, "add_scopes": [PAIR], "remove_scopes": [PAIR], "add_refs": [PAIR],
+                            "remove_refs": [PAIR]}, "Say that a session is alive; change its scopes and references.", writes=True),
+    "session.setIntent": Method(session_set_intent, {"session_id!": str, "intent": str}, "Say what a session is for.", writes=True),
+    "session.setTask": Method(session_set_task, {"session_id!": str, "current_task": str}, "Say which task it works on.", writes=True),
+    "group.create": Method(group_create, {"name!": str, "description": str, **CALLER}, "Create a group.", writes=True),
+    "group.member.add": Method(
+        group_member_add, {"group!": str, "member_type": str, "member_value!": str, **CALLER},
+        "Add an agent, a role or a group to a group.", writes=True, aliases={"member": "member_value"}),
+    "group.list": Method(group_list, {}, "All groups with their size."),
+    "message.send": Method(
+        message_send, {"content!": str, "format": str, "structured": dict, "reply_to": str, "thread_id": str, "scopes": [PAIR],
+                       "refs": [PAIR], "mentions": [str], "tags": [str], "send_key": str, **CALLER},
+        "Send a message; the same send_key again gives the first one.", writes=True),
+    "message.get": Method(message_get, {"message_id!": str}, "One message with everything known of it."),
+    "message.list": Method(
+        message_list, {"scope": PAIR, "ref": PAIR, "thread_id": str, "author_id": str, "mentions": bool, "mention_role": str,
+                       "caller_mention_role": str, "unread": bool, "unread_for_agent": str, "exclude_self": bool,
+                       "for_agent": str, "for_agent_role": str, "created_after": str, "after_seq": int, "sort_by": str,
+                       "sort_order": str, **PAGING, **CALLER}, "Messages, newest first."),
+    "message.outbox": Method(message_outbox, {"to": str, "unread": bool, **PAGING, **CALLER},
+                             "What the caller sent, with each recipient's state."),
+    "message.edit": Method(message_edit, {"message_id!": str, "content": str, "structured": dict, **CALLER},
+                           "Replace what one wrote.", writes=True),
+    "message.delete": Method(message_delete, {"message_id!": str, "reason": str, **CALLER}, "Take back a message.", writes=True),
+    "message.markRead": Method(message_mark_read, {"message_ids": [str], "all": bool, "up_to_seq": int, **CALLER},
+                               "Mark received messages as read.", writes=True),
+    "message.wait": Method(
+        message_wait, {"after_seq": int, "epoch": str, "created_after": str, "timeout_ms": int, "all": bool, "unread": bool,
+                       "from": str, "thread_id": str, "scope": PAIR, "mention_role": str, "page_size": int, **CALLER},
+        "Wait for messages after a point of the journal; oldest first.", waits=True),
+}
+
+
+# ================================================================== 21  Screen
+#
+# What others wrote is data: whatever could move a cursor, change a title or reverse a line is shown, not obeyed.
+
+WIDTH_DEFAULT, WIDTH_MIN = 80, 40       # columns where nobody says, and below which nothing is wrapped
+PREVIEW = 100                           # characters of a message on one line
+
+
+def _harmless() -> dict:
+    """Control characters (C0, DEL, C1) and bidirectional overrides, as visible escapes."""
+    hidden = [*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x2028, 0x2029]
+    table = {c: f"\\x{c:02x}" if c < 256 else f"\\u{c:04x}" for c in hidden}
+    del table[9], table[10]
+    return table
+
+
+def plain(text: str) -> str:
+    """`text` safe for a terminal; line ends and tabs stay."""
+    global _plain_table
+    if text.isprintable():
+        return text
+    _plain_table = _plain_table or _harmless()
+    return text.replace("\r\n", "\n").translate(_plain_table)
+
+
+_plain_table = None
+
+
+def one_line(text: str, limit: int = PREVIEW) -> str:
+    """The beginning of `text` on one line, safe for a terminal."""
+    text = plain(" ".join(text[:4 * limit].split()))
+    return text if len(text) <= limit else text[:limit - 1] + "…"
+
+
+def wrapped(text: str, width: int, indent: str) -> str:
+    """`text` broken at blanks to `width` columns, each line indented; long words are left whole."""
+    lines = []
+    for line in plain(text).split("\n"):
+        current = ""
+        for word in line.split(" "):
+            if current and len(current) + 1 + len(word) > width - len(indent):
+                lines.append(current)
+                current = word
+            else:
+                current = f"{current} {word}" if current else word
+        lines.append(current)
+    return "\n".join((indent + line).rstrip() for line in lines)
+
+
+def span(seconds: float) -> str:
+    """A length of time as people say it: `45s`, `5m`, `2h30m`, `3d5h`."""
+    seconds = max(0, int(seconds))
+    for size, unit, small, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m")):
+        if seconds >= size:
+            rest = seconds % size // small
+            return f"{seconds // size}{unit}" + (f"{rest}{small_unit}" if rest else "")
+    return f"{seconds // 60}m" if seconds >= 60 else f"{seconds}s"
+
+
+def ago(stamp: str, now_ns: int) -> str:
+    """How long ago a stamp is, in one unit; the stamp itself when it cannot be read."""
+    try:
+        seconds = (now_ns - ns_of(stamp)) / NS
+    except ValueError:
+        return plain(stamp)
+    if seconds < 60:
+        return "just now"
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size:
+            return f"{int(seconds // size)}{unit} ago"
+    return ""
+
+
+def when(stamp: str) -> str:
+    """A stamp to the second, in UTC: `2026-03-10 09:17:00`."""
+    return stamp[:19].replace("T", " ")
+
+
+def handle(agent_id: str) -> str:
+    """How an agent is written: `@name`, and `@role` for the ids of old versions."""
+    if agent_id.startswith("agent:"):
+        return "@" + plain(agent_id.split(":")[1])
+    return "@" + plain(agent_id)
+
+
+def to_json(value) -> str:
+    """A document for programs: two blanks of indent, keys as they come, harmless on a terminal too."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if not text.isprintable():
+        text = text.translate({c: f"\\u{c:04x}" for c in (*range(0x7F, 0xA0), 0x2028, 0x2029)})
+    return text + "\n"
+
+
+def rows_of(table: list, gap: str = "  ") -> str:
+    """Lines with aligned columns; the last column is not padded."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return "".join(gap.join(cell.ljust(width) for cell, width in zip(row[:-1], widths)) + gap + row[-1] + "\n" for row in table)
+
+
+# ================================================================== 22  Commands
+#
+# A row says what the shell accepts and which function answers.  The function gets a Console: what is known of the
+# caller, and the ways to answer.  It runs in the daemon, or in the caller's own process when that has to do.
+#
+# The parser is our own because argparse takes `--lim` for `--limit`, refuses `--after -30s`, and says other things
+# than scripts written for the reference expect.
+
+
+class Argument(Record):
+    """A flag (`--name`) or a positional (`NAME`).  `kind` is str, int, bool, list, or "duration" (seconds)."""
+
+    name: str
+    help: str
+    kind: object = str
+    default: object = None
+    required: bool = True       # of positionals
+    short: str = ""
+    many: bool = False          # of the last positional: takes all that follow
+
+
+class Command(Record):
+    """One command.  `here`: it runs in the caller's process; `offline`: it has something to say without a daemon.
+
+    `failure` is the exit status of errors; `joins`: it initializes the repository first where needed; `tells` is
+    what it does: it reads, changes, or only tells.
+    """
+
+    run: object
+    help: str
+    arguments: tuple = ()
+    example: str = ""
+    here: bool = False
+    offline: bool = False
+    joins: bool = False
+    failure: int = 1
+    does: str = "reads"
+
+
+class Args:
+    """The values of a command line; a flag `--page-size` is `page_size`."""
+
+    def __init__(self, values: dict):
+        self.__dict__.update(values)
+
+
+GLOBAL_FLAGS = (
+    Argument("--role", "act in this role"), Argument("--module", "act for this module"),
+    Argument("--repo", "the repository to act in", default=""), Argument("--json", "answer with one JSON document", bool),
+    Argument("--quiet", "only errors", bool), Argument("--verbose", "say more", bool),
+    Argument("--help", "show this help", bool, short="-h"))
+
+
+def _field(name: str) -> str:
+    field = name.lstrip("-").replace("-", "_").lower()
+    return "from_" if field == "from" else field
+
+
+def parse_command(row: Command, tokens: list) -> Args:
+    """The values for a row; raises Usage with the texts that scripts know (command line contract, section 1.3)."""
+    flags = {argument.name: argument for argument in (*GLOBAL_FLAGS, *row.arguments) if argument.name[0] == "-"}
+    short = {argument.short: argument for argument in flags.values() if argument.short}
+    places = [argument for argument in row.arguments if argument.name[0] != "-"]
+    values = {_field(a.name): [] if a.kind is list else False if a.kind is bool else a.default for a in (*flags.values(), *places)}
+    words, left = [], list(tokens)
+    while left:
+        token = left.pop(0)
+        if token == "--":
+            words += left
+            break
+        if len(token) < 2 or token[0] != "-":
+            words.append(token)
+            continue
+        name, equals, value = token.partition("=")
+        argument = flags.get(name) if name.startswith("--") else short.get(name)
+        if not argument:
+            if name.startswith("--"):
+                raise Usage(f"unknown flag: {name}")
+            raise Usage(f"unknown shorthand flag: {name[1:2]!r} in {name}")
+        if argument.kind is bool:
+            if value not in ("", "true", "false", "1", "0"):
+                raise Usage(f'invalid argument "{value}" for "{name}" flag: true or false')
+            values[_field(argument.name)] = value not in ("false", "0")
+            continue
+        if not equals:
+            if not left:
+                raise Usage(f"flag needs an argument: {name}")
+            value = left.pop(0)
+        if argument.kind is list:
+            values[_field(argument.name)] += [part for part in value.split(",") if part]
+        else:
+            values[_field(argument.name)] = _convert(name, argument.kind, value)
+    if values["help"]:
+        return Args(values)
+    needed = sum(argument.required for argument in places)
+    many = bool(places) and places[-1].many
+    if places and (len(words) < needed or (len(words) > len(places) and not many)):
+        accepts = str(needed) if needed == len(places) else f"between {needed} and {len(places)}"
+        hint = "; put the text in quotes" if len(words) > len(places) and places[-1].name in ("MESSAGE", "TEXT") else ""
+        raise Usage(f"accepts {accepts} arg(s), received {len(words)}{hint}")
+    for index, argument in enumerate(places):
+        if argument.many:
+            values[_field(argument.name)] = words[index:]
+        elif index < len(words):
+            values[_field(argument.name)] = words[index]
+    return Args(values)
+
+
+def _convert(name: str, kind, value: str):
+    if kind is int:
+        digits = value[1:] if value[:1] in "+-" else value
+        if not (digits.isascii() and digits.isdigit() and len(digits) < 10):
+            raise Usage(f'invalid argument "{value}" for "{name}" flag: not a number')
+        return int(value)
+    if kind == "duration":
+        try:
+            return parse_duration(value)
+        except ValueError as error:
+            raise Usage(f"invalid {name.lstrip('-')}: {error}") from None
+    return value
+
+
+class Console:
+    """One run of a command: who called from where, and the ways to answer.  The daemon and the client derive theirs."""
+
+    def __init__(self, world: World, *, top: str, cwd: str, argv: list, environ: dict, identities: list,
+                 terminals: str = "", width: int = WIDTH_DEFAULT, program: str = "thrum", key: str = "", cursor: str = ""):
+        self.world = world
+        self.top, self.cwd, self.argv, self.environ, self.identities = top, cwd, argv, environ, identities
+        self.terminals = terminals      # which of "012" are terminals
+        self.width = max(WIDTH_MIN, min(width, 200))
+        self.program = program          # how the caller calls us
+        self.key = key                  # makes a repeated send the same send
+        self.cursor = cursor            # where an interrupted run of this command had got to
+        self.args = Args({})
+
+    async def call(self, method: str, **params):
+        """The result of a JSON-RPC method."""
+        raise NotImplementedError
+
+    async def write(self, stream: str, text: str) -> None:
+        """Send text to the caller's stdout (`O`) or stderr (`E`)."""
+        raise NotImplementedError
+
+    async def shown(self) -> None:
+        """Wait until all text has left the caller's process."""
+
+    async def read(self, path: str) -> bytes:
+        """The bytes of a file that the command line names, or of stdin for `-`."""
+        raise NotImplementedError
+
+    async def save(self, path: str, data: bytes | None) -> None:
+        """Write a file below the caller's worktree (None removes it); raises ThrumError."""
+        raise NotImplementedError
+
+    async def resume_at(self, cursor: str) -> None:
+        """Where to go on if the daemon goes away."""
+
+    # ---- what all share
+
+    async def out(self, text: str) -> None:
+        await self.write("O", text)
+
+    async def note(self, text: str) -> None:
+        """A line on stderr, unless --quiet."""
+        if not self.args.quiet:
+            await self.write("E", text + "\n")
+
+    async def answer(self, value, text: str) -> None:
+        """The result: `value` with --json, else `text` unless --quiet."""
+        if self.args.json:
+            await self.out(to_json(value))
+        elif text and not self.args.quiet:
+            await self.out(text if text.endswith("\n") else text + "\n")
+
+    def bold(self, text: str) -> str:
+        return f"\x1b[1m{text}\x1b[0m" if "1" in self.terminals and not self.environ.get("NO_COLOR") else text
+
+    def dim(self, text: str) -> str:
+        return f"\x1b[2m{text}\x1b[0m" if "1" in self.terminals and not self.environ.get("NO_COLOR") else text
+
+    def identity(self) -> Identity:
+        return resolve_caller(self.identities, self.environ, os.path.basename(self.top), self.args.role or "", self.args.module or "")
+
+    def me(self) -> str:
+        try:
+            return self.identity().agent_id()
+        except NoIdentity as error:
+            raise NoIdentity(f"failed to resolve agent identity: {error}") from None
+
+    def ago(self, stamp: str) -> str:
+        return ago(stamp, self.world.now_ns())
+
+    async def text(self, given: str, file: str | None) -> str:
+        """The body of a message: from the command line, from stdin (`-`) or from a file."""
+        if file is not None:
+            if given is not None:
+                raise Usage("give the text or --body-file, not both")
+            given = (await self.read(file)).decode(errors="surrogateescape")
+        elif given == "-":
+            given = (await self.read("-")).decode(errors="surrogateescape")
+        elif given is None:
+            raise Usage("accepts 1 arg(s), received 0")
+        return check_text(given, "the message", REQUEST_MAX)
+
+    async def session(self) -> str:
+        """The id of the caller's open session."""
+        who = await self.call("agent.whoami", caller_agent_id=self.me())
+        if "session_id" not in who:
+            raise ThrumError("no active session - start one with 'thrum session start'")
+        return who["session_id"]
+
+
+# ---- orientation
+
+DEFAULT_INTENTS = {
+    "coordinator": "Coordinate agents and tasks in {}", "implementer": "Implement features and fixes in {}",
+    "reviewer": "Review code and PRs in {}", "planner": "Plan architecture and design in {}",
+    "tester": "Test and validate changes in {}"}
+
+
+async def quickstart(console: Console, args: Args) -> int:
+    environ = console.environ
+    name = environ.get("THRUM_NAME", "").strip() or args.name or ""
+    if args.name and name != args.name:
+        await console.note(f"Note: THRUM_NAME is '{name}' and counts, not --name {args.name}")
+    if name:
+        try:
+            check_name(name)
+        except InvalidParams as error:
+            raise InvalidParams(f"invalid agent name: {error}") from None
+    old = Identity()
+    if not args.force:
+        wanted = {key: value for key, value in environ.items() if key != "THRUM_NAME"}
+        try:
+            old = choose_identity([f for f in console.identities if not name or f[0] == name + ".json"], wanted,
+                                  os.path.basename(console.top))
+        except NoIdentity:
+            if name:            # its own file is damaged: say so, rather than replace it unasked
+                raise
+    role = args.role or environ.get("THRUM_ROLE") or old.role
+    module = args.module or environ.get("THRUM_MODULE") or old.module
+    if not role or not module:
+        raise Usage("--role and --module are required (or set THRUM_ROLE and THRUM_MODULE env vars)")
+    name = name or old.name
+    display = args.display or environ.get("THRUM_DISPLAY") or old.display or f"{role.capitalize()} ({module})"
+    repository = os.path.basename(console.top)
+    intent = args.intent or DEFAULT_INTENTS.get(role, "Working in {}").format(repository)
+    check_text(intent, "intent")
+    repo_id = (await console.call("health"))["repo_id"]
+    identity = Identity(name or unnamed_agent_id(repo_id, role, module), role, module, display, "agent", "", old.data)
+
+    async def registered():
+        reply = await console.call("agent.register", name=name or None, role=role, module=module, display=display,
+                                   worktree=repository, force=args.force or None)
+        if reply["status"] == "conflict":
+            reply = await console.call("agent.register", name=name or None, role=role, module=module, display=display,
+                                       worktree=repository, re_register=True)
+        return reply
+
+    register = await _with_identity_file(console, identity, repo_id, registered)
+    session = await console.call("session.start", agent_id=register["agent_id"],
+                                 refs=[{"type": "worktree", "value": console.top[-PAIR_MAX:]}])
+    await console.resume_at(session["session_id"])
+    done = await console.call("session.setIntent", session_id=session["session_id"], intent=intent)
+    await _save_identity(console, identity, repo_id, session_id=session["session_id"], intent=intent)
+    unread = (await console.call("message.list", for_agent=register["agent_id"], page_size=1))["unread"]
+    thrum = console.program
+    await console.answer(
+        {"register": register, "session": session, "intent": done},
+        f"✓ Registered as {handle(register['agent_id'])} ({role}, {module})\n✓ Session started: {session['session_id']}\n"
+        f"✓ Intent set: {one_line(intent)}\n\nNext:\n" + rows_of([
+            [f"  {thrum} inbox", f"read what was sent to you ({unread} unread)" if unread else "read what others send you"],
+            [f'  {thrum} send "…" --to @NAME', "write to an agent, a role or a group; without --to, to everyone"],
+            [f"  {thrum} agent list", "see who is here"],
+            [f"  {thrum} wait --timeout 5m", "wait for the next message"]]))
+    return 0
+
+
+async def _with_identity_file(console: Console, identity: Identity, repo_id: str, register):
+    """Register, with the identity file written first: where that fails, nobody is registered, and vice versa."""
+    before = dict(console.identities).get(identity.name + ".json")
+    await _save_identity(console, identity, repo_id)
+    try:
+        return await register()
+    except ThrumError:
+        await console.save(f".thrum/identities/{identity.name}.json", before)
+        raise
+
+
+async def _save_identity(console: Console, identity: Identity, repo_id: str, **changes) -> None:
+    data = render_identity(identity, stamp_of(console.world.now_ns()), repo_id=repo_id, worktree=os.path.basename(console.top),
+                           **changes)
+    await console.save(f".thrum/identities/{identity.name}.json", data)
+
+
+def _who_text(who: dict, console: Console) -> str:
+    """The agent summary: who somebody is, in a block."""
+    session = f"{who['session_id']} ({console.ago(who.get('session_start', ''))})" if who.get("session_id") \
+        else "none (use 'thrum session start' to begin)"
+    lines = [("Agent ID:", plain(who["agent_id"])), ("Role:", "@" + plain(who["role"])), ("Module:", plain(who["module"])),
+             ("Display:", plain(who.get("display", ""))), ("Branch:", plain(who.get("branch", ""))),
+             ("Intent:", one_line(who.get("intent", ""))), ("Session:", session), ("Worktree:", plain(who.get("worktree", ""))),
+             ("Identity:", plain(who.get("identity_file", "")))]
+    return "".join(f"{label:<10} {value}\n" for label, value in lines if value)
+
+
+async def whoami(console: Console, args: Args) -> int:
+    identity = choose_identity(console.identities, console.environ, os.path.basename(console.top))
+    if not identity.file:
+        raise NoIdentity(f"no agent identities registered in this worktree; {REGISTER_HINT}")
+    data = identity.data
+    summary = {"agent_id": identity.agent_id(), "role": identity.role, "module": identity.module,
+               **compact(display=identity.display, branch=data.get("branch"), worktree=data.get("worktree"),
+                         intent=data.get("intent"), repo_id=data.get("repo_id"), session_id=data.get("session_id"),
+                         identity_file=f".thrum/identities/{identity.file}", updated_at=data.get("updated_at")), "source": "file"}
+    try:
+        live = await console.call("agent.whoami", caller_agent_id=summary["agent_id"])
+        summary.pop("session_id", None)
+        summary.update(compact(**{k: live.get(k) for k in ("session_id", "session_start", "intent", "branch")}), source="daemon")
+    except Unreachable:
+        pass                    # the file says who this is; only the session is not certain
+    await console.answer(summary, _who_text(summary, console))
+    return 0
+
+
+async def status(console: Console, args: Args) -> int:
+    report = {"health": await console.call("health")}
+    try:
+        me = console.identity().agent_id()
+    except NoIdentity:
+        me = ""
+    text = "Agent:     not registered (use 'thrum quickstart')\n"
+    if me:
+        report["agent"] = await console.call("agent.whoami", caller_agent_id=me)
+        counts = await console.call("message.list", for_agent=me, page_size=1)
+        report["inbox"] = {"total": counts["total"], "unread": counts["unread"]}
+        text = _who_text(report["agent"], console) + \
+            f"Inbox:     {counts['total']} messages ({counts['unread']} unread)\n"
+    state = report["health"]
+    text += "Sync:      local (not shared yet)\n" if state["sync_state"] == "ok" else f"Sync:      {state['sync_state']}\n"
+    text += f"Daemon:    running ({span(state['uptime_ms'] / 1000)} uptime, v{state['version']}), {state['agents']} agents, " \
+            f"{state['messages']} messages\n"
+    if state["bad_lines"]:
+        text += f"Warning:   {state['bad_lines']} damaged lines were set aside in .thrum/var/bad-lines.jsonl\n"
+    await console.answer(report, text)
+    return 0
+
+
+# ---- messages
+
+async def send(console: Console, args: Args) -> int:
+    if args.broadcast and (args.to or args.everyone):
+        raise Usage("--broadcast and --to are mutually exclusive")
+    scopes = [_pair_or_usage(text, "scope") for text in args.scope]
+    refs = [_pair_or_usage(text, "ref") for text in args.ref]
+    structured = None
+    if args.structured:
+        try:
+            structured = decode_object(args.structured)
+        except ValueError as error:
+            raise Usage(f"invalid structured data: {error}") from None
+    to = "@everyone" if args.everyone or args.broadcast else args.to
+    mentions = ["@" + name.lstrip("@") for name in ([to] if to else []) + args.mention]
+    content = await console.text(args.message, args.body_file)
+    sent_ = await console.call("message.send", content=content, format=args.format, structured=structured, scopes=scopes,
+                               refs=refs, mentions=mentions, thread_id=args.thread, caller_agent_id=console.me(),
+                               send_key=args.key or console.key)
+    return await _report_send(console, sent_, "Message sent")
+
+
+def _pair_or_usage(text: str, what: str) -> dict:
+    try:
+        return parse_pair(text, what)
+    except InvalidParams as error:
+        raise Usage(f"invalid {what}: {error}") from None
+
+
+async def _report_send(console: Console, sent_: dict, done: str) -> int:
+    if not console.args.json:
+        for warning in sent_.get("warnings", []):
+            await console.note(f"  warning: {plain(warning)}")
+    names = [handle(state["agent_id"]) for state in sent_.get("recipients", [])]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    text = f"✓ {done}: {sent_['message_id']}\n"
+    if "thread_id" in sent_:
+        text += f"  Thread: {sent_['thread_id']}\n"
+    text += "  To: " + (", ".join(names[:8]) + more if names else "nobody") + "\n"
+    await console.answer(sent_, text)
+    return 0
+
+
+async def reply(console: Console, args: Args) -> int:
+    me = console.me()
+    try:
+        parent = (await console.call("message.get", message_id=args.msg_id))["message"]
+    except ThrumError as error:
+        if isinstance(error, Unreachable):
+            raise
+        raise ThrumError(f"failed to get parent message: {error}") from None
+    mentions, groups = audience_of(parent)
+    names = [name for name in mentions if name != me]
+    author = parent["author"]["agent_id"]
+    if author != me and author not in names:
+        names.append(author)
+    known = {agent["agent_id"] for agent in (await console.call("agent.list"))["agents"]}
+    gone = [name for name in names if name not in known and "user:" + name not in known]
+    if author in gone:
+        await console.note(f"  warning: {handle(author)} is not registered any more")
+    names = [name for name in names if name not in gone] + groups
+    content = await console.text(args.text, args.body_file)
+    sent_ = await console.call("message.send", content=content, format=args.format, reply_to=parent["message_id"],
+                               mentions=["@" + name for name in names], caller_agent_id=me, send_key=console.key)
+    await console.call("message.markRead", message_ids=[parent["message_id"]], caller_agent_id=me)
+    return await _report_send(console, sent_, "Reply sent")
+
+
+def _message_text(message: dict, console: Console, own: bool = False) -> str:
+    """A message in a list: one line about it, then its text."""
+    mark = "○" if message["is_read"] or own else console.bold("●")
+    facts = [console.bold(handle(message["agent_id"])), console.ago(message["created_at"])]
+    if message.get("updated_at"):
+        facts.append("(edited)")
+    if message.get("reply_to"):
+        facts.append("↳ reply to " + plain(message["reply_to"]))
+    head = f"{mark} {plain(message['message_id'])}  {'  '.join(facts)}\n"
+    return head + wrapped(message["body"]["content"], console.width, "  ") + "\n"
+
+
+async def inbox(console: Console, args: Args) -> int:
+    me = console.me()
+    page = args.page or 1
+    scope = _pair_or_usage(args.scope, "scope") if args.scope else None
+    found = await console.call(
+        "message.list", caller_agent_id=me, for_agent=None if args.all else me, exclude_self=True, unread=args.unread or None,
+        mentions=args.mentions or None, scope=scope, author_id=(args.from_ or "").lstrip("@") or None,
+        sort_order="asc" if args.oldest else None, page=page,
+        page_size=args.limit if args.limit is not None else args.page_size)
+    messages = found["messages"]
+    text = "\n".join(_message_text(message, console) for message in messages)
+    if messages:
+        first = (page - 1) * found["page_size"] + 1
+        text += f"\nShowing {first}-{first + len(messages) - 1} of {found['total']} messages ({found['unread']} unread)"
+        text += "\n" if args.all else f" for {handle(me)}\n"
+    elif args.scope:
+        text = f"No messages matching filter --scope {plain(args.scope)}\nShowing 0 of {found['total']} total messages\n"
+    elif found["total"]:
+        text = f"No messages on page {page}; there are {found['total_pages']}.\n"
+    else:
+        text = "No messages in inbox.\n" if args.all else \
+            f"No {'unread ' if args.unread else ''}messages for {handle(me)}.\n"
+    if args.json:
+        await console.out(to_json(found))
+    else:
+        await console.out(text)
+    unread = [message["message_id"] for message in messages if not message["is_read"]]
+    if unread and not args.unread:
+        await console.shown()   # mail that never left the process stays unread
+        await console.call("message.markRead", message_ids=unread, caller_agent_id=me)
+    return 0
+
+
+async def sent(console: Console, args: Args) -> int:
+    found = await console.call("message.outbox", caller_agent_id=console.me(), to=args.to, unread=args.unread or None,
+                               page=args.page, page_size=args.limit if args.limit is not None else args.page_size)
+    blocks = []
+    for message in found["messages"]:
+        states = message.get("recipients", [])
+        to = ", ".join(f"{a['type']}:{plain(a['value'])}" for a in message["audiences"])
+        deleted = "  DELETED" if message["deleted"] else ""
+        block = f"{console.bold(plain(message['message_id']))}  {console.ago(message['created_at'])}  to {to}  " \
+                f"{message['read_count']}/{len(states)} read{deleted}\n  {one_line(message['body']['content'], console.width - 2)}\n"
+        if states:
+            block += wrapped("Recipients: " + ", ".join(_state_text(state) for state in states[:20]), console.width, "  ")
+            block += f" and {len(states) - 20} more\n" if len(states) > 20 else "\n"
+        blocks.append(block)
+    text = "\n".join(blocks)
+    if blocks:
+        first = (found["page"] - 1) * found["page_size"] + 1
+        text += f"\nShowing {first}-{first + len(blocks) - 1} of {found['total']} sent messages\n"
+    await console.answer(found, text or "No sent messages.\n")
+    return 0
+
+
+def _state_text(state: dict) -> str:
+    done = "read" if "read_at" in state else "seen" if "seen_at" in state else "delivered"
+    return f"{handle(state['agent_id'])}({done})"
+
+
+def _detail_text(message: dict) -> str:
+    """One message with everything about it."""
+    def pairs(name):
+        return ", ".join(f"{plain(pair['type'])}:{plain(pair['value'])}" for pair in message.get(name) or [])
+    lines = [("Message:", message["message_id"]), ("From:", handle(message["author"]["agent_id"])),
+             ("Time:", when(message["created_at"])), ("Thread:", message.get("thread_id", "")), ("To:", pairs("audiences")),
+             ("Scopes:", pairs("scopes")), ("Refs:", pairs("refs")), ("Edited:", when(message.get("updated_at", "")))]
+    text = "".join(f"{label:<11} {plain(value)}\n" for label, value in lines if value)
+    if message.get("recipients"):
+        text += "Recipients:\n" + "".join(f"  - {_state_text(state).replace('(', ' (')}\n" for state in message["recipients"])
+    if message["deleted"]:
+        reason = message["metadata"].get("delete_reason")
+        text += "Status:     DELETED" + (f" ({plain(reason)})" if reason else "") + "\n"
+    return text + "\n" + plain(message["body"]["content"]) + "\n"
+
+
+async def message_get_command(console: Console, args: Args) -> int:
+    found = await console.call("message.get", message_id=args.msg_id)
+    await console.answer(found, _detail_text(found["message"]))
+    try:
+        me = console.identity().agent_id()
+    except NoIdentity as error:
+        await console.note(f"Warning: Could not mark as read (no identity): {error}")
+        return 0
+    if any(state["agent_id"] == me and "read_at" not in state for state in found["message"].get("recipients", [])):
+        await console.shown()
+        await console.call("message.markRead", message_ids=[args.msg_id], caller_agent_id=me)
+    return 0
+
+
+async def sent_show(console: Console, args: Args) -> int:
+    found = await console.call("message.get", message_id=args.msg_id)
+    if found["message"]["author"]["agent_id"] != console.me():
+        raise ThrumError(f"message {args.msg_id} was not authored by the current agent")
+    await console.answer(found, _detail_text(found["message"]))
+    return 0
+
+
+async def message_edit_command(console: Console, args: Args) -> int:
+    content = await console.text(args.text, args.body_file)
+    done = await console.call("message.edit", message_id=args.msg_id, content=content, caller_agent_id=console.me())
+    await console.answer(done, f"✓ Message edited: {done['message_id']} (version {done['version']})")
+    return 0
+
+
+async def message_delete_command(console: Console, args: Args) -> int:
+    if not args.force:
+        raise Usage("use --force to confirm deletion")
+    try:
+        me = console.identity().agent_id()
+    except NoIdentity:
+        me = None               # a local caller without a name may (decision 17)
+    done = await console.call("message.delete", message_id=args.msg_id, reason=args.reason, caller_agent_id=me)
+    await console.answer(done, f"✓ Message deleted: {done['message_id']}")
+    return 0
+
+
+async def message_read(console: Console, args: Args) -> int:
+    if not args.msg_id and not args.all:
+        raise Usage("requires at least 1 arg(s) or --all flag")
+    done = await console.call("message.markRead", message_ids=args.msg_id or None, all=args.all or None, caller_agent_id=console.me())
+    count = done["marked_count"]
+    if args.all and not count:
+        text = "No unread messages."
+    else:
+        text = f"✓ Marked {count} message{'' if count == 1 else 's'} as read"
+        if args.all and done["remaining"]:
+            text += f"\n{done['remaining']} unread messages remaining (run again to mark more)"
+    await console.answer(done, text)
+    return 0
+
+
+WAIT_CALL_MS = 60_000           # one call; longer waits are several, so that a lost daemon is noticed
+
+
+async def wait(console: Console, args: Args) -> int:
+    me = console.me()
+    deadline = console.world.monotonic() + args.timeout
+    params = {"caller_agent_id": me, "all": args.all or None, "unread": args.unread or None, "thread_id": args.thread,
+              "from": args.from_, "mention_role": args.mention, "scope": _pair_or_usage(args.scope, "scope") if args.scope else None}
+    if args.scope or args.mention:
+        params["all"] = True    # what these name may be addressed to others
+    if console.cursor:          # this wait began before the daemon restarted
+        params["epoch"], _, seq = console.cursor.partition(":")
+        params["after_seq"] = int(seq)
+    elif args.after_seq is not None:
+        params["after_seq"] = args.after_seq
+    elif args.after is not None:
+        params["after_seq"] = 0
+        params["created_after"] = stamp_of(console.world.now_ns() + int(args.after * NS))
+        if args.verbose:
+            await console.note(f"waiting for messages after {params['created_after']}")
+    elif not args.unread:
+        state = await console.call("health")
+        params["after_seq"], params["epoch"] = state["last_seq"], state["epoch"]
+    if "epoch" in params:
+        await console.resume_at(f"{params['epoch']}:{params['after_seq']}")
+    while True:
+        left_ms = int((deadline - console.world.monotonic()) * 1000)
+        found = await console.call("message.wait", timeout_ms=max(0, min(left_ms, WAIT_CALL_MS)), **params)
+        if found["messages"]:
+            break
+        if left_ms <= WAIT_CALL_MS:
+            if not args.json:
+                await console.note("NO_MESSAGES_TIMEOUT — re-run thrum wait to continue listening")
+            return 1
+    count = len(found["messages"]) + found["remaining"]
+    text = "MESSAGES_RECEIVED\n" + "".join(
+        f"  {handle(m['agent_id'])}: {one_line(m['body']['content'])}  [{m['message_id']}]\n" for m in found["messages"])
+    text += (f"  … and {found['remaining']} more\n" if found["remaining"] else "") + \
+        f"Read with: {console.program} inbox --unread      Go on with: --after-seq {found['after_seq']}\n"
+    await console.answer({
+        "status": "received", "count": count, "after_seq": found["after_seq"], "epoch": found["epoch"],
+        "action": "ACTION REQUIRED: You have unread messages. Run `thrum inbox --unread` to read them, answer them, and then "
+                  "wait again.", "messages": found["messages"], "remaining": found["remaining"]}, text)
+    return 0
+
+
+# ---- agents, sessions, groups
+
+async def agent_register_command(console: Console, args: Args) -> int:
+    name = console.environ.get("THRUM_NAME", "").strip() or args.name or ""
+    if args.name and name != args.name:
+        await console.note(f"Note: THRUM_NAME is '{name}' and counts, not --name {args.name}")
+    role, module = args.role or console.environ.get("THRUM_ROLE"), args.module or console.environ.get("THRUM_MODULE")
+    if not role or not module:
+        raise Usage("role and module are required (use --role and --module flags or THRUM_ROLE and THRUM_MODULE env vars)")
+    check_word(role, "role")
+    if name:
+        check_name(name)
+    repo_id = (await console.call("health"))["repo_id"]
+    display = f"{role.capitalize()} ({module})"
+    identity = Identity(name or unnamed_agent_id(repo_id, role, module), role, module, display)
+    before = dict(console.identities).get(identity.name + ".json")
+    if before:
+        identity = Identity(identity.name, role, module, display, data=parse_identity(identity.name + ".json", before).data)
+
+    async def registered():
+        return await console.call("agent.register", name=name or None, role=role, module=module, display=args.display or display,
+                                  force=args.force or None, re_register=args.re_register or None,
+                                  worktree=os.path.basename(console.top))
+
+    done = await _with_identity_file(console, identity, repo_id, registered)
+    if done["status"] == "conflict":
+        await console.save(f".thrum/identities/{identity.name}.json", before)
+        other = done["conflict"]
+        text = (f"✗ Registration conflict\n  Agent ID:   {plain(other['existing_agent_id'])} has this role and module\n"
+                f"  Registered: {when(other['registered_at'])}\n  Last seen:  {when(other['last_seen_at'])}\n"
+                "  Use --force to register beside it, --re-register to return as this agent\n")
+    else:
+        text = f"✓ Agent {'re-registered' if done['status'] == 'updated' else 'registered'}: {done['agent_id']}"
+    await console.answer(done, text)
+    return done["status"] == "conflict"
+
+
+async def agent_list_command(console: Console, args: Args) -> int:
+    found = await console.call("agent.list", role=args.role, module=args.module)
+    sessions = (await console.call("session.list", active_only=True))["sessions"]
+    active = {}
+    for session in sessions:
+        active.setdefault(session["agent_id"], session)
+    text = f"Registered agents ({len(found['agents'])}):\n"
+    for agent in found["agents"]:
+        session = active.get(agent["agent_id"])
+        text += f"\n{'●' if session else '○'} {console.bold(handle(agent['agent_id']))}  @{plain(agent['role'])}  " \
+                f"{plain(agent['module'])}  ({'active' if session else 'offline'})\n"
+        if session and session.get("intent"):
+            text += f"    Intent: {one_line(session['intent'], console.width - 14)}\n"
+        if not session and agent.get("last_seen_at"):
+            text += f"    Last seen: {console.ago(agent['last_seen_at'])}\n"
+    contexts = [{"session_id": s["session_id"], "agent_id": s["agent_id"], **compact(intent=s.get("intent"))} for s in active.values()]
+    await console.answer({"agents": found, "contexts": {"contexts": contexts}},
+                         text if found["agents"] else "No agents registered.\n")
+    return 0
+
+
+async def session_start_command(console: Console, args: Args) -> int:
+    done = await console.call("session.start", agent_id=console.me(),
+                              refs=[{"type": "worktree", "value": console.top[-PAIR_MAX:]}])
+    await console.answer(done, f"✓ Session started: {done['session_id']}\n  Agent:   {handle(done['agent_id'])}\n"
+                               f"  Started: {when(done['started_at'])}\n")
+    return 0
+
+
+async def session_end_command(console: Console, args: Args) -> int:
+    session_id = args.session_id
+    if not session_id:
+        session_id = (await console.call("agent.whoami", caller_agent_id=console.me())).get("session_id")
+        if not session_id:
+            raise ThrumError("no active session to end")
+    done = await console.call("session.end", session_id=session_id, reason=args.reason)
+    await console.answer(done, f"✓ Session ended: {done['session_id']}\n  Ended:    {when(done['ended_at'])}\n"
+                               f"  Duration: {span(done['duration_ms'] / 1000)}\n")
+    return 0
+
+
+async def session_list_command(console: Console, args: Args) -> int:
+    found = await console.call("session.list", active_only=args.active or None, agent_id=(args.agent or "").lstrip("@") or None)
+    text = f"Sessions ({len(found['sessions'])}):\n"
+    for session in found["sessions"]:
+        lines = [("Agent:", handle(session["agent_id"])), ("Started:", when(session["started_at"])),
+                 ("Ended:", when(session.get("ended_at", ""))), ("Intent:", one_line(session.get("intent", ""))),
+                 ("Reason:", plain(session.get("end_reason", "")) if session.get("end_reason") != "normal" else "")]
+        text += f"\n{session['session_id']} [{session['status']}]\n" + "".join(f"  {k:<9}{v}\n" for k, v in lines if v)
+    await console.answer(found, text if found["sessions"] else "No sessions found.\n")
+    return 0
+
+
+async def heartbeat(console: Console, args: Args) -> int:
+    changes = {}
+    for flag in ("add_scope", "remove_scope", "add_ref", "remove_ref"):
+        kind = flag.partition("_")[2]
+        try:
+            changes[flag + "s"] = [parse_pair(text, kind) for text in getattr(args, flag)] or None
+        except InvalidParams as error:
+            raise Usage(f"invalid {kind} format: {error}") from None
+    done = await console.call("session.heartbeat", session_id=await console.session(), **changes)
+    await console.answer(done, f"✓ Heartbeat sent: {done['session_id']}")
+    return 0
+
+
+async def set_intent(console: Console, args: Args) -> int:
+    done = await console.call("session.setIntent", session_id=await console.session(), intent=args.text)
+    await console.answer(done, f"✓ Intent set: {one_line(args.text)}" if args.text else "✓ Intent cleared")
+    return 0
+
+
+async def set_task(console: Console, args: Args) -> int:
+    done = await console.call("session.setTask", session_id=await console.session(), current_task=args.task)
+    await console.answer(done, f"✓ Task set: {one_line(args.task)}" if args.task else "✓ Task cleared")
+    return 0
+
+
+async def group_create_command(console: Console, args: Args) -> int:
+    done = await console.call("group.create", name=args.name, description=args.description, caller_agent_id=console.me())
+    await console.answer(done, f"✓ Group created: {done['name']} ({done['group_id']})")
+    return 0
+
+
+async def group_add_command(console: Console, args: Args) -> int:
+    if not args.role and not args.member:
+        raise Usage("provide a member argument or --role flag")
+    kind, value = ("role", args.role) if args.role else ("agent", args.member.lstrip("@"))
+    caller = resolve_caller(console.identities, console.environ, os.path.basename(console.top)).agent_id()
+    done = await console.call("group.member.add", group=args.group, member_type=kind, member_value=value, caller_agent_id=caller)
+    shown = f"role:{plain(value)}" if kind == "role" else handle(value)
+    await console.answer(done, f"✓ Added {shown} to {plain(done['group'])}")
+    return 0
+
+
+async def group_list_command(console: Console, args: Args) -> int:
+    found = await console.call("group.list")
+    table = [[plain(group["name"]), f"{group['member_count']} member{'' if group['member_count'] == 1 else 's'}",
+              one_line(group.get("description", "(no description)"))] for group in found["groups"]]
+    await console.answer(found, rows_of(table) if table else "No groups found.\n")
+    return 0
+
+
+BODY_FILE = Argument("--body-file", "take the text from this file")
+MESSAGE_ID = Argument("MSG_ID", "the message")
+FORMAT = Argument("--format", "markdown, plain or json", default="markdown")
+PAGES = (Argument("--page-size", "messages on a page, at most 100", int, 10), Argument("--limit", "the same", int),
+         Argument("--page", "which page", int, 1))
+COMMANDS = {
+    "quickstart": Command(quickstart, "Join the team: register, start a session, say what you do.", (
+        Argument("--name", "your name: a-z, 0-9, _ and -"), Argument("--display", "your name for people"),
+        Argument("--intent", "what you are going to do"), Argument("--force", "ignore an identity that is here already", bool),
+        Argument("--no-init", "accepted for compatibility", bool)),
+        'thrum quickstart --name ada --role planner --module core --intent "Plan the parser"', joins=True, does="changes"),
+    "status": Command(status, "You, your inbox and the daemon."),
+    "whoami": Command(whoami, "Who you are here; works without the daemon.", offline=True),
+    "send": Command(send, "Send a message to an agent, a role or a group; without --to, to everyone.", (
+        Argument("MESSAGE", "the text; - reads it from stdin", required=False), Argument("--to", "@agent, @role or @group"),
+        Argument("--mention", "more recipients", list), Argument("--everyone", "to everyone", bool),
+        Argument("--broadcast", "to everyone", bool, short="-b"), Argument("--scope", "type:value labels", list),
+        Argument("--ref", "type:value references", list), Argument("--thread", "the thread to continue"), FORMAT,
+        Argument("--structured", "a JSON object for programs"), BODY_FILE,
+        Argument("--key", "the same key again does not send again")),
+        'thrum send "Parser is ready for review" --to @bob', does="changes"),
+    "reply": Command(reply, "Answer a message, to everyone it concerns.", (
+        MESSAGE_ID, Argument("TEXT", "the answer; - reads it from stdin", required=False), FORMAT, BODY_FILE),
+        'thrum reply msg_01KABCDEFGHJKMNPQRSTVWXYZ0 "Looks good"', does="changes"),
+    "inbox": Command(inbox, "Messages for you, newest first; showing marks them as read.", (
+        Argument("--unread", "only those you have not read, leaving them unread", bool),
+        Argument("--all", "everybody's messages", bool, short="-a"), Argument("--scope", "only with this type:value"),
+        Argument("--mentions", "only those that name you", bool),
+        Argument("--from", "only from this agent"), Argument("--oldest", "oldest first", bool), *PAGES), "thrum inbox --unread"),
+    "sent": Command(sent, "What you sent, and who has read it.", (
+        Argument("--to", "only to this agent, role or group"), Argument("--unread", "only what somebody has not read", bool),
+        *PAGES), "thrum sent --unread"),
+    "sent show": Command(sent_show, "One message that you sent.", (MESSAGE_ID,), "thrum sent show msg_01KABCDEFGHJKMNPQRSTVWXYZ0"),
+    "wait": Command(wait, "Wait until a message comes. Exit status 0: one came, 1: timeout, 2: error.", (
+        Argument("--timeout", "how long, such as 30s or 5m", "duration", 30.0), Argument("--scope", "only with this type:value"),
+        Argument("--mention", "only naming this role or agent"), Argument("--from", "only from this agent"),
+        Argument("--thread", "only in this thread"), Argument("--all", "anybody's messages", bool),
+        Argument("--unread", "return at once when something is unread", bool),
+        Argument("--after", "since then: -30s is half a minute ago", "duration"),
+        Argument("--after-seq", "after this number of the journal", int)), "thrum wait --timeout 5m", failure=2),
+    "message get": Command(message_get_command, "One message with everything about it.", (MESSAGE_ID,)),
+    "message edit": Command(message_edit_command, "Replace the text of a message that you wrote.", (
+        MESSAGE_ID, Argument("TEXT", "the new text; - reads it from stdin", required=False), BODY_FILE), does="changes"),
+    "message delete": Command(message_delete_command, "Take back a message.", (
+        MESSAGE_ID, Argument("--force", "yes, delete it", bool), Argument("--reason", "why")), does="changes"),
+    "message read": Command(message_read, "Mark messages as read.", (
+        Argument("MSG_ID", "which ones", required=False, many=True), Argument("--all", "all of them", bool)), does="changes"),
+    "agent register": Command(agent_register_command, "Register an agent without starting a session.", (
+        Argument("--name", "its name"), Argument("--display", "its name for people"),
+        Argument("--force", "register although another has this role and module", bool),
+        Argument("--re-register", "return as the same agent", bool)),
+        "thrum agent register --name bob --role reviewer --module core", joins=True, does="changes"),
+    "agent list": Command(agent_list_command, "Who is registered, and who is active.", ()),
+    "session start": Command(session_start_command, "Start a session.", (), does="changes"),
+    "session end": Command(session_end_command, "End your session.", (
+        Argument("--reason", "why", default="normal"), Argument("--session-id", "another session than your own")), does="changes"),
+    "session list": Command(session_list_command, "Sessions, newest first.", (
+        Argument("--active", "only those that have not ended", bool), Argument("--agent", "only of this agent"))),
+    "session heartbeat": Command(heartbeat, "Say that you are alive; change the scopes and references of your session.", (
+        Argument("--add-scope", "type:value", list), Argument("--remove-scope", "type:value", list),
+        Argument("--add-ref", "type:value", list), Argument("--remove-ref", "type:value", list)), does="changes"),
+    "session set-intent": Command(set_intent, 'Say what you are doing; "" clears it.', (Argument("TEXT", "what"),),
+                                  'thrum session set-intent "Review the lexer"', does="changes"),
+    "session set-task": Command(set_task, 'Say which task you are on; "" clears it.', (Argument("TASK", "which"),), does="changes"),
+    "group create": Command(group_create_command, "Create a group.", (
+        Argument("NAME", "its name"), Argument("--description", "what it is for")), "thrum group create backend", does="changes"),
+    "group add": Command(group_add_command, "Add an agent or a role to a group.", (
+        Argument("GROUP", "the group"), Argument("MEMBER", "@agent", required=False)), "thrum group add backend @bob", does="changes"),
+    "group list": Command(group_list_command, "All groups."),
+}
+for _alias, _name in (("agent whoami", "whoami"), ("agent start", "session start"), ("agent end", "session end"),
+                      ("agent heartbeat", "session heartbeat"), ("agent set-intent", "session set-intent"),
+                      ("agent set-task", "session set-task")):
+    COMMANDS[_alias] = COMMANDS[_name]
+
+
+def split_command(argv: list, rows: dict) -> tuple:
+    """The name of the command in a command line ("" for none) and the other words; global flags may come first."""
+    groups = {name.split(" ")[0] for name in rows if " " in name}
+    valued = {flag.name for flag in GLOBAL_FLAGS if flag.kind is not bool}
+    known = {flag.name for flag in GLOBAL_FLAGS} | {"-h"}
+    name, rest, index = "", [], 0
+    while index < len(argv):
+        token = argv[index]
+        flag = token.partition("=")[0]
+        if flag in known:
+            rest.append(token)
+            if flag in valued and flag == token and index + 1 < len(argv):
+                index += 1
+                rest.append(argv[index])
+        else:
+            longer = f"{name} {token}".strip()
+            if longer not in rows and longer not in groups:
+                break
+            name = longer
+        index += 1
+    return name, rest + argv[index:]
+
+
+async def run_command(console: Console, rows: dict) -> int:
+    """Run the command line of a console; gives its exit status, and has said what went wrong."""
+    name, rest = split_command(console.argv, rows)
+    row = rows[name]
+    try:
+        console.args = parse_command(row, rest)
+        if console.args.help:
+            await console.out(help_text(name, row))
+            return 0
+        return int(await row.run(console, console.args))
+    except ThrumError as error:
+        await console.write("E", f"Error: {plain(str(error))}\n")
+        return row.failure
+
+
+def help_text(name: str, row: Command) -> str:
+    """The help of one command; it fits a screen."""
+    places = [a for a in row.arguments if a.name[0] != "-"]
+    usage = " ".join(a.name + ("…" if a.many else "") if a.required else f"[{a.name}{'…' if a.many else ''}]" for a in places)
+    text = f"{row.help}\n\nUsage: thrum {name} {usage}{' ' if usage else ''}[flags]\n"
+    table = [["  " + a.name, a.help] for a in places]
+    for flag in row.arguments:
+        if flag.name[0] == "-" and flag.help:
+            value = "" if flag.kind is bool else " TYPE:VALUE" if flag.kind is list and "type:value" in flag.help else \
+                {int: " N", "duration": " D"}.get(flag.kind, " X")
+            default = f" (default {flag.default:g}s)" if flag.kind == "duration" and flag.default else \
+                f" (default {flag.default})" if flag.default else ""
+            table.append([f"  {flag.short + ', ' if flag.short else ''}{flag.name}{value}", flag.help + default])
+    if table:
+        text += "\n" + rows_of(table)
+    text += "\nEverywhere: --json  --quiet  --repo PATH  --role R  --module M  --help\n"
+    return text + (f"\nExample: {row.example}\n" if row.example else f"\nExample: thrum {name} {usage.strip('[]').lower()}".rstrip() + "\n")
+
+
+# ================================================================== 23  Daemon
+#
+# One thread runs the event loop and touches no disk; one, the writer, owns the ledger; a few answer questions, each
+# with its own connection.  Requests that arrive while the writer syncs become its next batch.
+#
+# Commands come as records (kind, 4-byte length, bytes) instead of JSON-RPC; the first byte tells them apart.
+#
+#     to the daemon                                       to the client
+#     C  a command line, see `describe`                   O E  text for stdout, stderr
+#     I  what was asked for: "0" + bytes, "1" + why not   N    send the file of this name, or stdin for "-"
+#     A  how many O and E have left the process           W    write a file: path, "1" + bytes, or "0" to remove it
+#                                                         S    where to go on if the daemon goes away
+#                                                         U    the client is newer, H  it has to run this itself
+#                                                         X    exit status
+
+CONNECT_S = 5                   # seconds to be accepted by the daemon
+READERS = 4                     # threads that answer questions: sqlite3 releases the GIL while it works
+CALL_S = 10                     # seconds for one method
+IDLE_S = 300                    # seconds after which a connection that says nothing is closed, as in the reference
+WRITE_S = 10                    # seconds that a client may take to read what it asked for
+STOP_S = 5                      # seconds for what is in flight when the daemon stops
+SYNC_S = 60                     # seconds between making the branch files durable, when something came
+CONNECTIONS_MAX = 2_000         # open at once; more wait in the listen queue
+BACKLOG = 512                   # of the listen queue
+LOG_BYTES, LOG_FILES = 1 << 20, 3       # the log is rotated at a size, and so many old ones are kept
+
+
+HEAL = object()                 # a request to the writer: check the database, make it anew if it is damaged
+
+
+class Records:
+    """Splits a stream of bytes into records, each a (kind, payload)."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list:
+        """The records that are complete now.  Raises InvalidRequest when one is too long."""
+        self._rest += data
+        found = []
+        while len(self._rest) >= 5:
+            size = int.from_bytes(self._rest[1:5], "big")
+            if size > self.limit:
+                raise InvalidRequest(f"a record is longer than {self.limit:,} bytes")
+            if len(self._rest) < 5 + size:
+                break
+            found.append((self._rest[:1], self._rest[5:5 + size]))
+            self._rest = self._rest[5 + size:]
+        return found
+
+
+def record(kind: str, payload: bytes = b"") -> bytes:
+    return kind.encode() + len(payload).to_bytes(4, "big") + payload
+
+
+def pack(items) -> bytes:
+    """Byte strings as one, each behind its 4-byte length.  (The launcher carries this function.)"""
+    return b"".join(len(item).to_bytes(4, "big") + item for item in items)
+
+
+def unpack(data: bytes) -> list:
+    """The byte strings of `pack`.  Raises InvalidRequest for anything else."""
+    items, at = [], 0
+    while at < len(data):
+        size = int.from_bytes(data[at:at + 4], "big")
+        at += 4 + size
+        if at > len(data):
+            raise InvalidRequest("a record is damaged")
+        items.append(data[at - size:at])
+    return items
+
+
+def dial(var):
+    """A blocking socket to the daemon of a `var` directory.  Raises OSError.  (The launcher carries this function.)"""
+    import _socket
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    # Connecting to a full queue honours this on Linux; settimeout() would fail at once instead.
+    sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, (5).to_bytes(8, sys.byteorder) + bytes(8))   # CONNECT_S
+    path = os.environ.get("THRUM_SOCKET") or var + "/thrum.sock"
+    if len(os.fsencode(path)) < 100:
+        sock.connect(path)
+        return sock
+    here = os.open(".", os.O_RDONLY)    # sun_path holds 104 or 108 bytes: go there, and come back
+    try:
+        os.chdir(os.path.dirname(path))
+        sock.connect(os.path.basename(path))
+    finally:
+        os.fchdir(here)
+        os.close(here)
+    return sock
+
+
+def answers(var: str) -> bool:
+    """Whether somebody accepts connections on the daemon's socket."""
+    try:
+        dial(var).close()
+        return True
+    except OSError:
+        return False
+
+
+class Connection:
+    """What the daemon knows of one client: the task that serves it, and whether that may be ended at once."""
+
+    def __init__(self, task):
+        self.task = task
+        self.busy = False       # a request is being answered
+        self.waiting = 0        # it waits for a message, which it can do again with the next daemon
+
+
+class RemoteConsole(Console):
+    """The console of a client at the other end of a socket."""
+
+    def __init__(self, daemon, connection: Connection, writer, call: bytes):
+        fields = unpack(call)
+        if len(fields) != 12:
+            raise InvalidRequest("the command record is damaged; is the client of another version?")
+        version, program, top, cwd, key, cursor, shown, terminals, size, argv, environ, identities = fields
+        try:
+            words = [word.decode() for word in unpack(argv)]
+        except UnicodeDecodeError:
+            words = None
+        files = unpack(identities)
+        variables = dict(item.decode(errors="replace").partition("=")[::2] for item in unpack(environ))
+        width, _, self.encoding = size.decode(errors="replace").partition(" ")
+        if width == "0":
+            width = variables.get("COLUMNS", "")
+        super().__init__(
+            daemon.world, top=os.fsdecode(top), cwd=os.fsdecode(cwd), argv=words or [], environ=variables,
+            identities=[(os.fsdecode(name), data) for name, data in zip(files[::2], files[1::2])],
+            terminals=terminals.decode(errors="replace"), width=int(width) if width.isdecimal() else WIDTH_DEFAULT,
+            program=program.decode(errors="replace"), key=key.decode(errors="replace"), cursor=cursor.decode(errors="replace"))
+        self.version = version.decode(errors="replace")
+        self.bad_words = words is None
+        self.daemon, self.connection, self.writer = daemon, connection, writer
+        self._skip = int(shown or b"0")     # bytes of stdout that an interrupted run has shown already
+        self._sent = self._acknowledged = 0
+        self._shown = asyncio.Event()
+        self._input = None
+
+    async def send(self, kind: str, payload: bytes = b"") -> None:
+        self.writer.write(record(kind, payload))
+        await asyncio.wait_for(self.writer.drain(), WRITE_S)
+
+    async def call(self, method: str, **params):
+        params = {name: value for name, value in params.items() if value is not None}
+        return await self.daemon.call(method, params, self.connection)
+
+    async def write(self, stream: str, text: str) -> None:
+        try:
+            data = text.encode(self.encoding or "utf-8", "backslashreplace")
+        except LookupError:
+            data = text.encode("utf-8", "backslashreplace")
+        if stream == "O" and self._skip:
+            skipped = min(self._skip, len(data))
+            self._skip -= skipped
+            data = data[skipped:]
+        if data:
+            self._sent += 1
+            await self.send(stream, data)
+
+    async def shown(self) -> None:
+        while self._acknowledged < self._sent:
+            self._shown.clear()
+            await self._shown.wait()
+
+    async def _ask(self, kind: str, payload: bytes) -> bytes:
+        self._input = asyncio.get_running_loop().create_future()
+        await self.send(kind, payload)
+        answer = await self._input
+        if answer[:1] != b"0":
+            raise ThrumError(answer[1:].decode(errors="replace"))
+        return answer[1:]
+
+    async def read(self, path: str) -> bytes:
+        return await self._ask("N", os.fsencode(path))
+
+    async def save(self, path: str, data: bytes | None) -> None:
+        await self._ask("W", pack([os.fsencode(path), b"0" if data is None else b"1" + data]))
+
+    async def resume_at(self, cursor: str) -> None:
+        self.cursor = cursor
+        await self.send("S", cursor.encode())
+
+    def take(self, kind: bytes, payload: bytes) -> None:
+        """A record of the client."""
+        if kind == b"A":
+            self._acknowledged = int.from_bytes(payload, "big")
+            self._shown.set()
+        elif kind == b"I" and self._input and not self._input.done():
+            self._input.set_result(payload)
+
+
+class Daemon:
+    """The process that everybody talks to.  `run` returns when it has stopped."""
+
+    def __init__(self, places: Places, world: World):
+        self.places = places
+        self.world = world
+        self.ledger = Ledger(places, world)
+        self.waiters = Waiters()
+        self.connections = set()
+        self.log = logging.getLogger("thrum")
+        self.stopping = None        # an event, set when the daemon is asked to stop
+        self._writes = queue.SimpleQueue()
+        self._local = threading.local()
+        self._server = None
+
+    # ---- from start to end
+
+    async def run(self, listener, ready) -> None:
+        """Serve `listener` until SIGTERM, SIGINT or `daemon.stop`; calls `ready()` when it answers."""
+        self.loop = asyncio.get_running_loop()
+        self.stopping = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.add_signal_handler(number, self.stopping.set)
+        self._readers = concurrent.futures.ThreadPoolExecutor(READERS, "thrum-reader")
+        writer = threading.Thread(target=self._write_batches, name="thrum-writer")
+        writer.start()
+        self._server = await asyncio.start_unix_server(self._serve, sock=listener, backlog=BACKLOG)
+        housekeeping = self.loop.create_task(self._housekeeping())
+        self.log.info("started: version %s, pid %d, %d events, %d projected at start, %d damaged lines", __version__, os.getpid(),
+                      self.ledger.journal.last, self.ledger.rebuilt, self.ledger.bad_lines.count)
+        ready()
+        await self.stopping.wait()
+        self.log.info("stopping")
+        housekeeping.cancel()
+        self._server.close()
+        for connection in list(self.connections):
+            if connection.waiting or not connection.busy:
+                connection.task.cancel()
+        tasks = [connection.task for connection in self.connections]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=STOP_S)
+            for task in late:
+                task.cancel()
+        self._writes.put(None)
+        await self.loop.run_in_executor(None, writer.join)
+        self._readers.shutdown()
+
+    async def _housekeeping(self) -> None:
+        """What has to be done from time to time; nothing is done, and nothing wakes, more often than once a minute."""
+        while True:
+            await asyncio.sleep(SYNC_S)
+            if not os.path.exists(self.places.var + "/thrum.pid"):
+                self.log.warning("%s is gone: stopping", self.places.var)
+                self.stopping.set()
+                return
+            if self.ledger.unsynced():
+                await self._write(lambda context: self.ledger.flush(sync=True))
+
+    # ---- the writer
+
+    def _write_batches(self) -> None:
+        """The writer's thread: takes what has come as one batch, until it is told to end."""
+        going = True
+        while going:
+            batch = [self._writes.get()]
+            while len(batch) < BATCH_MAX:
+                try:
+                    batch.append(self._writes.get_nowait())
+                except queue.Empty:
+                    break
+            if None in batch:
+                going = False
+                batch = [item for item in batch if item is not None]
+            if batch:
+                try:
+                    outcomes, events = self.ledger.commit([request for request, _ in batch if request is not HEAL])
+                    outcomes = iter(outcomes)
+                    outcomes = [self.ledger.heal() if request is HEAL else next(outcomes) for request, _ in batch]
+                except Exception as error:      # whatever it is, nobody must wait for ever
+                    self.log.exception("a batch failed")
+                    outcomes, events = [InternalError(f"internal error: {error}")] * len(batch), []
+                self.loop.call_soon_threadsafe(self._committed, batch, outcomes, events)
+            if self._writes.empty():
+                self.ledger.flush()
+        self.ledger.close()
+
+    def _committed(self, batch: list, outcomes: list, events: list) -> None:
+        """Tell everybody, listeners before senders."""
+        self.waiters.publish(events)
+        for (_, future), outcome in zip(batch, outcomes):
+            if future.cancelled():
+                continue
+            if isinstance(outcome, Exception):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+    async def _write(self, request):
+        future = self.loop.create_future()
+        self._writes.put((request, future))
+        try:
+            return await asyncio.wait_for(future, CALL_S)
+        except asyncio.TimeoutError:
+            raise ThrumError(f"the disk did not answer within {CALL_S} s; the request may still be carried out") from None
+
+    # ---- questions
+
+    async def _read(self, handler, params):
+        try:
+            return await self.loop.run_in_executor(self._readers, self._read_now, handler, params)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise
+            healed = await self._write(HEAL)
+            self.log.error("the database is damaged (%s); made anew: %s", error, healed)
+            return await self.loop.run_in_executor(self._readers, self._read_now, handler, params)
+
+    def _read_now(self, handler, params):
+        local, generation = self._local, self.ledger.generation
+        if getattr(local, "generation", None) != generation:
+            if getattr(local, "store", None):
+                local.store.close()
+            local.store = Store(self.places.database, self.world)
+            local.generation = generation
+        context = Context(self.world, local.store, self.ledger, self.ledger.facts)
+        return local.store.within(QUERY_S, lambda: handler(context, params))
+
+    async def _wait(self, handler, params: dict, connection: Connection) -> dict:
+        """Long-poll: ask, and ask again whenever something came, until there is an answer or the time is up."""
+        timeout_s = min(max(params.pop("timeout_ms", 30_000), 0), WAIT_MAX_MS) / 1000
+        deadline = self.world.monotonic() + timeout_s
+        if "after_seq" not in params and not params.get("unread"):
+            params["after_seq"] = self.ledger.journal.last
+        wake = asyncio.Event()
+        everything = params.get("all") or "caller_agent_id" not in params
+        token = self.waiters.add("" if everything else params["caller_agent_id"], wake.set)
+        connection.waiting += 1
+        try:
+            while True:
+                wake.clear()    # before asking: what comes while we ask wakes us again
+                found = await self._read(handler, params)
+                left = deadline - self.world.monotonic()
+                if found:
+                    return found
+                if left > 0:
+                    try:
+                        await asyncio.wait_for(wake.wait(), left)
+                        continue
+                    except asyncio.TimeoutError:
+                        pass
+                return {"messages": [], "timed_out": True, "after_seq": params.get("after_seq", self.ledger.journal.last),
+                        "epoch": self.ledger.journal.epoch, "remaining": 0}
+        finally:
+            connection.waiting -= 1
+            self.waiters.remove(token)
+
+    async def call(self, name: str, params, connection: Connection):
+        """The result of a method; raises ThrumError.  The one way in for sockets and commands alike."""
+        method = METHODS.get(name)
+        if name == "daemon.stop":
+            self.loop.call_soon(self.stopping.set)
+            return {"stopping": True, "pid": os.getpid()}
+        if not method:
+            raise MethodNotFound("Method not found", f"method '{name}' is not registered")
+        checked = check_params(method, params)
+        try:
+            if method.waits:
+                return await self._wait(method.handler, checked, connection)
+            if method.writes:
+                return await self._write(lambda context: method.handler(context, checked))
+            return await self._read(method.handler, checked)
+        except (ThrumError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            self.log.exception("%s failed", name)
+            raise InternalError(f"internal error in {name} ({type(error).__name__}); see 'thrum daemon logs'") from None
+
+    # ---- connections
+
+    async def _serve(self, reader, writer) -> None:
+        """One client, from its first byte to its last."""
+        connection = Connection(asyncio.current_task())
+        self.connections.add(connection)
+        try:
+            if not _same_user(writer.get_extra_info("socket")):
+                return
+            first = await asyncio.wait_for(reader.read(65536), IDLE_S)
+            if first[:1] == b"C":
+                await self._serve_command(connection, reader, writer, first)
+            elif first:
+                await self._serve_calls(connection, reader, writer, first)
+        except (ConnectionError, asyncio.TimeoutError, asyncio.CancelledError):
+            pass                # it went away, or has to
+        except Exception:
+            self.log.exception("a connection failed")
+        finally:
+            self.connections.discard(connection)
+            writer.close()
+
+    async def _serve_calls(self, connection: Connection, reader, writer, data: bytes) -> None:
+        """JSON-RPC: one line after the other, each answered before the next is looked at."""
+        lines = Lines(REQUEST_MAX)
+        while data:
+            try:
+                complete = lines.feed(data)
+            except InvalidRequest as error:
+                writer.write(encode_reply(Call(), error=error) + b"\n")
+                await asyncio.wait_for(writer.drain(), WRITE_S)
+                return
+            for line in complete:
+                connection.busy = True
+                reply = await self._answer(line, connection)
+                if reply:
+                    writer.write(reply + b"\n")
+                    await asyncio.wait_for(writer.drain(), WRITE_S)
+                connection.busy = False
+                if self.stopping.is_set():
+                    return
+            data = await asyncio.wait_for(reader.read(65536), IDLE_S)
+
+    async def _answer(self, line: bytes, connection: Connection) -> bytes:
+        calls, is_batch = decode_request(line)
+        replies = []
+        for call in calls:
+            try:
+                if call.error:
+                    raise call.error
+                reply = encode_reply(call, await self.call(call.method, call.params, connection))
+            except ThrumError as error:
+                reply = encode_reply(call, error=error)
+            if call.answered or (call.error and call.id is None and not call.method):
+                replies.append(reply)
+        if is_batch and replies:
+            return b"[" + b",".join(replies) + b"]"
+        return b"".join(replies)
+
+    async def _serve_command(self, connection: Connection, reader, writer, data: bytes) -> None:
+        """A command: runs while its client is there; what it has queued is finished all the same."""
+        connection.busy = True
+        records = Records(2 * REQUEST_MAX)
+        found = records.feed(data)
+        while not found:
+            data = await asyncio.wait_for(reader.read(65536), WRITE_S)
+            if not data:
+                return
+            found = records.feed(data)
+        console = RemoteConsole(self, connection, writer, found[0][1])
+        if version_key(console.version) > version_key(__version__):
+            return await console.send("U")
+        running = self.loop.create_task(self._run_command(console))
+        try:
+            while not running.done():
+                reading = self.loop.create_task(reader.read(65536))
+                await asyncio.wait((reading, running), return_when=asyncio.FIRST_COMPLETED)
+                if not reading.done():
+                    reading.cancel()
+                    break
+                data = reading.result()
+                if not data:
+                    break
+                for kind, payload in records.feed(data):
+                    console.take(kind, payload)
+            if running.done():
+                await running
+        finally:
+            running.cancel()
+            writer.close()
+
+    async def _run_command(self, console: RemoteConsole) -> None:
+        if console.bad_words:
+            await console.write("E", "Error: the command line is not valid UTF-8\n")
+            return await console.send("X", b"1")
+        if split_command(console.argv, COMMANDS)[0] not in COMMANDS:
+            return await console.send("H")
+        try:
+            status = await run_command(console, COMMANDS)
+        except (ConnectionError, asyncio.TimeoutError, asyncio.CancelledError):
+            raise
+        except Exception:
+            self.log.exception("%s failed", console.argv[:2])
+            await console.write("E", "Error: internal error; see 'thrum daemon logs'\n")
+            status = 1
+        await console.send("X", str(status).encode())
+
+
+def _same_user(sock) -> bool:
+    """Whether the process at the other end runs as this user (or as root)."""
+    if sys.platform == "linux":
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return struct.unpack("3i", credentials)[1] in (os.getuid(), 0)
+    if sys.platform == "darwin":            # struct xucred: version, uid
+        return struct.unpack("II", sock.getsockopt(0, 1, 8))[1] in (os.getuid(), 0)
+    return True
+
+
+def take_lock(path: str, wait_s: float) -> int:
+    """An exclusive flock(2) on a file, as a descriptor that holds it; -1 when another has it for `wait_s` seconds.
+
+    The file stays: who unlinks it lets two processes hold "the" lock.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            os.close(descriptor)
+            raise
+    if wait_s <= 0:
+        os.close(descriptor)
+        return -1
+
+    def expired(number, frame):
+        raise TimeoutError
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, wait_s)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return descriptor
+    except TimeoutError:
+        os.close(descriptor)
+        return -1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def daemon_process(places: Places, report) -> int:
+    """Be the daemon of a repository; `report(text)` is called once, with "" when it answers or with what is wrong."""
+    world = World()
+    try:
+        os.umask(0o077)
+        os.makedirs(places.var, mode=0o700, exist_ok=True)
+        lock = take_lock(places.var + "/thrum.lock", 0)
+        if lock < 0:
+            if answers(places.var):
+                raise Conflict(f"daemon is already running{_pid_text(places)} for repo {places.root}")
+            lock = take_lock(places.var + "/thrum.lock", STOP_S)    # one that stops, or starts
+            if lock < 0:
+                raise Conflict(f"daemon lock held by another process{_pid_text(places)}; "
+                               "'thrum daemon stop' ends it")
+        os.chmod(places.var, 0o700)
+        os.chdir(places.var)    # so that no path of a socket is too long
+        handler = __import__("logging.handlers").handlers.RotatingFileHandler(
+            places.log, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
+        handler.formatter.converter = time.gmtime
+        logging.getLogger("thrum").addHandler(handler)
+        logging.getLogger("thrum").setLevel(logging.INFO)
+        logging.getLogger("asyncio").addHandler(handler)
+        git = Git(places.root)
+        git.run("rev-parse", "--git-dir")
+        ensure_branch(places)
+        daemon = Daemon(places, world)
+        daemon.ledger.open(read_repo_id(git))
+        daemon.ledger.facts.update(started=world.monotonic())
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = CONNECTIONS_MAX + 100
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(hard, wanted), hard))
+        try:
+            os.unlink("thrum.sock")     # we hold the lock, so whoever made it is gone
+        except FileNotFoundError:
+            pass
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind("thrum.sock")
+        os.chmod("thrum.sock", 0o600)
+        listener.listen(BACKLOG)
+        atomic_write(places.var + "/thrum.pid", (json.dumps({
+            "pid": os.getpid(), "repo_path": places.root, "started_at": stamp_of(world.now_ns()),
+            "socket_path": places.var + "/thrum.sock"}, indent=2) + "\n").encode())
+    except (ThrumError, OSError, sqlite3.Error) as error:
+        report(os_problem(error) if isinstance(error, OSError) else str(error))
+        return 1
+    try:
+        asyncio.run(daemon.run(listener, lambda: report("")))
+    finally:
+        for name in ("thrum.sock", "thrum.pid"):
+            try:
+                os.unlink(places.var + "/" + name)
+            except OSError:
+                pass
+    daemon.log.info("stopped")
+    return 0
+
+
+def _pid_text(places: Places) -> str:
+    pid = read_pid(places)
+    return f" (PID {pid})" if pid else ""
+
+
+def read_pid(places: Places) -> int:
+    """The process id in the daemon's pid file, 0 without one; a bare number is read too."""
+    try:
+        with open(places.var + "/thrum.pid", "rb") as file:
+            value = json.loads(file.read(4096))
+        pid = value.get("pid") if isinstance(value, dict) else value
+        return pid if type(pid) is int and pid > 0 else 0
+    except (OSError, ValueError):
+        return 0
+
+
+# ================================================================== 24  Client
+#
+# Most commands run in the daemon.  The launcher (`.thrum/bin/thrum`) carries the source of the functions in
+# LAUNCHER_FUNCTIONS and imports this file only when something else is to be done, because an agent calls it at every
+# turn: it takes one and a half times as long as an empty Python.  They use nothing but `os`, `sys` and each other.
+
+START_S = 10                    # seconds that a daemon may take to start
+AWAY_S = 60                     # seconds for which a command waits for a daemon that went away
+RETRY_S = 0.1                   # seconds between looking for a daemon that somebody else is to start: nothing tells
+                                # a waiting process that a file was removed, without a dependency
+STATE = {"key": b"", "cursor": b"", "shown": 0}
+
+
+def describe(argv, top, program, version, forwarded, state):
+    """The bytes that tell the daemon about this command: who calls from where, and what."""
+    encode = os.fsencode
+    files = []
+    try:
+        for name in sorted(os.listdir(top + "/.thrum/identities"))[:64]:
+            if name.endswith(".json") and name[0] != ".":
+                with open(top + "/.thrum/identities/" + name, "rb") as file:
+                    files += [encode(name), file.read(65537)]
+    except OSError:
+        pass
+    if not state["key"]:
+        state["key"] = os.urandom(12).hex().encode()
+    terminals = "".join(str(n) for n in (0, 1, 2) if os.isatty(n))
+    width = os.get_terminal_size(1).columns if "1" in terminals else 0
+    environ = [encode(name + "=" + os.environ[name]) for name in forwarded if name in os.environ]
+    encoding = sys.stdout.encoding if sys.stdout else "utf-8"
+    return pack([version.encode(), encode(program), encode(top), encode(os.getcwd()), state["key"], state["cursor"],
+                 str(state["shown"]).encode(), terminals.encode(), f"{width} {encoding}".encode(), pack(map(encode, argv)),
+                 pack(environ), pack(files)])
+
+
+def show(descriptor, data):
+    """Write all of `data`, also where a harness has made the pipe non-blocking."""
+    while data:
+        try:
+            data = data[os.write(descriptor, data):]
+        except BlockingIOError:
+            import select
+            select.select([], [descriptor], [])
+        except BrokenPipeError:
+            raise EOFError from None    # whoever read has enough
+
+
+def forward(sock, call, state, other):
+    """Run a command over a socket: its exit status, or None when the daemon went away or cannot do it.
+
+    `other(kind, payload)` gives the answer to a record that only the whole program understands.
+    """
+    sock.sendall(b"C" + len(call).to_bytes(4, "big") + call)
+    rest, count = b"", 0
+    while True:
+        try:
+            data = sock.recv(65536)
+        except ConnectionError:
+            data = b""
+        if not data:
+            return None
+        rest += data
+        before = count
+        while len(rest) > 4 and len(rest) >= 5 + int.from_bytes(rest[1:5], "big"):
+            size = 5 + int.from_bytes(rest[1:5], "big")
+            kind, payload, rest = rest[:1], rest[5:size], rest[size:]
+            if kind == b"O" or kind == b"E":
+                show(1 if kind == b"O" else 2, payload)
+                count += 1
+                if kind == b"O":
+                    state["shown"] += len(payload)
+            elif kind == b"X":
+                return int(payload)
+            elif kind == b"S":
+                state["cursor"] = payload
+            else:
+                answer = other(kind, payload)
+                if answer is None:
+                    return None
+                sock.sendall(b"I" + len(answer).to_bytes(4, "big") + answer)
+        if count != before:
+            sock.sendall(b"A\0\0\0\4" + count.to_bytes(4, "big"))
+
+
+def launch(argv, home, program, version, forwarded, words, state, whole):
+    """What the launcher does: the exit status of a command; `whole()` is the whole program, imported."""
+    try:
+        if argv and argv[0] in words and "THRUM_HOME" not in os.environ and not any(a.startswith("--repo") for a in argv):
+            top, thrum = locate(os.getcwd())
+            if not thrum and not os.path.lexists(top + "/.git"):
+                top, thrum = locate(home)
+            try:
+                sock = dial(thrum + "/var")
+                status = forward(sock, describe(argv, top, program, version, forwarded, state), state,
+                                 lambda kind, payload: whole().answer_record(top, argv, kind, payload))
+                if status is not None:
+                    return status
+            except OSError:
+                pass            # absent, forbidden, gone: the whole program knows what to do
+        return whole().main(argv, home, program, state)
+    except EOFError:
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+LAUNCHER_FUNCTIONS = (locate, pack, dial, describe, show, forward, launch)
+
+
+def answer_record(top: str, argv: list, kind: bytes, payload: bytes) -> bytes | None:
+    """The answer to a record other than text: "0" and what was asked for, or "1" and why not; None to end.
+
+    The daemon is told nothing, and writes nothing, that the command line does not name or that lies outside of
+    the worktree's `.thrum`.
+    """
+    if kind == b"N":
+        name = os.fsdecode(payload)
+        if name != "-" and not any(word == name or word.endswith("=" + name) for word in argv):
+            return b"1the daemon asked for a file that the command does not name"
+        try:
+            with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
+                data = file.read(REQUEST_MAX + 1)
+        except OSError as error:
+            return b"1cannot read the text: " + os_problem(error).encode(errors="replace")
+        if len(data) > REQUEST_MAX:
+            return f"1{name} is larger than {REQUEST_MAX:,} bytes".encode()
+        return b"0" + data
+    if kind == b"W":
+        name, data = unpack(payload)
+        parts = os.fsdecode(name).split("/")
+        if parts[0] != ".thrum" or ".." in parts or len(parts) < 3:
+            return b"1the daemon wanted to write outside of .thrum"
+        path = top + "/" + "/".join(parts)
+        try:
+            os.makedirs(os.path.dirname(path), mode=0o750, exist_ok=True)
+            if data[:1] == b"1":
+                atomic_write(path, data[1:])
+            elif os.path.exists(path):
+                os.unlink(path)
+            return b"0"
+        except OSError as error:
+            return b"1cannot write: " + os_problem(error).encode(errors="replace")
+    return None                 # U and H: the whole program goes on
+
+
+class Client:
+    """A connection to a repository's daemon for Python programs; see `connect`."""
+
+    def __init__(self, sock):
+        self._sock = sock
+        self._lines = Lines(64 * REQUEST_MAX)
+        self._ready = []
+        self._id = 0
+
+    def call(self, method: str, **params):
+        """The result of a method; raises ThrumError with the daemon's words, Unreachable when it went away."""
+        self._id += 1
+        line = json.dumps({"jsonrpc": "2.0", "id": self._id, "method": method, "params": params}).encode() + b"\n"
+        try:
+            self._sock.sendall(line)
+            while not self._ready:
+                data = self._sock.recv(65536)
+                if not data:
+                    raise Unreachable("the daemon closed the connection")
+                self._ready += self._lines.feed(data)
+        except OSError as error:
+            raise Unreachable(f"failed to read response (daemon may be unresponsive — try: thrum daemon restart): "
+                              f"{os_problem(error)}") from None
+        reply = json.loads(self._ready.pop(0))
+        if "error" in reply:
+            kind = {MethodNotFound.code: MethodNotFound, InvalidParams.code: InvalidParams}.get(reply["error"]["code"], ThrumError)
+            raise kind(reply["error"]["message"], reply["error"].get("data"))
+        return reply["result"]
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *what):
+        self.close()
+
+
+def connect(path: str = ".") -> Client:
+    """A client of the daemon for the repository around `path`; starts the daemon when it is absent.
+
+    >>> team = thrum.connect()                                          # doctest: +SKIP
+    >>> team.call("message.send", mentions=["@lead"], content="tests are green", caller_agent_id="ci")  # doctest: +SKIP
+    """
+    places = find_places(path)
+    return Client(reach(places))
+
+
+def reach(places: Places, start: bool = True):
+    """A socket to the daemon, started where it is absent and may be.  Raises Unreachable with the way on."""
+    try:
+        return dial(places.var)
+    except OSError as error:
+        path = os.environ.get("THRUM_SOCKET") or places.var + "/thrum.sock"
+        text = f"failed to connect to daemon at {path}: {error.strerror or error}"
+        if error.errno in (errno.EPERM, errno.EACCES):
+            raise Unreachable(f"{text}: a sandbox forbids this socket; allow it, or run the command outside") from None
+        if error.errno not in (errno.ENOENT, errno.ECONNREFUSED):
+            raise Unreachable(f"{text}; try 'thrum daemon restart'") from None
+        if os.environ.get("THRUM_SOCKET"):
+            raise Unreachable(f"{text}; THRUM_SOCKET names it, so it is not started from here") from None
+        if not start or os.environ.get("THRUM_AUTOSTART") == "0" \
+                or get_setting(load_config(places.thrum), "daemon.autostart") is False:
+            raise Unreachable(f"{text}; 'thrum daemon start' starts it") from None
+    if os.path.exists(places.var + "/stopped"):
+        raise Unreachable("failed to connect to daemon: it was stopped; 'thrum daemon start' starts it again")
+    start_daemon(places)
+    try:
+        return dial(places.var)
+    except OSError as error:
+        raise Unreachable(f"the daemon started, but does not answer ({error.strerror}); see 'thrum daemon logs'") from None
+
+
+def start_daemon(places: Places) -> bool:
+    """Start the daemon and wait until it answers; False when it runs already.  Raises ThrumError with its words.
+
+    Callers that come at once wait for each other, so that one starts it and the others find it.
+    """
+    try:
+        os.makedirs(places.var, mode=0o700, exist_ok=True)
+        lock = take_lock(places.var + "/start.lock", START_S)
+    except OSError as error:
+        raise ThrumError(f"cannot start the daemon: {os_problem(error)}") from None
+    if lock < 0:
+        raise ThrumError("timeout waiting for daemon to start: another process has been starting it for "
+                         f"{START_S} s; see 'thrum daemon logs'")
+    try:
+        if answers(places.var):
+            return False
+        read_end, write_end = os.pipe()
+        # Identity is the caller's, not the daemon's: a variable of this agent must not name all others.
+        environ = {name: value for name, value in os.environ.items()
+                   if not name.startswith(("THRUM_", "GIT_")) or name in ("THRUM_HOSTNAME", "THRUM_LOCAL")}
+        code = f"import sys; sys.path.insert(0, {os.path.dirname(places.copy)!r}); import thrum; thrum.main(sys.argv[1:])"
+        try:
+            process = subprocess.Popen(
+                [sys.executable or "python3", "-IS", "-c", code, "daemon", "run", "--repo", places.root, "--ready-fd", str(write_end)],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(write_end,),
+                start_new_session=True, cwd="/", env=environ)
+        finally:
+            os.close(write_end)
+        with os.fdopen(read_end, "rb") as pipe:
+            ready, _, _ = select.select([pipe], [], [], START_S)
+            said = pipe.readline() if ready else None
+        if said != b"ok\n":
+            if said is None:
+                process.kill()
+            process.wait()
+            reason = said.decode(errors="replace").strip() if said else ""
+            raise ThrumError(f"the daemon did not start: {reason or 'no answer within 10 s' if said is None else reason or 'it ended'}")
+        process.wait()          # the one that detached itself
+        return True
+    finally:
+        os.close(lock)
+
+
+class LocalConsole(Console):
+    """The console of a command that runs in this process."""
+
+    def __init__(self, world: World, places: Places | None, top: str, argv: list, program: str):
+        environ = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+        terminals = "".join(str(n) for n in (0, 1, 2) if os.isatty(n))
+        columns = os.environ.get("COLUMNS", "")
+        width = os.get_terminal_size(1).columns if "1" in terminals else int(columns) if columns.isdecimal() else WIDTH_DEFAULT
+        super().__init__(world, top=top, cwd=os.getcwd(), argv=argv, environ=environ, identities=read_identities(top + "/.thrum"),
+                         terminals=terminals, width=width, program=program)
+        self.places = places
+        self._client = None
+
+    async def call(self, method: str, **params):
+        if not self._client:
+            self._client = Client(reach(self.places, start=False))
+        return self._client.call(method, **{k: v for k, v in params.items() if v is not None})
+
+    async def write(self, stream: str, text: str) -> None:
+        encoding = (sys.stdout.encoding if sys.stdout else None) or "utf-8"
+        show(1 if stream == "O" else 2, text.encode(encoding, "backslashreplace"))
+
+    async def read(self, path: str) -> bytes:
+        answer = answer_record(self.top, self.argv, b"N", os.fsencode(path))
+        if answer[:1] != b"0":
+            raise ThrumError(answer[1:].decode(errors="replace"))
+        return answer[1:]
+
+
+def run_now(coroutine):
+    """The result of a command that never waits for anything but blocking calls."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    raise RuntimeError("a command that runs here has waited")
+
+
+# ================================================================== 26  Main
+
+PACKAGE_URL = "https://github.com/leonletto/thrum"
+
+
+# ---- the private copy and the launcher
+
+def read_version(path: str) -> str:
+    """The version of a copy of this file, "" when there is none."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("__version__"):
+                    return line.split('"')[1]
+    except (OSError, IndexError):
+        pass
+    return ""
+
+
+def install_copy(places: Places, source: str = "", force: bool = False) -> bool:
+    """Put this file (or `source`) where launcher and daemon run it; whether the copy is another one now.
+
+    One with a higher version replaces the copy; an equal or lower one is left to be served, so that two worktrees
+    with different vendored files do not take turns.
+    """
+    source = source or os.path.abspath(__file__)
+    version, present = read_version(source), read_version(places.copy)
+    if not version:
+        raise ThrumError(f"{source} is not a copy of thrum.py")
+    if present and not force and version_key(version) <= version_key(present):
+        return False
+    with open(source, "rb") as file:
+        data = file.read()
+    os.makedirs(os.path.dirname(places.copy), mode=0o750, exist_ok=True)
+    atomic_write(places.copy, data, 0o644)
+    return True
+
+
+def source_of(text: str, function) -> str:
+    """The source of a top-level function in the text of this file."""
+    start = text.index(f"\ndef {function.__name__}(") + 1
+    return text[start:text.index("\n\n\n", start)] + "\n"
+
+
+def write_launcher(places: Places) -> None:
+    """Write `.thrum/bin/thrum` for the caller's worktree: the client's own source, run by the interpreter in use."""
+    with open(places.copy, encoding="utf-8") as file:
+        text = file.read()
+    python = os.path.realpath(sys.executable) if sys.executable else ""
+    if not python or any(c in python for c in "\"'`$\\\n"):
+        python = "python3"
+    words = sorted({name.split(" ")[0] for name, row in COMMANDS.items()} - {name.split(" ")[0] for name in HERE})
+    launcher = f"""#!/bin/sh
+''':'
+# The launcher of thrum {read_version(places.copy)}, written by 'thrum init': what an agent calls at every turn.
+for python in "{python}" python3; do
+    command -v "$python" >/dev/null 2>&1 && exec "$python" -IS "$0" "$@"
+done
+echo "thrum: no python3 was found; install Python 3.9 or newer" >&2
+exit 127
+'''
+import os
+import sys
+
+
+{(chr(10) * 2).join(source_of(text, function) for function in LAUNCHER_FUNCTIONS)}
+
+def whole():
+    sys.path.insert(0, locate(home)[1] + "/bin")
+    import thrum
+    return thrum
+
+
+home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(sys.argv[0]))))
+os._exit(launch(sys.argv[1:], home, sys.argv[0], {read_version(places.copy)!r}, {FORWARDED!r},
+                {tuple(words)!r}, {STATE!r}, whole))
+"""
+    path = places.local + "/bin/thrum"
+    data = launcher.encode()
+    try:
+        with open(path, "rb") as file:
+            if file.read() == data:
+                return
+    except OSError:
+        pass
+    os.makedirs(places.local + "/bin", mode=0o750, exist_ok=True)
+    atomic_write(path, data, 0o755)
+
+
+# ---- init and setup
+
+def initialize(start: str) -> tuple:
+    """Make or mend the installation for the worktree around `start`: (places, what was done, in sentences).
+
+    Overwrites nothing; what a failing first run has made is removed again.
+    """
+    top, _ = locate(os.path.realpath(start))
+    common = git_common_dir(top)
+    if not common:
+        raise NotInitialized(f"{start} is not in a git repository; run 'git init' first")
+    if os.path.realpath(common) != os.path.realpath(top + "/.git"):
+        return set_up_worktree(top, os.path.dirname(common))
+    places = Places(top, top + "/.thrum", common)
+    fresh, done, undo = not os.path.isdir(places.thrum), [], []
+    had_branch = bool(Git(top).run("rev-parse", "--verify", "-q", "refs/heads/" + BRANCH, check=False))
+    ignore = top + "/.gitignore"
+    try:
+        with open(ignore, "rb") as file:
+            ignored = file.read()
+    except FileNotFoundError:
+        ignored = None
+    try:
+        for folder in ("", "/identities", "/context", "/bin"):
+            if not os.path.isdir(places.thrum + folder):
+                undo.append(lambda: shutil.rmtree(places.thrum, ignore_errors=True))
+                os.makedirs(places.thrum + folder, mode=0o750)
+        os.makedirs(places.var, mode=0o700, exist_ok=True)
+        if fresh:
+            done.append("Created: .thrum/ directory structure")
+        if add_ignore_lines(ignore):
+            undo.append(lambda: atomic_write(ignore, ignored, 0o644) if ignored is not None else os.unlink(ignore))
+            done.append("Updated: .gitignore")
+        if not os.path.exists(places.thrum + "/schema_version"):
+            atomic_write(places.thrum + "/schema_version", b"1\n")
+        if not os.path.exists(places.config):
+            save_config(places.thrum, {"daemon.local_only": True, "daemon.sync_interval": 60, "daemon.ws_port": "auto"})
+        else:
+            load_config(places.thrum)
+        if not had_branch:
+            undo.append(lambda: Git(top).run("update-ref", "-d", "refs/heads/" + BRANCH, check=False))
+            undo.append(lambda: Git(top).run("worktree", "remove", "--force", places.sync, check=False))
+        ensure_branch(places)
+        if not had_branch:
+            done.append(f"Created: {BRANCH} branch for message sync")
+        if install_copy(places):
+            done.append(f"Installed: .thrum/bin/thrum (version {read_version(places.copy)})")
+        write_launcher(places)
+    except (OSError, ThrumError) as error:
+        if fresh:
+            for step in reversed(undo):
+                try:
+                    step()
+                except (OSError, ThrumError):
+                    pass        # the first error is what the caller has to know
+        if isinstance(error, OSError):
+            raise ThrumError(f"cannot initialize thrum: {os_problem(error)}") from None
+        raise
+    return places, done, fresh
+
+
+def set_up_worktree(top: str, main: str) -> tuple:
+    """Connect a linked worktree with the installation in the main one; as `initialize`."""
+    thrum = main + "/.thrum"
+    if os.path.realpath(top) == os.path.realpath(main):
+        raise ThrumError("cannot setup redirect to self — this is the main repo")
+    if not os.path.isdir(thrum):
+        raise NotInitialized(f"this is a git worktree, but the main repo ({main}) is not initialized; run 'thrum init' there first")
+    places = Places(top, thrum, git_common_dir(top))
+    done, redirect = [], top + "/.thrum/redirect"
+    try:
+        os.makedirs(places.identities, mode=0o750, exist_ok=True)
+        present = locate(top)[1]
+        if present != thrum:
+            atomic_write(redirect, os.fsencode(thrum) + b"\n")
+            done.append(f"Redirect: .thrum/redirect → {thrum}")
+        ignored = Git(top).run("check-ignore", ".thrum/redirect", check=False)
+        if not ignored and add_ignore_lines(places.common + "/info/exclude"):
+            done.append("Updated: .git/info/exclude")
+        if not os.path.exists(places.copy):
+            install_copy(places)
+        write_launcher(places)
+    except OSError as error:
+        raise ThrumError(f"cannot set up this worktree: {os_problem(error)}") from None
+    return places, done, bool(done)
+
+
+async def init(console: Console, args: Args) -> int:
+    places, done, fresh = initialize(start_directory(args))
+    linked = places.top != places.root
+    lines = []
+    if linked:
+        lines.append("✓ Worktree detected — set up redirect to main repo" if fresh else "✓ Worktree is set up already; nothing to do")
+        lines.append(f"  Main repo: {places.root}")
+    elif fresh:
+        lines += ["✓ Thrum initialized successfully", f"  Repository: {places.top}"]
+    else:
+        lines.append(f"✓ Thrum is initialized already in {places.top}; nothing was overwritten")
+    lines += ["  " + line for line in done]
+    started = _allow_and_start(places)
+    lines.append("✓ Daemon started" if started else "✓ Daemon already running")
+    if not linked:
+        lines.append(f"  Messages stay on this machine (daemon.local_only in {places.config})")
+        lines.append('\nNext: .thrum/bin/thrum quickstart --name <name> --role <role> --module <module> --intent "<what>"')
+    await console.answer({"initialized": fresh, "repository": places.root, "worktree": places.top, "done": done,
+                          "daemon": "started" if started else "running"}, "\n".join(lines) + "\n")
+    return 0
+
+
+async def setup(console: Console, args: Args) -> int:
+    top, _ = locate(os.path.realpath(start_directory(args)))
+    common = git_common_dir(top)
+    main = os.path.realpath(args.main_repo) if args.main_repo else os.path.dirname(common) if common else ""
+    if not main:
+        raise NotInitialized(f"{top} is not in a git repository")
+    places, done, _ = set_up_worktree(top, main)
+    reachable = answers(places.var)
+    await console.answer({"worktree": top, "main": places.root, "done": done}, "".join(f"  {line}\n" for line in done)
+                         + ("Connected to daemon\n" if reachable else "Daemon not running; it starts with the first command\n")
+                         + "✓ Thrum worktree setup complete\n")
+    return 0
+
+
+def _allow_and_start(places: Places) -> bool:
+    """Start the daemon also when it was stopped on purpose; whether it had to be."""
+    try:
+        os.unlink(places.var + "/stopped")
+    except FileNotFoundError:
+        pass
+    return start_daemon(places)
+
+
+# ---- the daemon's commands
+
+def is_this_program(pid: int) -> bool:
+    """Whether a process runs this program: its number alone may have been given to another one since."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = file.read(65536)
+    except OSError:
+        try:
+            words = subprocess.run(["ps", "-o", "command=", "-p", str(pid)], capture_output=True, timeout=CONNECT_S).stdout
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+    return b"thrum" in words and b"daemon" in words
+
+
+def stop_daemon(places: Places) -> int:
+    """Stop the daemon and wait until it has let go of everything: its pid, 0 when none ran.  Raises ThrumError."""
+    lock_path = places.var + "/thrum.lock"
+    pid = read_pid(places)
+    try:
+        with Client(dial(places.var)) as client:
+            pid = client.call("daemon.stop")["pid"]
+    except (OSError, ThrumError):
+        lock = take_lock(lock_path, 0) if os.path.isdir(places.var) else 0
+        if lock >= 0:
+            if lock:
+                os.close(lock)
+            return 0            # nobody holds it, so nobody is there, whatever the pid file says
+        if not pid or not is_this_program(pid):
+            raise ThrumError(f"the daemon does not answer, and {places.var}/thrum.pid does not name it; "
+                             "find the holder of thrum.lock and end it") from None
+        os.kill(pid, signal.SIGTERM)
+    for number in (signal.SIGKILL, 0):
+        lock = take_lock(lock_path, STOP_S + 2)
+        if lock >= 0:
+            os.close(lock)
+            return pid
+        if number and is_this_program(pid):
+            os.kill(pid, number)
+    raise ThrumError(f"timeout waiting for daemon to stop (PID {pid} still running)")
+
+
+async def daemon_start(console: Console, args: Args) -> int:
+    places = console.places
+    if args.local:
+        save_config(places.thrum, {"daemon.local_only": True})
+    refresh(places)
+    if not _allow_and_start(places):
+        raise Conflict(f"daemon is already running{_pid_text(places)} for repo {places.root}")
+    await console.answer({"status": "running", "pid": read_pid(places)}, "✓ Daemon started successfully")
+    return 0
+
+
+def refresh(places: Places) -> None:
+    """Bring copy and launcher up to this file, where it is newer or they are missing."""
+    try:
+        if install_copy(places) or not os.path.exists(places.local + "/bin/thrum"):
+            write_launcher(places)
+    except OSError as error:
+        raise ThrumError(f"cannot install thrum into {places.thrum}: {os_problem(error)}") from None
+
+
+async def daemon_stop(console: Console, args: Args) -> int:
+    places = console.places
+    try:
+        atomic_write(places.var + "/stopped", b"by 'thrum daemon stop'\n")
+    except OSError as error:
+        raise ThrumError(f"cannot note that the daemon is stopped: {os_problem(error)}") from None
+    pid = stop_daemon(places)
+    if not pid:
+        raise ThrumError("daemon is not running")
+    await console.answer({"status": "stopped", "pid": pid}, "✓ Daemon stopped successfully")
+    return 0
+
+
+async def daemon_restart(console: Console, args: Args) -> int:
+    places = console.places
+    if args.from_:
+        source = os.path.abspath(args.from_)
+        if not os.path.isfile(source):
+            raise ThrumError(f"{args.from_} is not a file")
+        check = subprocess.run([sys.executable, "-IS", "-c", "import sys; compile(open(sys.argv[1], 'rb').read(), sys.argv[1], 'exec')",
+                                source], capture_output=True)
+        if check.returncode:
+            raise ThrumError(f"{args.from_} cannot be compiled by this Python")
+        install_copy(places, source, force=True)
+        write_launcher(places)
+    stop_daemon(places)
+    _allow_and_start(places)
+    await console.answer({"status": "running", "pid": read_pid(places)}, "✓ Daemon restarted successfully")
+    return 0
+
+
+async def daemon_status(console: Console, args: Args) -> int:
+    places = console.places
+    try:
+        state = await console.call("health")
+    except ThrumError as error:
+        if not isinstance(error, Unreachable) or "sandbox" in str(error):
+            raise
+        await console.answer({"running": False, "status": "stopped", "repo_path": places.root}, "")
+        if not args.json:
+            await console.out("Daemon:   not running\n")
+        return 0 if args.json else 1
+    uptime = span(state["uptime_ms"] / 1000)
+    report = {"running": True, "status": "running", "pid": state["pid"], "repo_path": places.root, "uptime": uptime,
+              "version": state["version"], "sync_state": state["sync_state"], "events": state["last_seq"],
+              "bad_lines": state["bad_lines"]}
+    await console.answer(report, f"Daemon:   running (PID {state['pid']})\nUptime:   {uptime}\nVersion:  {state['version']}\n"
+                         f"Repo:     {places.root}\nStore:    {state['messages']} messages of {state['agents']} agents, "
+                         f"{state['last_seq']} events\nSync:     {state['sync_state']}\n"
+                         + (f"Damaged:  {state['bad_lines']} lines, see {places.bad_lines}\n" if state["bad_lines"] else ""))
+    return 0
+
+
+async def daemon_logs(console: Console, args: Args) -> int:
+    places = console.places
+    lines = []
+    for path in [f"{places.log}.{n}" for n in range(LOG_FILES, 0, -1)] + [places.log]:
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                lines += file.readlines()
+        except FileNotFoundError:
+            pass
+    if not lines:
+        raise ThrumError(f"there is no log yet: {places.log}")
+    count = max(args.tail, 0)
+    await console.out(plain("".join(lines[-count:] if count else [])))
+    return 0
+
+
+async def daemon_run(console: Console, args: Args) -> int:
+    places = console.places
+    if args.ready_fd is None:
+        def report(problem):
+            text = f"Error: {problem}" if problem else f"thrum daemon: serving {places.root} (PID {os.getpid()}); Ctrl-C ends it"
+            os.write(2, (text + "\n").encode())
+    else:
+        os.set_inheritable(args.ready_fd, False)
+        if os.fork():           # the starter waits for this one only, and the daemon is nobody's child
+            os._exit(0)
+
+        def report(problem):
+            os.write(args.ready_fd, (problem.replace("\n", " ") or "ok").encode() + b"\n")
+            os.close(args.ready_fd)
+    return daemon_process(places, report)
+
+
+# ---- what only tells
+
+async def version(console: Console, args: Args) -> int:
+    python = "python" + ".".join(map(str, sys.version_info[:3]))
+    await console.answer({"version": __version__, "build": os.path.abspath(__file__), "python_version": python,
+                          "repo_url": PACKAGE_URL}, f"thrum v{__version__} ({python})")
+    return 0
+
+
+async def help_command(console: Console, args: Args) -> int:
+    name = " ".join(args.command)
+    rows = {**COMMANDS, **HERE}
+    if not name:
+        await console.out(root_help())
+    elif name in rows:
+        await console.out(help_text(name, rows[name]))
+    elif any(row.startswith(name + " ") for row in rows):
+        await console.out(group_help(name))
+    else:
+        raise Usage(f'unknown command "{name}" for "thrum"; \'thrum help\' lists them')
+    return 0
+
+
+def root_help() -> str:
+    """All commands, on one screen."""
+    text = "thrum: messages for a team of coding agents, kept in the git repository they work on\n\nUsage: thrum COMMAND [flags]\n\n"
+    groups = {}
+    for name in {**HERE, **COMMANDS}:
+        word, _, sub = name.partition(" ")
+        if sub and not sub.startswith("run"):
+            groups.setdefault(word, []).append(sub)
+    shown = []
+    for name in ("quickstart", "send", "reply", "inbox", "sent", "wait", "status", "whoami", "init", "setup", "version", "help"):
+        shown.append([f"  {name}", (HERE.get(name) or COMMANDS[name]).help])
+    for word in ("message", "agent", "session", "group", "daemon"):
+        shown.append([f"  {word}", ", ".join(sorted(groups[word]))])
+    return text + rows_of(shown) + "\n'thrum COMMAND --help' tells more.\n\nExample: " + COMMANDS["quickstart"].example + "\n"
+
+
+def group_help(word: str) -> str:
+    """The commands that begin with a word."""
+    rows = {name: row for name, row in {**COMMANDS, **HERE}.items() if name.startswith(word + " ") and row.help}
+    example = next((row.example for row in rows.values() if row.example), f"thrum {next(iter(rows))}")
+    return f"Usage: thrum {word} COMMAND [flags]\n\n" + rows_of([[f"  {name}", row.help] for name, row in rows.items()]) + \
+        f"\nExample: {example}\n"
+
+
+HERE = {
+    "init": Command(init, "Set thrum up in this repository, or mend it; overwrites nothing.", (), "thrum init", here=True, does="changes"),
+    "setup": Command(setup, "Connect this git worktree with the main one.", (
+        Argument("--main-repo", "where the main worktree is"),), "thrum setup", here=True, does="changes"),
+    "version": Command(version, "The version of this program.", here=True, does="tells"),
+    "help": Command(help_command, "Help on a command.", (Argument("COMMAND", "which", required=False, many=True),),
+                    "thrum help send", here=True, does="tells"),
+    "daemon start": Command(daemon_start, "Start the daemon.", (Argument("--local", "nothing leaves this machine", bool),),
+                            "thrum daemon start", here=True, does="changes"),
+    "daemon stop": Command(daemon_stop, "Stop the daemon until 'daemon start' or 'init'.", here=True, does="changes"),
+    "daemon restart": Command(daemon_restart, "Stop and start the daemon; waiting commands go on.", (
+        Argument("--from", "use this thrum.py from now on"),), "thrum daemon restart --from thrum.py", here=True, does="changes"),
+    "daemon status": Command(daemon_status, "Whether the daemon runs, and how it is.", here=True),
+    "daemon logs": Command(daemon_logs, "What the daemon wrote into its log.", (
+        Argument("--tail", "how many lines", int, 50),), "thrum daemon logs --tail 20", here=True),
+    "daemon run": Command(daemon_run, "", (Argument("--ready-fd", "", int),), here=True, does="changes"),
+}
+HERE["setup worktree"] = HERE["setup"]
+UNPLACED = ("init", "setup", "setup worktree", "version", "help")       # these need no installation
+
+
+def start_directory(args: Args) -> str:
+    """Where to look for the repository: --repo, else THRUM_HOME, else here."""
+    start = args.repo or os.environ.get("THRUM_HOME", "").strip() or "."
+    if not os.path.isdir(start):
+        raise NotInitialized(f"{start} is not a directory")
+    return start
+
+
+def run_remote(console: LocalConsole, row: Command, state: dict) -> int:
+    """Run a command in the daemon, and again with the next daemon if this one goes away; its exit status."""
+    places, argv, lost_at, asked = console.places, console.argv, None, []
+
+    def other(kind, payload):
+        answer = answer_record(places.top, argv, kind, payload)
+        if answer is None:
+            asked.append(kind)
+        return answer
+
+    while True:
+        try:
+            sock = reach(places)
+        except ThrumError as error:
+            if row.offline and isinstance(error, Unreachable):
+                return run_now(run_command(console, COMMANDS))
+            if lost_at is None or time.monotonic() - lost_at > AWAY_S:
+                raise
+            time.sleep(RETRY_S)
+            continue
+        try:
+            status = forward(sock, describe(argv, places.top, console.program, __version__, FORWARDED, state), state, other)
+        except OSError:
+            status = None
+        finally:
+            sock.close()
+        if status is not None:
+            return status
+        if b"U" in asked:
+            asked.clear()
+            upgrade(places)
+            continue
+        if b"H" in asked:
+            raise ThrumError("the running daemon does not know this command; 'thrum daemon restart' renews it")
+        if lost_at is None:
+            lost_at = time.monotonic()
+            if not console.args.quiet and not console.args.json and row.run is wait:
+                show(2, b"Lost connection to daemon, reconnecting...\n")
+        elif time.monotonic() - lost_at > AWAY_S:
+            raise Unreachable("the daemon went away while it answered; see 'thrum daemon logs'")
+        time.sleep(RETRY_S)
+
+
+def upgrade(places: Places) -> None:
+    """This program is newer than the daemon: put it in its place.  Who comes second finds it done."""
+    refresh(places)
+    stop_daemon(places)
+    start_daemon(places)
+
+
+def main(argv: list | None = None, home: str = "", program: str = "", state: dict | None = None) -> int:
+    """Run a command line; its exit status.
+
+    The launcher says which worktree is its own, how it was called, and what it has done already.
+    """
+    try:
+        return _main(sys.argv[1:] if argv is None else list(argv), home, program, state or dict(STATE))
+    except ThrumError as error:
+        show(2, f"Error: {plain(str(error))}\n".encode(errors="backslashreplace"))
+        return error.status
+    except OSError as error:
+        show(2, f"Error: {os_problem(error)}\n".encode(errors="backslashreplace"))
+        return 1
+    except EOFError:            # a broken pipe: whoever read has enough
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _main(argv: list, home: str, program: str, state: dict) -> int:
+    if os.name != "posix":
+        raise ThrumError("thrum needs Linux or macOS: it speaks over Unix sockets")
+    if sys.version_info < (3, 9):       # noqa: UP036 - somebody copies this file next to an older Python
+        raise ThrumError(f"thrum needs Python 3.9 or newer; this is {sys.version.split()[0]}")
+    if argv and argv[0] in ("--version", "-v"):
+        argv = ["version", *argv[1:]]
+    rows = {**COMMANDS, **HERE}
+    name, rest = split_command(argv, rows)
+    world = World()
+    if name not in rows:
+        if name:
+            if rest and rest[0][:1] != "-":
+                raise Usage(f'unknown command "{rest[0]}" for "thrum {name}"; \'thrum help {name}\' lists them')
+            show(1, group_help(name).encode())
+            return 0
+        if not rest or rest[0] in ("--help", "-h"):
+            show(1, root_help().encode())
+            return 0
+        if rest[0][:1] == "-":
+            raise Usage(f"unknown flag: {rest[0]}")
+        raise Usage(f'unknown command "{rest[0]}" for "thrum"; \'thrum help\' lists them')
+    row = rows[name]
+    console = None
+    try:
+        args = parse_command(row, rest)
+        if args.help:
+            show(1, help_text(name, row).encode())
+            return 0
+        places = None
+        if name not in UNPLACED:
+            places = _find(args, home, row)
+        top = places.top if places else os.getcwd()
+        if program in ("", sys.argv[0]) and not home:
+            program = _program(places)
+        console = LocalConsole(world, places, top, argv, program)
+        console.args = args
+        if row.here:
+            return int(run_now(row.run(console, args)))
+        return run_remote(console, row, state)
+    except ThrumError as error:
+        error.status = row.failure
+        raise
+
+
+def _find(args: Args, home: str, row: Command) -> Places:
+    """The places for a command; initializes them for one that joins."""
+    start = start_directory(args)
+    try:
+        places = find_places(start)
+    except NotInitialized:
+        if home and start == "." and not git_common_dir(locate(os.getcwd())[0]):
+            return find_places(home)
+        if not row.joins:
+            raise
+        places, done, _ = initialize(start)
+        if not args.quiet and not args.json:
+            show(1, f"✓ Thrum initialized in {places.root}\n".encode(errors="backslashreplace"))
+        return places
+    if row.joins:
+        if not os.path.isdir(places.local):
+            places, _, _ = set_up_worktree(places.top, places.root)
+        else:
+            refresh(places)
+    return places
+
+
+def _program(places: Places | None) -> str:
+    """How to call thrum from here, for hints: the launcher when there is one, else what was called."""
+    if places and os.path.exists(places.local + "/bin/thrum"):
+        return ".thrum/bin/thrum" if os.path.realpath(os.getcwd()) == places.top else places.local + "/bin/thrum"
+    name = os.path.basename(sys.argv[0])
+    return "thrum" if name == "thrum" else "python3 -m thrum" if name == "__main__.py" else f"python3 {sys.argv[0]}"
+
+
+if __name__ == "__main__":
+    # Under its own name too, so that what the file defines exists once.
+    sys.modules.setdefault("thrum", sys.modules["__main__"])
+    sys.exit(main())
