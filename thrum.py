@@ -666,6 +666,14 @@ def durable_sync(descriptor: int) -> None:
         os.fdatasync(descriptor)
 
 
+def remove(path: str) -> None:
+    """Remove a file that may be gone already."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
 def sync_directory(path: str) -> None:
     """Make a file's creation or renaming in `path` durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -745,7 +753,7 @@ class Git:
     def run(self, *args: str, input: bytes = b"", timeout_s: float = GIT_LOCAL_S, check: bool = True) -> bytes:
         """What git prints.  Raises GitError when it fails (unless `check` is False: then b""), is missing or too slow."""
         environ = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-        environ.update(GIT_TERMINAL_PROMPT="0", GIT_OPTIONAL_LOCKS="0", LC_ALL="C", GIT_CONFIG_NOSYSTEM="1")
+        environ.update(GIT_TERMINAL_PROMPT="0", GIT_OPTIONAL_LOCKS="0", LC_ALL="C")
         try:
             done = subprocess.run(["git", *self.SETTINGS, *args], cwd=self.directory, input=input, env=environ,
                                   capture_output=True, timeout=timeout_s, start_new_session=True)
@@ -1325,11 +1333,15 @@ class Store:
         self.world = world
         self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5,
                                   cached_statements=256)
-        self.db.execute("pragma journal_mode=wal")
-        # The journal is what is durable; the database only must not be torn, which WAL with NORMAL ensures.
-        self.db.execute("pragma synchronous=normal")
-        self.db.execute("pragma temp_store=memory")
-        self.db.execute(f"pragma query_only={0 if writable else 1}")
+        try:
+            self.db.execute("pragma journal_mode=wal")
+            # The journal is what is durable; the database only must not be torn, which WAL with NORMAL ensures.
+            self.db.execute("pragma synchronous=normal")
+            self.db.execute("pragma temp_store=memory")
+            self.db.execute(f"pragma query_only={0 if writable else 1}")
+        except sqlite3.Error:
+            self.db.close()
+            raise
         self._deadline = FAR
         self.db.set_progress_handler(self._late_query, 20_000)
         self.forget()
@@ -1572,18 +1584,17 @@ class Store:
 
     def recipients(self, message: dict) -> list:
         """The recipients of a message with what they did: {agent_id, delivered_at, seen_at?, read_at?}, by id."""
-        found = []
-        for key in _keys(message["delivered"]):
-            row = self.db.execute("select a.agent_id, d.seen_at, d.read_at from deliveries d join agents a using(agent) "
-                                  "where d.agent = ? and d.at = ? and d.seq = ?", (key, message["at"], message["seq"])).fetchone()
-            if row:
-                state = {"agent_id": row[0], "delivered_at": stamp_of(message["at"])}
-                if row[1] or row[2]:
-                    state["seen_at"] = stamp_of(row[1] or row[2])
-                if row[2]:
-                    state["read_at"] = stamp_of(row[2])
-                found.append(state)
-        return sorted(found, key=lambda state: state["agent_id"])
+        found, delivered_at = [], stamp_of(message["at"])
+        for agent_id, seen_at, read_at in self.db.execute(
+                "select a.agent_id, d.seen_at, d.read_at from agents a join deliveries d on d.agent = a.agent and d.at = ? and "
+                f"d.seq = ? where a.agent in ({message['delivered']}) order by a.agent_id", (message["at"], message["seq"])):
+            state = {"agent_id": agent_id, "delivered_at": delivered_at}
+            if seen_at or read_at:
+                state["seen_at"] = stamp_of(seen_at or read_at)
+            if read_at:
+                state["read_at"] = stamp_of(read_at)
+            found.append(state)
+        return found
 
     def edits(self, seq: int) -> int:
         """How often a message was edited."""
@@ -2136,6 +2147,7 @@ class Ledger:
         self.places = places
         self.world = world
         self.facts = {}
+        self.progress = lambda: None
         self.batch = []         # (line, event, ns) of the batch in progress
         self.export = []        # (stem, line) that wait for their branch file
         self.export_problem = ""
@@ -2148,8 +2160,12 @@ class Ledger:
 
     # ---- opening and closing
 
-    def open(self, repo_id: str = "") -> None:
-        """Bring journal, database and branch files into one state, whatever a crash has left of them."""
+    def open(self, repo_id: str = "", progress=lambda: None) -> None:
+        """Bring journal, database and branch files into one state, whatever a crash has left of them.
+
+        Calls `progress()` now and then while that takes its time.
+        """
+        self.progress = progress
         os.makedirs(self.places.var, mode=0o700, exist_ok=True)
         clean = self._take_clean_mark()
         if not self.journal.open():
@@ -2220,10 +2236,7 @@ class Ledger:
             if self.store:
                 self.store.close()
             for suffix in ("", "-wal", "-shm"):
-                try:
-                    os.unlink(self.places.database + suffix)
-                except FileNotFoundError:
-                    pass
+                remove(self.places.database + suffix)
             self.store = Store(self.places.database, self.world, writable=True)
             self.store.create()
             self.store.set_meta(epoch=self.journal.epoch)
@@ -2249,6 +2262,7 @@ class Ledger:
             batch.append((sequence, line))
             if len(batch) == STORE_BATCH:
                 self._project_batch(batch)
+                self.progress()
                 count, batch = count + len(batch), []
         if batch:
             self._project_batch(batch)
@@ -2370,11 +2384,12 @@ class Ledger:
 
     # ---- changing
 
-    def commit(self, requests: list) -> tuple:
+    def commit(self, requests: list, again: bool = False) -> tuple:
         """Carry out requests, functions of a Context, as one batch: (outcomes, events).
 
         An outcome is what the request returned, or the exception that it raised; a request that raises leaves
-        nothing behind.  The events are pairs of sequence and event, durable when this returns.
+        nothing behind.  The events are pairs of sequence and event, durable when this returns.  A damaged database
+        is made anew, and the batch carried out `again`.
         """
         self.batch, outcomes = [], []
         try:
@@ -2395,8 +2410,11 @@ class Ledger:
             else:
                 self.store.commit()
         except (OSError, sqlite3.Error) as error:
-            self.store.rollback()
             self.batch = []
+            if type(error) is sqlite3.DatabaseError and not again:      # malformed, or no database at all
+                self.heal()
+                return self.commit(requests, again=True)
+            self.store.rollback()
             problem = ThrumError(f"nothing was stored: {os_problem(error) if isinstance(error, OSError) else error}")
             return [o if isinstance(o, ThrumError) else problem for o in outcomes] + \
                    [problem] * (len(requests) - len(outcomes)), []
@@ -2423,6 +2441,8 @@ class Ledger:
             self.store.undo()
             return ThrumError(f"nothing was stored: {error}")
         except Exception as error:      # a bug in one request must not harm the others
+            if type(error) is sqlite3.DatabaseError:
+                raise
             self.store.undo()
             return error
         finally:
@@ -2459,11 +2479,8 @@ class Ledger:
         except sqlite3.DatabaseError:
             pass
         self.store.close()
-        self.store = None
-        try:
-            os.unlink(self.places.database)
-        except FileNotFoundError:
-            pass
+        for suffix in ("", "-wal", "-shm"):
+            remove(self.places.database + suffix)
         self._open_store({})
         return True
 
@@ -2767,8 +2784,13 @@ def health(context: Context, params: dict) -> dict:
     return {
         "status": "ok", "uptime_ms": int((context.world.monotonic() - ledger.facts["started"]) * 1000), "version": __version__,
         "repo_id": ledger.repo_id, "sync_state": "error" if ledger.export_problem else "ok", "pid": os.getpid(),
-        "epoch": ledger.journal.epoch, "last_seq": ledger.journal.last, "bad_lines": ledger.bad_lines.count,
+        "epoch": ledger.journal.epoch, "last_seq": context.store.meta("seq", 0), "bad_lines": ledger.bad_lines.count,
         "rebuilt_events": ledger.rebuilt, **context.store.counts()}
+
+
+def stop(context: Context, params: dict) -> dict:
+    context.ledger.facts["stop"]()
+    return {"stopping": True, "pid": os.getpid()}
 
 
 def _agent_info(row: dict) -> dict:
@@ -3256,7 +3278,7 @@ def message_wait(context: Context, params: dict) -> dict | None:
     except ValueError as error:
         raise InvalidParams(f"invalid params: created_after is {error}") from None
     found = store.page(
-        receiver=agent_id, unread=unread, author=params.get("from", "").lstrip("@"),
+        receiver=agent_id, reader=params.get("caller_agent_id", ""), unread=unread, author=params.get("from", "").lstrip("@"),
         not_author=params.get("caller_agent_id", ""), scope=_pair(params.get("scope")),
         mention=params.get("mention_role", "").lstrip("@"), thread_id=params.get("thread_id", ""), after_ns=after_ns,
         after_seq=after, ascending=True, limit=limit)
@@ -3270,6 +3292,7 @@ CALLER = {"caller_agent_id": str}
 PAGING = {"page_size": int, "page": int}
 METHODS = {
     "health": Method(health, {}, "Whether the daemon is well, and how much it holds."),
+    "daemon.stop": Method(stop, {}, "Stop the daemon after what is in flight.", unix_only=True),
     "agent.register": Method(
         agent_register, {"role!": str, "module!": str, "name": str, "display": str, "force": bool, "re_register": bool,
                          "worktree": str}, "Register an agent, or report who holds its role and module.", writes=True),
@@ -3510,7 +3533,8 @@ def parse_command(row: Command, tokens: list) -> Args:
     needed = sum(argument.required for argument in places)
     many = bool(places) and places[-1].many
     if places and (len(words) < needed or (len(words) > len(places) and not many)):
-        accepts = str(needed) if needed == len(places) else f"between {needed} and {len(places)}"
+        exact = needed == len(places) or "--body-file" in flags         # a text may come from elsewhere
+        accepts = str(len(places)) if exact else f"between {needed} and {len(places)}"
         hint = "; put the text in quotes" if len(words) > len(places) and places[-1].name in ("MESSAGE", "TEXT") else ""
         raise Usage(f"accepts {accepts} arg(s), received {len(words)}{hint}")
     for index, argument in enumerate(places):
@@ -3646,13 +3670,13 @@ async def quickstart(console: Console, args: Args) -> int:
             raise InvalidParams(f"invalid agent name: {error}") from None
     old = Identity()
     if not args.force:
-        wanted = {key: value for key, value in environ.items() if key != "THRUM_NAME"}
+        files = [f for f in console.identities if not name or f[0] == name + ".json"]
+        for file in files:
+            parse_identity(*file)       # a damaged one is reported, not replaced unasked
         try:
-            old = choose_identity([f for f in console.identities if not name or f[0] == name + ".json"], wanted,
-                                  os.path.basename(console.top))
+            old = choose_identity(files, {}, os.path.basename(console.top))
         except NoIdentity:
-            if name:            # its own file is damaged: say so, rather than replace it unasked
-                raise
+            pass                # several, none of them for this worktree
     role = args.role or environ.get("THRUM_ROLE") or old.role
     module = args.module or environ.get("THRUM_MODULE") or old.module
     if not role or not module:
@@ -3744,6 +3768,8 @@ async def status(console: Console, args: Args) -> int:
     try:
         me = console.identity().agent_id()
     except NoIdentity:
+        if console.identities:  # there is one, but it cannot be used: that has to be said
+            raise
         me = ""
     text = "Agent:     not registered (use 'thrum quickstart')\n"
     if me:
@@ -4124,7 +4150,11 @@ async def heartbeat(console: Console, args: Args) -> int:
 
 
 async def set_intent(console: Console, args: Args) -> int:
+    identity = console.identity()
     done = await console.call("session.setIntent", session_id=await console.session(), intent=args.text)
+    if identity.file:
+        await console.save(f".thrum/identities/{identity.file}", render_identity(
+            identity, stamp_of(console.world.now_ns()), intent=args.text or None))
     await console.answer(done, f"✓ Intent set: {one_line(args.text)}" if args.text else "✓ Intent cleared")
     return 0
 
@@ -4373,17 +4403,21 @@ def dial(var):
     # Connecting to a full queue honours this on Linux; settimeout() would fail at once instead.
     sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, (5).to_bytes(8, sys.byteorder) + bytes(8))   # CONNECT_S
     path = os.environ.get("THRUM_SOCKET") or var + "/thrum.sock"
-    if len(os.fsencode(path)) < 100:
+    here = -1
+    try:
+        if len(os.fsencode(path)) > 100:    # sun_path holds 104 or 108 bytes: go there, and come back
+            here = os.open(".", os.O_RDONLY)
+            os.chdir(os.path.dirname(path))
+            path = os.path.basename(path)
         sock.connect(path)
         return sock
-    here = os.open(".", os.O_RDONLY)    # sun_path holds 104 or 108 bytes: go there, and come back
-    try:
-        os.chdir(os.path.dirname(path))
-        sock.connect(os.path.basename(path))
+    except OSError:
+        sock.close()
+        raise
     finally:
-        os.fchdir(here)
-        os.close(here)
-    return sock
+        if here >= 0:
+            os.fchdir(here)
+            os.close(here)
 
 
 def answers(var: str) -> bool:
@@ -4498,6 +4532,7 @@ class Daemon:
         self.connections = set()
         self.log = logging.getLogger("thrum")
         self.stopping = None        # an event, set when the daemon is asked to stop
+        self.last_seq = 0           # what readers can see; the journal may be one batch ahead
         self._writes = queue.SimpleQueue()
         self._local = threading.local()
         self._server = None
@@ -4508,6 +4543,8 @@ class Daemon:
         """Serve `listener` until SIGTERM, SIGINT or `daemon.stop`; calls `ready()` when it answers."""
         self.loop = asyncio.get_running_loop()
         self.stopping = asyncio.Event()
+        self.last_seq = self.ledger.journal.last
+        self.ledger.facts["stop"] = lambda: self.loop.call_soon_threadsafe(self.stopping.set)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self.stopping.set)
         self._readers = concurrent.futures.ThreadPoolExecutor(READERS, "thrum-reader")
@@ -4575,6 +4612,8 @@ class Daemon:
 
     def _committed(self, batch: list, outcomes: list, events: list) -> None:
         """Tell everybody, listeners before senders."""
+        if events:
+            self.last_seq = events[-1][0]
         self.waiters.publish(events)
         for (_, future), outcome in zip(batch, outcomes):
             if future.cancelled():
@@ -4619,7 +4658,7 @@ class Daemon:
         timeout_s = min(max(params.pop("timeout_ms", 30_000), 0), WAIT_MAX_MS) / 1000
         deadline = self.world.monotonic() + timeout_s
         if "after_seq" not in params and not params.get("unread"):
-            params["after_seq"] = self.ledger.journal.last
+            params["after_seq"] = self.last_seq
         wake = asyncio.Event()
         everything = params.get("all") or "caller_agent_id" not in params
         token = self.waiters.add("" if everything else params["caller_agent_id"], wake.set)
@@ -4637,7 +4676,7 @@ class Daemon:
                         continue
                     except asyncio.TimeoutError:
                         pass
-                return {"messages": [], "timed_out": True, "after_seq": params.get("after_seq", self.ledger.journal.last),
+                return {"messages": [], "timed_out": True, "after_seq": params.get("after_seq", self.last_seq),
                         "epoch": self.ledger.journal.epoch, "remaining": 0}
         finally:
             connection.waiting -= 1
@@ -4646,9 +4685,6 @@ class Daemon:
     async def call(self, name: str, params, connection: Connection):
         """The result of a method; raises ThrumError.  The one way in for sockets and commands alike."""
         method = METHODS.get(name)
-        if name == "daemon.stop":
-            self.loop.call_soon(self.stopping.set)
-            return {"stopping": True, "pid": os.getpid()}
         if not method:
             raise MethodNotFound("Method not found", f"method '{name}' is not registered")
         checked = check_params(method, params)
@@ -4815,7 +4851,10 @@ def take_lock(path: str, wait_s: float) -> int:
 
 
 def daemon_process(places: Places, report) -> int:
-    """Be the daemon of a repository; `report(text)` is called once, with "" when it answers or with what is wrong."""
+    """Be the daemon of a repository.
+
+    `report(text)` is called with "..." while a rebuild goes on, then once with "" when it answers or with what is wrong.
+    """
     world = World()
     try:
         os.umask(0o077)
@@ -4841,16 +4880,13 @@ def daemon_process(places: Places, report) -> int:
         git.run("rev-parse", "--git-dir")
         ensure_branch(places)
         daemon = Daemon(places, world)
-        daemon.ledger.open(read_repo_id(git))
+        daemon.ledger.open(read_repo_id(git), lambda: report("..."))
         daemon.ledger.facts.update(started=world.monotonic())
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = CONNECTIONS_MAX + 100
         if soft != resource.RLIM_INFINITY and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(hard, wanted), hard))
-        try:
-            os.unlink("thrum.sock")     # we hold the lock, so whoever made it is gone
-        except FileNotFoundError:
-            pass
+        remove("thrum.sock")            # we hold the lock, so whoever made it is gone
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind("thrum.sock")
         os.chmod("thrum.sock", 0o600)
@@ -5136,15 +5172,20 @@ def start_daemon(places: Places) -> bool:
                 start_new_session=True, cwd="/", env=environ)
         finally:
             os.close(write_end)
-        with os.fdopen(read_end, "rb") as pipe:
-            ready, _, _ = select.select([pipe], [], [], START_S)
-            said = pipe.readline() if ready else None
-        if said != b"ok\n":
-            if said is None:
-                process.kill()
+        said, told = "...", False
+        with os.fdopen(read_end, "rb", 0) as pipe:
+            while said == "...":        # it works on its database: as long as it says so, it is alive
+                if not select.select([pipe], [], [], START_S)[0]:
+                    said = f"no answer within {START_S} s"
+                    break
+                said = pipe.readline().decode(errors="replace").strip()
+                if said == "..." and not told:
+                    told = True
+                    show(2, b"thrum: the database is made anew from the log; this may take a moment\n")
+        if said != "ok":
+            process.kill()
             process.wait()
-            reason = said.decode(errors="replace").strip() if said else ""
-            raise ThrumError(f"the daemon did not start: {reason or 'no answer within 10 s' if said is None else reason or 'it ended'}")
+            raise ThrumError(f"the daemon did not start: {said or 'it ended'}")
         process.wait()          # the one that detached itself
         return True
     finally:
@@ -5190,9 +5231,6 @@ def run_now(coroutine):
 
 
 # ================================================================== 26  Main
-
-PACKAGE_URL = "https://github.com/leonletto/thrum"
-
 
 # ---- the private copy and the launcher
 
@@ -5403,10 +5441,7 @@ async def setup(console: Console, args: Args) -> int:
 
 def _allow_and_start(places: Places) -> bool:
     """Start the daemon also when it was stopped on purpose; whether it had to be."""
-    try:
-        os.unlink(places.var + "/stopped")
-    except FileNotFoundError:
-        pass
+    remove(places.var + "/stopped")
     return start_daemon(places)
 
 
@@ -5545,16 +5580,21 @@ async def daemon_run(console: Console, args: Args) -> int:
     places = console.places
     if args.ready_fd is None:
         def report(problem):
-            text = f"Error: {problem}" if problem else f"thrum daemon: serving {places.root} (PID {os.getpid()}); Ctrl-C ends it"
-            os.write(2, (text + "\n").encode())
+            if problem != "...":
+                text = f"Error: {problem}" if problem else f"thrum daemon: serving {places.root} (PID {os.getpid()}); Ctrl-C ends it"
+                show(2, (text + "\n").encode())
     else:
         os.set_inheritable(args.ready_fd, False)
         if os.fork():           # the starter waits for this one only, and the daemon is nobody's child
             os._exit(0)
 
         def report(problem):
-            os.write(args.ready_fd, (problem.replace("\n", " ") or "ok").encode() + b"\n")
-            os.close(args.ready_fd)
+            try:
+                os.write(args.ready_fd, (problem.replace("\n", " ") or "ok").encode() + b"\n")
+            except BrokenPipeError:
+                pass            # the starter did not wait; whoever comes next finds the daemon
+            if problem != "...":
+                os.close(args.ready_fd)
     return daemon_process(places, report)
 
 
@@ -5562,8 +5602,8 @@ async def daemon_run(console: Console, args: Args) -> int:
 
 async def version(console: Console, args: Args) -> int:
     python = "python" + ".".join(map(str, sys.version_info[:3]))
-    await console.answer({"version": __version__, "build": os.path.abspath(__file__), "python_version": python,
-                          "repo_url": PACKAGE_URL}, f"thrum v{__version__} ({python})")
+    await console.answer({"version": __version__, "build": os.path.abspath(__file__), "python_version": python},
+                         f"thrum v{__version__} ({python})")
     return 0
 
 
@@ -5646,7 +5686,7 @@ def run_remote(console: LocalConsole, row: Command, state: dict) -> int:
 
     while True:
         try:
-            sock = reach(places)
+            sock = reach(places, start=not row.offline)
         except ThrumError as error:
             if row.offline and isinstance(error, Unreachable):
                 return run_now(run_command(console, COMMANDS))

@@ -1,0 +1,775 @@
+"""Measures thrum against its speed budgets, each beside a floor that does the same work with nothing around it.
+
+    python3 tests/bench.py [--quick] [--large] [--only WORD] [--file THRUM.PY]
+
+Figure and floor are taken in turns in one run, so that noise hits both; what is printed are medians.  A budget is a
+ratio to the floor, so it holds on any machine.  `--large` adds the rows for 1,000,000 messages (some minutes and 3 GB),
+`--quick` takes fewer rounds.  `--only` names a group: command, parallel, send, clients, broadcast, inbox, start,
+rebuild, memory.  The exit status is 1 when a budget is missed.
+"""
+
+import argparse
+import asyncio
+import collections
+import importlib
+import json
+import os
+import random
+import selectors
+import shutil
+import signal
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PYTHON = os.path.realpath(sys.executable)       # never a shim: pyenv's costs 77 ms
+EMPTY = [PYTHON, "-IS", "-c", "pass"]
+IMPORTS = "import asyncio, sqlite3"
+NEEDED = [PYTHON, "-c", IMPORTS]
+CLEAN = {name: value for name, value in os.environ.items()
+         if not name.startswith(("THRUM_", "GIT_", "PYTHON")) and name not in ("COLUMNS", "NO_COLOR")}
+AGENTS = 50                     # in a store with many messages
+CONNECTIONS = 64                # clients at once
+EPOCH = "be7c4be7c4be7c40"
+DAEMON_ID = "d_bench0000000"
+FILE_BYTES = 8 << 20            # of one journal file
+thrum = None                    # the module that is measured; see `load`
+
+
+def load(folder):
+    """Import the copy of thrum.py in a folder."""
+    global thrum
+    sys.path.insert(0, folder)
+    thrum = importlib.import_module("thrum")
+
+
+def clock(function, *args, **more):
+    """The seconds that a call takes."""
+    start = time.perf_counter()
+    function(*args, **more)
+    return time.perf_counter() - start
+
+
+def spawn(argv, env):
+    """Start a process that says nothing and reads nothing."""
+    null = [(os.POSIX_SPAWN_OPEN, n, os.devnull, os.O_RDWR, 0) for n in (0, 1, 2)]
+    return os.posix_spawn(argv[0], argv, env, file_actions=null)
+
+
+def expect_success(argv, env, status):
+    if status:
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        raise SystemExit(f"{argv} failed ({status}):\n{done.stdout}{done.stderr}")
+
+
+def run(argv, env=None):
+    """Run a process to its end."""
+    env = env or CLEAN
+    expect_success(argv, env, os.waitpid(spawn(argv, env), 0)[1])
+
+
+def run_many(commands, at_once):
+    """Run processes, so many at a time: seconds from the first to the last."""
+    start, running = time.perf_counter(), {}
+    for argv in commands:
+        if len(running) == at_once:
+            pid, status = os.waitpid(-1, 0)
+            expect_success(running.pop(pid), CLEAN, status)
+        running[spawn(argv, CLEAN)] = argv
+    while running:
+        pid, status = os.waitpid(-1, 0)
+        expect_success(running.pop(pid), CLEAN, status)
+    return time.perf_counter() - start
+
+
+# ---- stores
+
+def stamp(ns):
+    """A time as the log spells it: the last of nine digits is never 0."""
+    return thrum.stamp_of(ns | 1 if (ns | 1) % 10 else ns + 1)
+
+
+def history(messages, agents=AGENTS, seed=7):
+    """Events of a team: registrations, direct, group and broadcast mail, some of it answered and read.
+
+    Of the messages 80 % go to one agent, 15 % to a group of five and 5 % to all; a quarter is read by somebody, a fifth
+    are answers, a third carries a scope and a reference.
+    """
+    rng = random.Random(seed)
+    start = time.time_ns() - (messages * 2 + agents * 2 + 1_000) * 1_000_000
+    count = 0
+
+    def event(kind, **fields):
+        nonlocal count
+        count += 1
+        ns = start + count * 1_000_000
+        fields.update(type=kind, timestamp=stamp(ns), event_id=ident("evt", ns), v=1, origin_daemon=DAEMON_ID, sequence=count)
+        return fields
+
+    def ident(kind, ns):
+        return kind + "_" + thrum.crockford(ns // 1_000_000 << 80 | rng.getrandbits(80), 26)
+
+    names = [f"agent{n}" for n in range(agents)]
+    sessions = {name: ident("ses", start) for name in names}
+    yield event("group.create", group_id="grp_everyone", name="everyone", description="All agents", created_by="system")
+    yield event("group.member.add", group_id="grp_everyone", member_type="role", member_value="*", added_by="system")
+    for n, name in enumerate(names):
+        yield event("agent.register", agent_id=name, kind="agent", name=name, role="coder", module=f"module{n}",
+                    hostname="bench", worktree="bench")
+        yield event("agent.session.start", session_id=sessions[name], agent_id=name)
+    groups = {f"team{n}": names[5 * n:5 * n + 5] for n in range(min(10, agents // 5))}
+    for group, members in groups.items():
+        yield event("group.create", group_id="grp_" + group, name=group, created_by="agent0")
+        for name in members:
+            yield event("group.member.add", group_id="grp_" + group, member_type="agent", member_value=name, added_by="agent0")
+    recent = collections.deque(maxlen=200)
+    for number in range(messages):
+        author, chance = rng.choice(names), rng.random()
+        scopes, refs, more = [], [], {}
+        if chance < 0.8:
+            recipients = [rng.choice(names)]
+            refs.append({"type": "mention", "value": recipients[0]})
+        elif chance < 0.95:
+            group = rng.choice(sorted(groups))
+            recipients = sorted(groups[group])
+            scopes.append({"type": "group", "value": group})
+            refs.append({"type": "group", "value": group})
+        else:
+            recipients = sorted(names)
+        recipients = [name for name in recipients if name != author]
+        if rng.random() < 0.33:
+            scopes.append({"type": "module", "value": f"module{rng.randrange(agents)}"})
+            refs.append({"type": "issue", "value": f"bench-{rng.randrange(1_000)}"})
+        if recent and rng.random() < 0.2:
+            parent, thread = rng.choice(recent)
+            refs.append({"type": "reply_to", "value": parent})
+            more["thread_id"] = thread
+        if scopes:
+            more["scopes"] = scopes
+        if refs:
+            more["refs"] = refs
+        message_id = ident("msg", start + count * 1_000_000)
+        yield event("message.create", message_id=message_id, agent_id=author, session_id=sessions[author], recipients=recipients,
+                    body={"format": "markdown", "content": f"Message {number}: the parser of module {number % 97} accepts an "
+                          f"empty list now; {rng.randrange(1_000)} tests pass, please have a look at the two that do not."}, **more)
+        recent.append((message_id, more.get("thread_id") or "thr_" + message_id[4:]))
+        if recipients and rng.random() < 0.25:
+            yield event("message.receipt", message_id=message_id, agent_id=recipients[0], receipt_type="read")
+
+
+def write_journal(directory, events):
+    """Write events as a journal, in files of the usual size."""
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    file, size = None, 0
+    for number, event in enumerate(events, 1):
+        if file is None or size > FILE_BYTES:
+            if file:
+                file.close()
+            file = open(f"{directory}/{number}.jsonl", "wb")
+            size = file.write(thrum.canonical({"epoch": EPOCH, "first": number, "v": 1}) + b"\n")
+        size += file.write(thrum.canonical(event) + b"\n")
+    file.close()
+
+
+class Repo:
+    """A scratch repository with thrum in it."""
+
+    def __init__(self, path):
+        self.path = path
+        os.makedirs(path)
+        for command in (["init", "-q"], ["-c", "user.name=b", "-c", "user.email=b@localhost", "commit", "-q", "--allow-empty", "-m", "1"]):
+            subprocess.run(["git", *command], cwd=path, env=CLEAN, check=True)
+        self.places = thrum.initialize(path)[0]
+        self.launcher = path + "/.thrum/bin/thrum"
+
+    def fill(self, messages, agents=AGENTS):
+        """Give it that many messages.  In a process of its own: a daemon must start within 10 s."""
+        write_journal(self.places.journal, history(messages, agents))
+        with open(self.places.var + "/daemon.json", "wb") as file:
+            file.write(thrum.canonical({"daemon_id": DAEMON_ID}) + b"\n")
+        helper("open", self.path)
+        return self
+
+    def start(self):
+        thrum.start_daemon(self.places)
+
+    def stop(self):
+        thrum.stop_daemon(self.places)
+
+    def kill(self):
+        """kill -9, and wait until the kernel has let go of the lock."""
+        os.kill(thrum.read_pid(self.places), signal.SIGKILL)
+        os.close(thrum.take_lock(self.places.var + "/thrum.lock", 10))
+
+    def client(self):
+        return thrum.connect(self.path)
+
+    def join(self, client, *names):
+        """Register agents, each with a session."""
+        for name in names:
+            client.call("agent.register", name=name, role="coder", module="module-" + name)
+            client.call("session.start", agent_id=name)
+
+
+def drop_database(places):
+    for name in ("messages.db", "messages.db-wal", "messages.db-shm", "clean.json"):
+        if os.path.exists(f"{places.var}/{name}"):
+            os.unlink(f"{places.var}/{name}")
+
+
+def rss(pid):
+    """The resident memory of a process in MB."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
+    except FileNotFoundError:
+        return int(subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, check=True).stdout) / 1024
+
+
+# ---- helpers: each runs in a process of its own, `bench.py --helper NAME FOLDER ARGUMENTS`, and prints JSON
+
+def helper_argv(name, *args):
+    return [PYTHON, os.path.abspath(__file__), "--helper", name, os.path.dirname(thrum.__file__), *map(str, args)]
+
+
+def helper(name, *args):
+    """What a helper prints."""
+    done = subprocess.run(helper_argv(name, *args), env=CLEAN, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"helper {name} failed:\n{done.stderr}")
+    return json.loads(done.stdout or "null")
+
+
+def open_store(path):
+    """Open a ledger as the daemon does, and close it: events projected, seconds for them, seconds for everything."""
+    places, spent = thrum.find_places(path), []
+
+    class Timed(thrum.Ledger):
+        def _project_from(self, after):
+            start = time.perf_counter()
+            count = super()._project_from(after)
+            spent.append(time.perf_counter() - start)
+            return count
+
+    ledger = Timed(places, thrum.World())
+    all_of_it = clock(ledger.open)
+    projected = ledger.rebuilt
+    ledger.close()
+    return {"events": projected, "seconds": spent[0], "open": all_of_it}
+
+
+WITH_SEQ = ("events", "messages", "message_scopes", "message_refs", "message_edits", "deliveries")
+
+
+def rows_by_seq(path):
+    """The rows of a database: {table: (number of columns, {sequence: rows})}; tables without a sequence under 0."""
+    db = sqlite3.connect(path)
+    tables = [row[0] for row in db.execute("select name from sqlite_master where type = 'table' and name not like 'sqlite%'")]
+    found = {}
+    for table in tables:
+        cursor = db.execute(f"select * from {table}")
+        names = [column[0] for column in cursor.description]
+        by_seq = collections.defaultdict(list)
+        if table not in ("schema_version", "meta"):
+            at = names.index("seq") if table in WITH_SEQ else None
+            for row in cursor:
+                by_seq[0 if at is None else row[at]].append(row)
+        found[table] = len(names), by_seq
+    db.close()
+    return found
+
+
+def insert(db, tables, batches):
+    """Insert {table: rows}."""
+    for table, rows in batches.items():
+        db.executemany(f"insert into {table} values({', '.join('?' * tables[table][0])})", rows)
+
+
+def rebuild_floor(path, folder):
+    """json.loads of each line and the same rows into the same schema in the same transactions: events and seconds."""
+    places = thrum.find_places(path)
+    tables = rows_by_seq(places.database)
+    files = sorted((int(name[:-6]), name) for name in os.listdir(places.journal))
+    store = thrum.Store(folder + "/floor.db", thrum.World(), writable=True)
+    store.create()
+    store.careless(True)
+    db, count, batch = store.db, 0, []
+
+    def flush():
+        nonlocal batch
+        db.execute("begin immediate")
+        wanted = [0, *batch] if count == len(batch) else batch
+        insert(db, tables, {table: [row for seq in wanted for row in by_seq.get(seq, ())] for table, (_, by_seq) in tables.items()})
+        db.execute("insert or replace into meta values('seq', ?)", (batch[-1],))
+        db.execute("commit")
+        batch = []
+
+    start = time.perf_counter()
+    for first, name in files:
+        with open(f"{places.journal}/{name}", "rb") as file:
+            next(file)
+            for seq, line in enumerate(file, first):
+                json.loads(line)
+                count += 1
+                batch.append(seq)
+                if len(batch) == thrum.STORE_BATCH:
+                    flush()
+    if batch:
+        flush()
+    seconds = time.perf_counter() - start
+    db.close()
+    for name in os.listdir(folder):
+        os.unlink(f"{folder}/{name}")
+    return {"events": count, "seconds": seconds}
+
+
+def senders(folder, path, prefix, clients, each):
+    """Clients that send one message after the other over a Unix socket: messages and seconds."""
+    os.chdir(folder)            # no path of a socket is too long
+    clients, each = int(clients), int(each)
+    selector = selectors.DefaultSelector()
+    for n in range(clients):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(path)
+        line = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "message.send", "params": {
+            "caller_agent_id": f"{prefix}{n}", "mentions": [f"@{prefix}{(n + 1) % clients}"],
+            "content": f"client {n} reports: the parser accepts an empty list now and all of the tests pass"}}).encode() + b"\n"
+        selector.register(sock, selectors.EVENT_READ, [line, each, b""])
+    start = time.perf_counter()
+    for key in list(selector.get_map().values()):
+        key.fileobj.sendall(key.data[0])
+    left = clients
+    while left:
+        for key, _ in selector.select():
+            data = key.data
+            data[2] += key.fileobj.recv(65536)
+            if not data[2].endswith(b"\n"):
+                continue
+            if b'"result"' not in data[2]:
+                raise SystemExit(data[2].decode() or "the server closed the connection")
+            data[1], data[2] = data[1] - 1, b""
+            if data[1]:
+                key.fileobj.sendall(data[0])
+            else:
+                selector.unregister(key.fileobj)
+                key.fileobj.close()
+                left -= 1
+    return {"messages": clients * each, "seconds": time.perf_counter() - start}
+
+
+def bare_server(folder, prefix, clients):
+    """The floor of many clients: decodes, appends, syncs and inserts the same rows, several at a time; nothing else."""
+    os.chdir(folder)
+    store = thrum.Store("bare.db", thrum.World(), writable=True)
+    store.create()
+    db, world = store.db, thrum.World()
+    journal = os.open("bare.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    keys = {f"{prefix}{n}": n + 1 for n in range(int(clients))}
+    waiting = []
+    seq = 0
+
+    def commit():
+        nonlocal seq
+        batch, lines, events, messages, refs, deliveries = waiting[:], [], [], [], [], []
+        waiting.clear()
+        for _, data in batch:
+            seq += 1
+            params = json.loads(data)["params"]
+            author, to = params["caller_agent_id"], params["mentions"][0][1:]
+            ns, message_id, event_id = time.time_ns(), f"msg_{seq:026d}", f"evt_{seq:026d}"
+            ref = [{"type": "mention", "value": to}]
+            session = "ses_01KBENCH0000000000000000000"
+            lines.append(json.dumps({
+                "agent_id": author, "body": {"content": params["content"], "format": "markdown"}, "event_id": event_id,
+                "message_id": message_id, "origin_daemon": DAEMON_ID, "recipients": [to], "refs": ref, "sequence": seq,
+                "session_id": session, "timestamp": thrum.stamp_of(ns), "type": "message.create", "v": 1}, separators=(",", ":")))
+            events.append((event_id, seq))
+            messages.append((seq, message_id, ns, keys[author], session, "markdown", params["content"], str(ref), str(keys[to]),
+                             str(keys[to]), 0, 1, DAEMON_ID))
+            refs.append(("mention", to, ns, seq))
+            deliveries.append((keys[to], ns, seq))
+        db.execute("begin immediate")
+        db.executemany("insert into events values(?, ?)", events)
+        db.executemany("insert into messages(seq, message_id, at, author, session_id, format, content, refs, listed, delivered, wide, "
+                       "unread_by, daemon) values(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", messages)
+        db.executemany("insert into message_refs values(?, ?, ?, ?)", refs)
+        db.executemany("insert into deliveries(agent, at, seq) values(?, ?, ?)", deliveries)
+        os.write(journal, ("\n".join(lines) + "\n").encode())
+        thrum.durable_sync(journal)
+        db.execute("commit")
+        for (transport, _), row in zip(batch, messages):
+            transport.write(b'{"jsonrpc":"2.0","result":{"message_id":"%s","created_at":"%s","seq":%d},"id":1}\n'
+                            % (row[1].encode(), thrum.stamp_of(row[2]).encode(), row[0]))
+
+    class Protocol(asyncio.Protocol):
+        def connection_made(self, transport):
+            self.transport = transport
+
+        def data_received(self, data):
+            if not waiting:
+                loop.call_soon(commit)
+            waiting.append((self.transport, data))
+
+    async def serve():
+        nonlocal loop
+        loop = asyncio.get_running_loop()
+        server = await loop.create_unix_server(Protocol, "bare.sock")
+        print("ready", flush=True)
+        await server.serve_forever()
+
+    loop = world and None
+    asyncio.run(serve())
+
+
+HELPERS = {"open": open_store, "floor": rebuild_floor, "senders": senders, "bare": bare_server}
+
+
+# ---- the table
+
+TIMES, SHARE, TIMES_PLUS, PLUS = "times", "share", "times plus", "plus"
+
+
+class Bench:
+    """One run: the stores that it has made and the rows that it has measured."""
+
+    def __init__(self, scratch, quick, large):
+        self.scratch, self.quick, self.large = scratch, quick, large
+        self.repos = {}
+        self.missed = 0
+
+    def rounds(self, count):
+        return max(3, count // 4) if self.quick else count
+
+    def repo(self, name):
+        """The repository of that name: `empty`, or a number of messages."""
+        if name not in self.repos:
+            self.repos[name] = Repo(f"{self.scratch}/{name}")
+            if isinstance(name, int):
+                self.repos[name].fill(name)
+        return self.repos[name]
+
+    def sizes(self):
+        return [10_000, 100_000, 1_000_000] if self.large else [10_000, 100_000]
+
+    def in_turns(self, rounds, *functions, warm_up=1):
+        """The median of the seconds of each function, called in turns."""
+        spent = [[] for _ in functions]
+        for number in range(rounds + warm_up):
+            for index, function in enumerate(functions):
+                seconds = clock(function)
+                if number >= warm_up:
+                    spent[index].append(seconds)
+        return [statistics.median(values) for values in spent]
+
+    def row(self, what, measured, floor, unit="ms", kind=None, limit=0.0, extra=0.0):
+        """Print one row.  `kind` says what the budget is; without one the row is for information."""
+        met = {None: True, TIMES: measured <= limit * floor, SHARE: measured >= limit * floor,
+               TIMES_PLUS: measured <= limit * floor + extra, PLUS: measured - floor <= limit}[kind]
+        budget = {None: "–", TIMES: f"≤ {limit:g}×", SHARE: f"≥ {limit:.0%}", TIMES_PLUS: f"≤ {limit:g}× + {extra:g} {unit}",
+                  PLUS: f"≤ +{limit:g} {unit}"}[kind]
+        ratio = "–" if not floor else f"{measured / floor:.0%}" if kind == SHARE else f"{measured - floor:+.3g} {unit}" if kind == PLUS \
+            else f"{measured / floor:.2f}×"
+        verdict = "" if kind is None else "yes" if met else "NO"
+        self.missed += not met
+        print(f"{what:<64} | {number(measured, unit):>13} | {number(floor, unit) if floor else '–':>13} | {ratio:>8} | {budget:<13} | "
+              f"{verdict}", flush=True)
+
+    # ---- groups of rows
+
+    def command(self):
+        """One command at a time: by the launcher, as a module, as a script."""
+        repo = self.repo("empty")
+        repo.start()
+        os.chdir(repo.path)
+        run([repo.launcher, "quickstart", "--name", "ada", "--role", "planner", "--module", "core"])
+        with repo.client() as client:
+            repo.join(client, "bob")
+        inbox = ["inbox", "--unread"]
+        folder = os.path.dirname(thrum.__file__)
+        compiled = [PYTHON, "-IS", "-c", "compile(open(%r, encoding='utf-8').read(), '', 'exec')" % thrum.__file__]
+        module = {**CLEAN, "PYTHONPATH": folder}
+        empty, launcher, as_module, send, floor, script = self.in_turns(
+            self.rounds(60), lambda: run(EMPTY), lambda: run([repo.launcher, *inbox]),
+            lambda: run([PYTHON, "-m", "thrum", *inbox], module),
+            lambda: run([repo.launcher, "send", "the tests pass", "--to", "@bob"]),
+            lambda: run(compiled), lambda: run([PYTHON, thrum.__file__, *inbox]), warm_up=3)
+        self.row("inbox --unread, empty, by the launcher / empty Python", launcher * 1e3, empty * 1e3, "ms", TIMES, 2)
+        self.row("the same by python3 -m thrum", as_module * 1e3, empty * 1e3, "ms", TIMES, 3.5)
+        self.row("the same as a script / compile()", script * 1e3, floor * 1e3, "ms", TIMES, 1.3)
+        self.row("send by the launcher / empty Python", send * 1e3, empty * 1e3, "ms", TIMES, 2)
+
+    def parallel(self):
+        """Eight senders at once, each send a process."""
+        repo = self.repo("empty")
+        repo.start()
+        os.chdir(repo.path)
+        run([repo.launcher, "quickstart", "--name", "ada", "--role", "planner", "--module", "core"])
+        reader = f"reader{time.time_ns()}"
+        with repo.client() as client:
+            repo.join(client, reader)
+        count, sends, rates, floors = 80, 0, [], []
+        for _ in range(self.rounds(8)):
+            floors.append(count / run_many([EMPTY] * count, 8))
+            texts = [f"report {n}" for n in range(sends, sends + count)]
+            rates.append(count / run_many([[repo.launcher, "send", text, "--to", "@" + reader] for text in texts], 8))
+            sends += count
+        with repo.client() as client:
+            read, page = set(), 0
+            while page * 100 < sends:
+                page += 1
+                found = client.call("message.list", for_agent=reader, page_size=100, page=page)["messages"]
+                read.update(message["body"]["content"] for message in found)
+        self.row("8 senders at once by the launcher / empty Pythons", statistics.median(rates), statistics.median(floors), "/s", SHARE, 0.6)
+        self.row("… of them read back", float(len(read)), float(sends), "", SHARE, 1)
+
+    def send(self):
+        """Durable sends of one client, one after the other."""
+        repo = self.repo("empty")
+        repo.start()
+        descriptor = os.open(self.scratch + "/floor.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        with repo.client() as client:
+            repo.join(client, "sender", "receiver")
+            text = "the parser accepts an empty list now and all of the tests pass"
+
+            def durable():
+                client.call("message.send", caller_agent_id="sender", mentions=["@receiver"], content=text)
+
+            durable()
+            newest = max((name for name in os.listdir(repo.places.journal)), key=lambda name: int(name[:-6]))
+            with open(f"{repo.places.journal}/{newest}", "rb") as file:
+                line = file.readlines()[-1]
+
+            def floor():
+                os.write(descriptor, line)
+                thrum.durable_sync(descriptor)
+
+            floored, measured = self.in_turns(self.rounds(1_000), floor, durable, warm_up=20)
+        os.close(descriptor)
+        self.row("durable send, one client / append + sync", measured * 1e3, floored * 1e3, "ms", TIMES_PLUS, 1.5, 0.5)
+
+    def clients(self):
+        """Durable sends of 64 clients of 64 agents."""
+        repo = self.repo("empty")
+        repo.start()
+        prefix = f"c{time.time_ns()}x"
+        with repo.client() as client:
+            repo.join(client, *(f"{prefix}{n}" for n in range(CONNECTIONS)))
+        folder = self.scratch + "/bare"
+        os.makedirs(folder)
+        bare = subprocess.Popen(helper_argv("bare", folder, prefix, CONNECTIONS), env=CLEAN, stdout=subprocess.PIPE)
+        try:
+            bare.stdout.readline()
+            rates, floors = [], []
+            for number in range(self.rounds(8) + 1):
+                for found, where, path in ((floors, folder, "bare.sock"), (rates, repo.places.var, "thrum.sock")):
+                    done = helper("senders", where, path, prefix, CONNECTIONS, 20 if self.quick else 40)
+                    if number:
+                        found.append(done["messages"] / done["seconds"])
+        finally:
+            bare.kill()
+            bare.wait()
+            bare.stdout.close()
+            shutil.rmtree(folder)
+        self.row("durable sends, 64 clients / bare asyncio server", statistics.median(rates), statistics.median(floors), "/s", SHARE, 0.5)
+
+    def broadcast(self):
+        """One message to 1,000 agents."""
+        repo = Repo(self.scratch + "/thousand").fill(0, 1_000)
+        self.repos["thousand"] = repo
+        repo.start()
+        store = thrum.Store(self.scratch + "/broadcast.db", thrum.World(), writable=True)
+        store.create()
+        with repo.client() as client:
+            def send():
+                return client.call("message.send", caller_agent_id="agent0", mentions=["@everyone"], content="the tests pass")
+
+            seq = send()["seq"]
+            tables = rows_by_seq(repo.places.database)
+            rows = {table: [list(row) for row in tables[table][1].get(seq, ())] for table in WITH_SEQ}
+            counter = 0
+
+            def floor():
+                nonlocal counter
+                counter += 1
+                own = {table: [[seq + counter if v == seq else f"{v}{counter}" if isinstance(v, str) and v[:4] in ("msg_", "evt_") else v
+                                for v in row] for row in found] for table, found in rows.items()}
+                start = time.perf_counter()
+                store.db.execute("begin immediate")
+                insert(store.db, tables, own)
+                store.db.execute("commit")
+                return time.perf_counter() - start
+
+            spent, floors = [], []
+            for number in range(self.rounds(100) + 5):
+                one, other = floor(), clock(send)
+                if number >= 5:
+                    floors.append(one)
+                    spent.append(other)
+        store.close()
+        repo.stop()
+        self.row("broadcast to 1,000 agents / the same rows inserted", statistics.median(spent) * 1e3, statistics.median(floors) * 1e3,
+                 "ms", TIMES, 2)
+
+    def inbox(self):
+        """A page and the unread count of stores of different sizes."""
+        names, functions = [], []
+        for size in self.sizes():
+            repo = self.repo(size)
+            repo.start()
+            client, store = repo.client(), thrum.Store(repo.places.database, thrum.World())
+            for what, more in (("page", {"for_agent": "{}"}), ("unread count", {"unread_for_agent": "{}", "page_size": 1})):
+                turn = iter(range(1 << 30))
+
+                def over_rpc(client=client, more=more, turn=turn):
+                    agent = f"agent{next(turn) * 7 % AGENTS}"
+                    found = client.call("message.list", **{k: agent if v == "{}" else v for k, v in more.items()})
+                    assert found["messages"] and found["unread"], found
+
+                def in_store(store=store, unread=what != "page", turn=turn):
+                    agent = f"agent{next(turn) * 7 % AGENTS}"
+                    found = store.within(10, lambda: store.page(receiver=agent, unread=unread, limit=1 if unread else 10))
+                    assert found["messages"] and found["unread"], found
+
+                names += [(size, what, "JSON-RPC"), (size, what, "store")]
+                functions += [over_rpc, in_store]
+        spent = dict(zip(names, self.in_turns(self.rounds(600), *functions, warm_up=20)))
+        for what in ("page", "unread count"):
+            for way in ("JSON-RPC", "store"):
+                for size in self.sizes()[1:]:
+                    self.row(f"inbox {what}, {way}: {size:,} messages / 10,000", spent[size, what, way] * 1e3,
+                             spent[10_000, what, way] * 1e3, "ms", TIMES, 2)
+        for size in self.sizes():
+            self.repo(size).stop()
+
+    def start(self):
+        """Daemon starts: warm, first, after kill -9."""
+        sizes = ["nothing", *self.sizes()]
+        repos = [self.repo(size) for size in sizes]
+        spent = collections.defaultdict(list)
+        for repo in repos:
+            repo.start()
+            repo.stop()
+        for _ in range(self.rounds(12)):
+            spent["floor"].append(clock(run, NEEDED))
+            for size, repo in zip(sizes, repos):
+                spent[size].append(clock(repo.start))
+                repo.kill()
+                spent[size, "killed"].append(clock(repo.start))
+                repo.stop()
+            first = repos[0].places
+            shutil.rmtree(first.var)
+            shutil.rmtree(os.path.dirname(first.copy) + "/__pycache__", ignore_errors=True)
+            spent["first"].append(clock(repos[0].start))
+            repos[0].stop()
+        spent = {name: statistics.median(values) for name, values in spent.items()}
+        self.row("first start, nothing cached / import asyncio, sqlite3", spent["first"] * 1e3, spent["floor"] * 1e3, "ms", TIMES, 3)
+        self.row("warm start, empty store / import asyncio, sqlite3", spent["nothing"] * 1e3, spent["floor"] * 1e3, "ms")
+        for size in self.sizes():
+            self.row(f"warm start, {size:,} messages / empty store", spent[size], spent["nothing"], "s", PLUS, 0.3)
+        for size in sizes:
+            what = f"{size:,} messages" if isinstance(size, int) else "empty store"
+            self.row(f"start after kill -9, {what} / warm, empty store", spent[size, "killed"], spent["nothing"], "s")
+
+    def rebuild(self):
+        """The database made anew from the journal of 100,000 messages."""
+        size = 10_000 if self.quick else 100_000
+        repo = self.repo(size)
+        folder = self.scratch + "/floor"
+        os.makedirs(folder)
+        rates, floors, opened = [], [], []
+        for _ in range(2 if self.quick else 3):
+            done = helper("floor", repo.path, folder)
+            floors.append(done["events"] / done["seconds"])
+            drop_database(repo.places)
+            done = helper("open", repo.path)
+            rates.append(done["events"] / done["seconds"])
+            opened.append(done["open"])
+        self.row(f"rebuild of {size:,} messages, events / json.loads + same rows", statistics.median(rates), statistics.median(floors), "/s",
+                 SHARE, 0.5)
+        self.row("… opening the store without its database, all in all", statistics.median(opened), 0, "s")
+
+    def memory(self):
+        """The daemon's resident memory."""
+        floor = []
+        for _ in range(3):
+            process = subprocess.Popen([PYTHON, "-c", IMPORTS + "\nprint(flush=True)\ninput()"], env=CLEAN, stdin=subprocess.PIPE,
+                                       stdout=subprocess.PIPE)
+            process.stdout.readline()
+            floor.append(rss(process.pid))
+            process.communicate(b"\n")
+        floor = statistics.median(floor)
+        for size in ["idle", *self.sizes()]:
+            repo = self.repo(size)
+            repo.start()
+            with repo.client() as client:
+                if size != "idle":
+                    for n in range(AGENTS * 4):
+                        client.call("message.list", for_agent=f"agent{n % AGENTS}", page_size=50)
+                client.call("health")
+                measured = rss(thrum.read_pid(repo.places))
+            repo.stop()
+            if size == "idle":
+                self.row("daemon memory, idle / import asyncio, sqlite3", measured, floor, "MB", TIMES, 2)
+            else:
+                self.row(f"daemon memory, {size:,} messages, after 200 pages", measured, floor, "MB", TIMES, 4)
+
+    def close(self):
+        os.chdir("/")
+        for repo in self.repos.values():
+            try:
+                repo.stop()
+            except thrum.ThrumError as error:
+                print(f"{repo.path}: {error}", file=sys.stderr)
+
+
+def number(value, unit):
+    digits = 0 if unit in ("/s", "") or value >= 1_000 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:,.{digits}f} {unit}".rstrip()
+
+
+GROUPS = ("command", "parallel", "send", "clients", "broadcast", "inbox", "start", "rebuild", "memory")
+
+
+def main():
+    if sys.argv[1:2] == ["--helper"]:
+        load(sys.argv[3])
+        print(json.dumps(HELPERS[sys.argv[2]](*sys.argv[4:])))
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--large", action="store_true", help="also with 1,000,000 messages")
+    parser.add_argument("--only", default="", metavar="WORD", help="only the groups whose name contains this")
+    parser.add_argument("--file", default=ROOT + "/thrum.py", help="the thrum.py to measure")
+    options = parser.parse_args()
+    for name in [name for name in os.environ if name.startswith(("THRUM_", "GIT_"))]:
+        del os.environ[name]
+    groups = [name for name in GROUPS if options.only in name]
+    if not groups:
+        parser.error(f"--only: no group is called {options.only}; there are {', '.join(GROUPS)}")
+    # What somebody saves meanwhile must not change what is measured, hence a copy.
+    scratch = tempfile.mkdtemp(prefix="thrum-bench-")
+    os.makedirs(scratch + "/site")
+    shutil.copy(options.file, scratch + "/site/thrum.py")
+    load(scratch + "/site")
+    bench = Bench(scratch, options.quick, options.large)
+    print(f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, {os.cpu_count()} cores, {sys.platform}, load "
+          f"{os.getloadavg()[0]:.1f}\n")
+    print(f"{'what':<64} | {'measured':>13} | {'floor':>13} | {'ratio':>8} | {'budget':<13} | met?")
+    print("-" * 132)
+    try:
+        for name in groups:
+            getattr(bench, name)()
+    finally:
+        bench.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+    print(f"\n{bench.missed} of the budgets missed" if bench.missed else "\nall budgets met")
+    return 1 if bench.missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
