@@ -372,6 +372,11 @@ def is_label(text: str) -> bool:
     return 0 < len(text) <= PAIR_MAX and text.isprintable()
 
 
+def printable(text: str) -> str:
+    """`text` with `?` for what cannot be shown: names of directories, which may hold anything."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
 def parse_pair(text: str, what: str) -> dict:
     """`type:value`, split at the first colon, as a scope or reference."""
     kind, colon, value = text.partition(":")
@@ -700,6 +705,9 @@ def load_config(thrum: str) -> dict:
         raise ThrumError(f"cannot read the configuration: {os_problem(error)}") from None
     except ValueError as error:
         raise ThrumError(f"{path} is not valid JSON ({error}); correct it, or remove it for the defaults") from None
+    for section in sorted({setting.split(".")[0] for setting in CONFIG_TYPES}):
+        if not isinstance(config.get(section, {}), dict):
+            raise ThrumError(f"{path}: {section} must be an object, not {config[section]!r}")
     for setting, kind in CONFIG_TYPES.items():
         value = get_setting(config, setting)
         if value is not None and type(value) is not kind:
@@ -2752,7 +2760,7 @@ def caller_of(context: Context, params: dict) -> str:
     if given:
         return given
     places = context.ledger.places
-    return resolve_caller(read_identities(places.root + "/.thrum"), {}, os.path.basename(places.root)).agent_id()
+    return resolve_caller(read_identities(places.root + "/.thrum"), {}, printable(os.path.basename(places.root))).agent_id()
 
 
 def read_identities(local: str) -> list:
@@ -3343,11 +3351,12 @@ METHODS = {
 
 WIDTH_DEFAULT, WIDTH_MIN = 80, 40       # columns where nobody says, and below which nothing is wrapped
 PREVIEW = 100                           # characters of a message on one line
+ERROR_MAX = 400                         # characters of an error: five lines of a terminal
 
 
 def _harmless() -> dict:
     """Control characters (C0, DEL, C1) and bidirectional overrides, as visible escapes."""
-    hidden = [*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x2028, 0x2029]
+    hidden = [*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x2028, 0x2029]
     table = {c: f"\\x{c:02x}" if c < 256 else f"\\u{c:04x}" for c in hidden}
     del table[9], table[10]
     return table
@@ -3369,6 +3378,12 @@ def one_line(text: str, limit: int = PREVIEW) -> str:
     """The beginning of `text` on one line, safe for a terminal."""
     text = plain(" ".join(text[:4 * limit].split()))
     return text if len(text) <= limit else text[:limit - 1] + "…"
+
+
+def error_line(error: Exception) -> str:
+    """What is said on stderr when a command fails: one line, whatever the words that it quotes."""
+    text = plain(str(error)).replace("\n", "\\n").replace("\t", " ")
+    return f"Error: {text if len(text) <= ERROR_MAX else text[:ERROR_MAX - 1] + '…'}\n"
 
 
 def wrapped(text: str, width: int, indent: str) -> str:
@@ -3426,7 +3441,7 @@ def to_json(value) -> str:
     """A document for programs: two blanks of indent, keys as they come, harmless on a terminal too."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     if not text.isprintable():
-        text = text.translate({c: f"\\u{c:04x}" for c in (*range(0x7F, 0xA0), 0x2028, 0x2029)})
+        text = text.translate({c: f"\\u{c:04x}" for c in _harmless() if c >= 0x7F})
     return text + "\n"
 
 
@@ -3555,6 +3570,8 @@ def _convert(name: str, kind, value: str):
         try:
             return parse_duration(value)
         except ValueError as error:
+            if name == "--after":
+                raise Usage(f'invalid --after duration "{value}": {error} (examples: -30s, -5m, +60s)') from None
             raise Usage(f"invalid {name.lstrip('-')}: {error}") from None
     return value
 
@@ -3566,6 +3583,7 @@ class Console:
                  terminals: str = "", width: int = WIDTH_DEFAULT, program: str = "thrum", key: str = "", cursor: str = ""):
         self.world = world
         self.top, self.cwd, self.argv, self.environ, self.identities = top, cwd, argv, environ, identities
+        self.worktree = printable(os.path.basename(top))
         self.terminals = terminals      # which of "012" are terminals
         self.width = max(WIDTH_MIN, min(width, 200))
         self.program = program          # how the caller calls us
@@ -3619,7 +3637,7 @@ class Console:
         return f"\x1b[2m{text}\x1b[0m" if "1" in self.terminals and not self.environ.get("NO_COLOR") else text
 
     def identity(self) -> Identity:
-        return resolve_caller(self.identities, self.environ, os.path.basename(self.top), self.args.role or "", self.args.module or "")
+        return resolve_caller(self.identities, self.environ, self.worktree, self.args.role or "", self.args.module or "")
 
     def me(self) -> str:
         try:
@@ -3674,7 +3692,7 @@ async def quickstart(console: Console, args: Args) -> int:
         for file in files:
             parse_identity(*file)       # a damaged one is reported, not replaced unasked
         try:
-            old = choose_identity(files, {}, os.path.basename(console.top))
+            old = choose_identity(files, {}, console.worktree)
         except NoIdentity:
             pass                # several, none of them for this worktree
     role = args.role or environ.get("THRUM_ROLE") or old.role
@@ -3683,7 +3701,7 @@ async def quickstart(console: Console, args: Args) -> int:
         raise Usage("--role and --module are required (or set THRUM_ROLE and THRUM_MODULE env vars)")
     name = name or old.name
     display = args.display or environ.get("THRUM_DISPLAY") or old.display or f"{role.capitalize()} ({module})"
-    repository = os.path.basename(console.top)
+    repository = console.worktree
     intent = args.intent or DEFAULT_INTENTS.get(role, "Working in {}").format(repository)
     check_text(intent, "intent")
     repo_id = (await console.call("health"))["repo_id"]
@@ -3699,7 +3717,7 @@ async def quickstart(console: Console, args: Args) -> int:
 
     register = await _with_identity_file(console, identity, repo_id, registered)
     session = await console.call("session.start", agent_id=register["agent_id"],
-                                 refs=[{"type": "worktree", "value": console.top[-PAIR_MAX:]}])
+                                 refs=[{"type": "worktree", "value": printable(console.top)[-PAIR_MAX:]}])
     await console.resume_at(session["session_id"])
     done = await console.call("session.setIntent", session_id=session["session_id"], intent=intent)
     await _save_identity(console, identity, repo_id, session_id=session["session_id"], intent=intent)
@@ -3728,7 +3746,7 @@ async def _with_identity_file(console: Console, identity: Identity, repo_id: str
 
 
 async def _save_identity(console: Console, identity: Identity, repo_id: str, **changes) -> None:
-    data = render_identity(identity, stamp_of(console.world.now_ns()), repo_id=repo_id, worktree=os.path.basename(console.top),
+    data = render_identity(identity, stamp_of(console.world.now_ns()), repo_id=repo_id, worktree=console.worktree,
                            **changes)
     await console.save(f".thrum/identities/{identity.name}.json", data)
 
@@ -3745,7 +3763,7 @@ def _who_text(who: dict, console: Console) -> str:
 
 
 async def whoami(console: Console, args: Args) -> int:
-    identity = choose_identity(console.identities, console.environ, os.path.basename(console.top))
+    identity = choose_identity(console.identities, console.environ, console.worktree)
     if not identity.file:
         raise NoIdentity(f"no agent identities registered in this worktree; {REGISTER_HINT}")
     data = identity.data
@@ -3776,8 +3794,11 @@ async def status(console: Console, args: Args) -> int:
         report["agent"] = await console.call("agent.whoami", caller_agent_id=me)
         counts = await console.call("message.list", for_agent=me, page_size=1)
         report["inbox"] = {"total": counts["total"], "unread": counts["unread"]}
-        text = _who_text(report["agent"], console) + \
-            f"Inbox:     {counts['total']} messages ({counts['unread']} unread)\n"
+        if report["agent"]["role"]:
+            text = _who_text(report["agent"], console)
+        else:
+            text = f"Agent:     {handle(me)} is not registered (use 'thrum quickstart')\n"
+        text += f"Inbox:     {counts['total']} messages ({counts['unread']} unread)\n"
     state = report["health"]
     text += "Sync:      local (not shared yet)\n" if state["sync_state"] == "ok" else f"Sync:      {state['sync_state']}\n"
     text += f"Daemon:    running ({span(state['uptime_ms'] / 1000)} uptime, v{state['version']}), {state['agents']} agents, " \
@@ -3793,6 +3814,8 @@ async def status(console: Console, args: Args) -> int:
 async def send(console: Console, args: Args) -> int:
     if args.broadcast and (args.to or args.everyone):
         raise Usage("--broadcast and --to are mutually exclusive")
+    if args.to == "":           # most likely a variable that is not set: this must not go to everyone
+        raise Usage("--to needs a name; leave it out to write to everyone")
     scopes = [_pair_or_usage(text, "scope") for text in args.scope]
     refs = [_pair_or_usage(text, "ref") for text in args.ref]
     structured = None
@@ -3870,7 +3893,7 @@ def _message_text(message: dict, console: Console, own: bool = False) -> str:
 
 async def inbox(console: Console, args: Args) -> int:
     me = console.me()
-    page = args.page or 1
+    page = max(args.page, 1)
     scope = _pair_or_usage(args.scope, "scope") if args.scope else None
     found = await console.call(
         "message.list", caller_agent_id=me, for_agent=None if args.all else me, exclude_self=True, unread=args.unread or None,
@@ -4068,7 +4091,7 @@ async def agent_register_command(console: Console, args: Args) -> int:
     async def registered():
         return await console.call("agent.register", name=name or None, role=role, module=module, display=args.display or display,
                                   force=args.force or None, re_register=args.re_register or None,
-                                  worktree=os.path.basename(console.top))
+                                  worktree=console.worktree)
 
     done = await _with_identity_file(console, identity, repo_id, registered)
     if done["status"] == "conflict":
@@ -4106,7 +4129,7 @@ async def agent_list_command(console: Console, args: Args) -> int:
 
 async def session_start_command(console: Console, args: Args) -> int:
     done = await console.call("session.start", agent_id=console.me(),
-                              refs=[{"type": "worktree", "value": console.top[-PAIR_MAX:]}])
+                              refs=[{"type": "worktree", "value": printable(console.top)[-PAIR_MAX:]}])
     await console.answer(done, f"✓ Session started: {done['session_id']}\n  Agent:   {handle(done['agent_id'])}\n"
                                f"  Started: {when(done['started_at'])}\n")
     return 0
@@ -4175,7 +4198,7 @@ async def group_add_command(console: Console, args: Args) -> int:
     if not args.role and not args.member:
         raise Usage("provide a member argument or --role flag")
     kind, value = ("role", args.role) if args.role else ("agent", args.member.lstrip("@"))
-    caller = resolve_caller(console.identities, console.environ, os.path.basename(console.top)).agent_id()
+    caller = resolve_caller(console.identities, console.environ, console.worktree).agent_id()
     done = await console.call("group.member.add", group=args.group, member_type=kind, member_value=value, caller_agent_id=caller)
     shown = f"role:{plain(value)}" if kind == "role" else handle(value)
     await console.answer(done, f"✓ Added {shown} to {plain(done['group'])}")
@@ -4300,7 +4323,7 @@ async def run_command(console: Console, rows: dict) -> int:
             return 0
         return int(await row.run(console, console.args))
     except ThrumError as error:
-        await console.write("E", f"Error: {plain(str(error))}\n")
+        await console.write("E", error_line(error))
         return row.failure
 
 
@@ -4339,6 +4362,7 @@ def help_text(name: str, row: Command) -> str:
 #                                                         X    exit status
 
 CONNECT_S = 5                   # seconds to be accepted by the daemon
+ANSWER_S = 15                   # seconds without a word after which a client asks whether the daemon lives: over CALL_S
 READERS = 4                     # threads that answer questions: sqlite3 releases the GIL while it works
 CALL_S = 10                     # seconds for one method
 IDLE_S = 300                    # seconds after which a connection that says nothing is closed, as in the reference
@@ -4400,8 +4424,9 @@ def dial(var):
     """A blocking socket to the daemon of a `var` directory.  Raises OSError.  (The launcher carries this function.)"""
     import _socket
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    # Connecting to a full queue honours this on Linux; settimeout() would fail at once instead.
-    sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, (5).to_bytes(8, sys.byteorder) + bytes(8))   # CONNECT_S
+    # Connecting to a full queue honours these on Linux; settimeout() would fail at once instead.
+    for option, seconds in ((_socket.SO_SNDTIMEO, 5), (_socket.SO_RCVTIMEO, 15)):      # CONNECT_S, ANSWER_S
+        sock.setsockopt(_socket.SOL_SOCKET, option, seconds.to_bytes(8, sys.byteorder) + bytes(8))
     path = os.environ.get("THRUM_SOCKET") or var + "/thrum.sock"
     here = -1
     try:
@@ -4418,6 +4443,19 @@ def dial(var):
         if here >= 0:
             os.fchdir(here)
             os.close(here)
+
+
+def alive(var):
+    """Raise EOFError unless the daemon answers a question within ANSWER_S.  (The launcher carries this function.)"""
+    try:
+        sock = dial(var)
+        sock.sendall(b'{"jsonrpc":"2.0","id":1,"method":"health"}\n')
+        if not sock.recv(1):
+            return              # it stops; the connection that waits will notice
+    except BlockingIOError:
+        raise EOFError("failed to read response (daemon may be unresponsive — try: thrum daemon restart)") from None
+    except OSError:
+        pass
 
 
 def answers(var: str) -> bool:
@@ -4960,28 +4998,50 @@ def describe(argv, top, program, version, forwarded, state):
                  pack(environ), pack(files)])
 
 
+def hold_streams():
+    """Occupy 0, 1 and 2 where the caller has closed them, lest a socket or file gets their number."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)    # writing to it fails, as it should
+
+
 def show(descriptor, data):
-    """Write all of `data`, also where a harness has made the pipe non-blocking."""
+    """Write all of `data`, also where a harness has made the pipe non-blocking.
+
+    Raises EOFError when stdout takes no more: empty when whoever read it has gone, else with the reason.
+    """
     while data:
         try:
             data = data[os.write(descriptor, data):]
         except BlockingIOError:
             import select
             select.select([], [descriptor], [])
-        except BrokenPipeError:
-            raise EOFError from None    # whoever read has enough
+        except OSError as error:
+            if descriptor == 2:         # there is nobody left to be told
+                return
+            if error.errno in (9, 32):  # EBADF, EPIPE
+                raise EOFError from None
+            raise EOFError("cannot write the answer: " + error.strerror) from None
 
 
-def forward(sock, call, state, other):
+def forward(sock, var, call, state, other):
     """Run a command over a socket: its exit status, or None when the daemon went away or cannot do it.
 
+    Raises EOFError when the answer cannot be shown, or the daemon of `var` does not answer any more.
     `other(kind, payload)` gives the answer to a record that only the whole program understands.
     """
     sock.sendall(b"C" + len(call).to_bytes(4, "big") + call)
-    rest, count = b"", 0
+    rest, count, silences = b"", 0, 0
     while True:
         try:
             data = sock.recv(65536)
+        except BlockingIOError:         # nothing for ANSWER_S seconds: `wait` may take its time, a hung daemon not
+            silences += 1
+            if silences == 1 or silences % 4 == 0:
+                alive(var)
+            continue
         except ConnectionError:
             data = b""
         if not data:
@@ -5009,29 +5069,38 @@ def forward(sock, call, state, other):
             sock.sendall(b"A\0\0\0\4" + count.to_bytes(4, "big"))
 
 
+def give_up(end, argv):
+    """The exit status after `show` or `alive` has raised EOFError: a closed pipe is no failure, the rest is."""
+    if not end.args:
+        return 0
+    show(2, ("Error: " + end.args[0] + "\n").encode())
+    return 2 if argv[:1] == ["wait"] else 1
+
+
 def launch(argv, home, program, version, forwarded, words, state, whole):
     """What the launcher does: the exit status of a command; `whole()` is the whole program, imported."""
+    hold_streams()
     try:
         if argv and argv[0] in words and "THRUM_HOME" not in os.environ and not any(a.startswith("--repo") for a in argv):
-            top, thrum = locate(os.getcwd())
-            if not thrum and not os.path.lexists(top + "/.git"):
-                top, thrum = locate(home)
             try:
+                top, thrum = locate(os.getcwd())
+                if not thrum and not os.path.lexists(top + "/.git"):
+                    top, thrum = locate(home)
                 sock = dial(thrum + "/var")
-                status = forward(sock, describe(argv, top, program, version, forwarded, state), state,
+                status = forward(sock, thrum + "/var", describe(argv, top, program, version, forwarded, state), state,
                                  lambda kind, payload: whole().answer_record(top, argv, kind, payload))
                 if status is not None:
                     return status
             except OSError:
                 pass            # absent, forbidden, gone: the whole program knows what to do
         return whole().main(argv, home, program, state)
-    except EOFError:
-        return 0
+    except EOFError as end:
+        return give_up(end, argv)
     except KeyboardInterrupt:
         return 130
 
 
-LAUNCHER_FUNCTIONS = (locate, pack, dial, describe, show, forward, launch)
+LAUNCHER_FUNCTIONS = (locate, pack, dial, alive, hold_streams, describe, show, forward, give_up, launch)
 
 
 def answer_record(top: str, argv: list, kind: bytes, payload: bytes) -> bytes | None:
@@ -5073,8 +5142,9 @@ def answer_record(top: str, argv: list, kind: bytes, payload: bytes) -> bytes | 
 class Client:
     """A connection to a repository's daemon for Python programs; see `connect`."""
 
-    def __init__(self, sock):
+    def __init__(self, sock, answer_s: float = ANSWER_S):
         self._sock = sock
+        self._answer_s = answer_s
         self._lines = Lines(64 * REQUEST_MAX)
         self._ready = []
         self._id = 0
@@ -5083,6 +5153,7 @@ class Client:
         """The result of a method; raises ThrumError with the daemon's words, Unreachable when it went away."""
         self._id += 1
         line = json.dumps({"jsonrpc": "2.0", "id": self._id, "method": method, "params": params}).encode() + b"\n"
+        self._sock.settimeout(self._answer_s + params.get("timeout_ms", 0) / 1000)
         try:
             self._sock.sendall(line)
             while not self._ready:
@@ -5465,7 +5536,7 @@ def stop_daemon(places: Places) -> int:
     lock_path = places.var + "/thrum.lock"
     pid = read_pid(places)
     try:
-        with Client(dial(places.var)) as client:
+        with Client(dial(places.var), STOP_S) as client:
             pid = client.call("daemon.stop")["pid"]
     except (OSError, ThrumError):
         lock = take_lock(lock_path, 0) if os.path.isdir(places.var) else 0
@@ -5695,7 +5766,7 @@ def run_remote(console: LocalConsole, row: Command, state: dict) -> int:
             time.sleep(RETRY_S)
             continue
         try:
-            status = forward(sock, describe(argv, places.top, console.program, __version__, FORWARDED, state), state, other)
+            status = forward(sock, places.var, describe(argv, places.top, console.program, __version__, FORWARDED, state), state, other)
         except OSError:
             status = None
         finally:
@@ -5729,16 +5800,18 @@ def main(argv: list | None = None, home: str = "", program: str = "", state: dic
 
     The launcher says which worktree is its own, how it was called, and what it has done already.
     """
+    hold_streams()
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _main(sys.argv[1:] if argv is None else list(argv), home, program, state or dict(STATE))
+        return _main(argv, home, program, state or dict(STATE))
     except ThrumError as error:
-        show(2, f"Error: {plain(str(error))}\n".encode(errors="backslashreplace"))
+        show(2, error_line(error).encode(errors="backslashreplace"))
         return error.status
     except OSError as error:
         show(2, f"Error: {os_problem(error)}\n".encode(errors="backslashreplace"))
         return 1
-    except EOFError:            # a broken pipe: whoever read has enough
-        return 0
+    except EOFError as end:
+        return give_up(end, argv)
     except KeyboardInterrupt:
         return 130
 
@@ -5753,20 +5826,27 @@ def _main(argv: list, home: str, program: str, state: dict) -> int:
     rows = {**COMMANDS, **HERE}
     name, rest = split_command(argv, rows)
     world = World()
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ThrumError("the working directory has gone; change to one that exists") from None
+    if not name and "--version" in rest:
+        name = "version"
     if name not in rows:
         if name:
             if rest and rest[0][:1] != "-":
                 raise Usage(f'unknown command "{rest[0]}" for "thrum {name}"; \'thrum help {name}\' lists them')
             show(1, group_help(name).encode())
             return 0
-        if not rest or rest[0] in ("--help", "-h"):
+        known = {flag.name for flag in GLOBAL_FLAGS}
+        if not rest or "--help" in rest or "-h" in rest:
             show(1, root_help().encode())
             return 0
         if rest[0][:1] == "-":
-            raise Usage(f"unknown flag: {rest[0]}")
+            raise Usage(f"unknown flag: {rest[0]}" if rest[0] not in known else "a command is missing; 'thrum help' lists them")
         raise Usage(f'unknown command "{rest[0]}" for "thrum"; \'thrum help\' lists them')
     row = rows[name]
-    console = None
+    rest = [word for word in rest if word != "--version"] if name == "version" else rest
     try:
         args = parse_command(row, rest)
         if args.help:
