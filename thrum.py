@@ -75,16 +75,20 @@ globals().update((name, _Lazy(name)) for name in LAZY_MODULES)
 # and a ULID (48 bits of milliseconds, 80 random bits, Crockford base32), so they sort too.
 
 CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+_PAIRS = []                     # all pairs of its digits, made at first use
 NS = 1_000_000_000              # nanoseconds in a second
+FAR = 1 << 62                   # later than all times that are accepted (in 2116); fits SQLite's integers
 
 
 def crockford(number: int, length: int) -> str:
     """`number` in Crockford base32, most significant digit first, padded to `length`."""
+    if not _PAIRS:
+        _PAIRS.extend(a + b for a in CROCKFORD for b in CROCKFORD)
     digits = []
-    for _ in range(length):
-        digits.append(CROCKFORD[number & 31])
-        number >>= 5
-    return "".join(reversed(digits))
+    for _ in range(length + 1 >> 1):    # two at a time: an id is made for each message
+        digits.append(_PAIRS[number & 1023])
+        number >>= 10
+    return "".join(reversed(digits))[-length:]
 
 
 def hash32(text: str) -> str:
@@ -431,12 +435,14 @@ class EventType(Record):
     """What an event holds and where its line goes.
 
     `fields` maps names to types, `?` marks optional ones.  `file` is `author` (the file of the message's author)
-    or `events`; `shared` is False for what concerns this machine only and stays in the journal.
+    or `events`; `shared` is False for what concerns this machine only and stays in the journal.  Optional fields
+    are left out where they are empty, unless `empty` says that this means something.
     """
 
     fields: dict
     file: str = "events"
     shared: bool = True
+    empty: bool = False
 
 
 EVENTS = {
@@ -464,7 +470,7 @@ EVENTS = {
     # Intent, task, scopes and references of a session: others learn of them by agent.update.
     "session.update": EventType({
         "session_id": str, "agent_id": str, "intent?": str, "current_task?": str, "scopes?": list, "refs?": list},
-        shared=False),
+        shared=False, empty=True),
 }
 
 
@@ -505,7 +511,10 @@ def check_event(event: dict) -> int:
             wrong = "recipients holds what is not a text"
     if wrong:
         raise ValueError(wrong)
-    return ns_of(event["timestamp"])
+    ns = ns_of(event["timestamp"])
+    if ns >= FAR:
+        raise ValueError("timestamp is later than 2116")
+    return ns
 
 
 def file_stem(agent_id: str) -> str:
@@ -1240,7 +1249,6 @@ class Branch:
 SCHEMA_VERSION = 1
 STORE_BATCH = 400               # events in a transaction of a rebuild; larger ones were slower
 QUERY_S = 10                    # seconds for one query; then it is interrupted
-FAR = 1 << 62                   # later than all times
 
 SCHEMA = """
 create table schema_version(version integer not null, applied_at text not null);
@@ -1277,7 +1285,6 @@ create table messages(
 create index messages_at on messages(at);
 create index messages_author on messages(author, at);
 create index messages_thread on messages(thread_id, at) where thread_id is not null;
-create index messages_reply on messages(reply_to) where reply_to is not null;
 create index messages_key on messages(send_key) where send_key is not null;
 create index messages_wide on messages(at) where wide;
 create table message_scopes(
@@ -1352,6 +1359,7 @@ class Store:
             raise
         self._deadline = FAR
         self.db.set_progress_handler(self._late_query, 20_000)
+        self._late = FAR        # the earliest change of roster or groups that came after younger messages
         self.forget()
 
     def limit(self, seconds: float) -> None:
@@ -1362,13 +1370,16 @@ class Store:
         return self.world.monotonic() > self._deadline
 
     def forget(self) -> None:
-        """Drop what is remembered of the tables, after a rollback."""
+        """Drop what is remembered of the tables, and what was to be written to them, after a rollback."""
         self._known = {}        # agent id -> (key, removed_at)
+        self._names = {}        # key -> agent id
         self._expanded = {}     # group, role or everybody -> keys, for times after `_settled`
         self._settled = -1      # the latest change of roster or groups; -1: not read yet
         self._newest = -1       # the newest message
         self._cutoff = -1       # the purge cutoff
-        self._late = FAR        # the earliest change of roster or groups that came after younger messages
+        self._pending = None    # whether anything waits for its parent; None: not read yet
+        self._counts = {}       # key -> [change of inbox_total, change of inbox_unread], until `flush`
+        self._seen = {}         # key -> last_seen_at, until `flush`
 
     def close(self) -> None:
         self.db.close()
@@ -1389,6 +1400,7 @@ class Store:
         """Undo the transaction, if one is left: an error may have ended it."""
         if self.db.in_transaction:
             self.db.execute("rollback")
+        self._late = FAR
         self.forget()
 
     def save_point(self) -> None:
@@ -1396,12 +1408,30 @@ class Store:
         self.db.execute("savepoint request")
 
     def keep(self) -> None:
+        self.flush()
         self.db.execute("release request")
 
     def undo(self) -> None:
         self.db.execute("rollback to request")
         self.db.execute("release request")
         self.forget()
+
+    def flush(self) -> None:
+        """Write what was counted: once for many events, because most of them count for the same agents."""
+        by_change = {}
+        for key, change in self._counts.items():
+            by_change.setdefault(tuple(change), []).append(key)
+        for change, keys in by_change.items():
+            self.db.execute("update agents set inbox_total = inbox_total + ?, inbox_unread = inbox_unread + ? "
+                            f"where agent in ({_text(keys)})", change)
+        if self._seen:
+            self.db.executemany("update agents set last_seen_at = max(last_seen_at, ?) where agent = ?",
+                                [(ns, key) for key, ns in self._seen.items()])
+        self._counts, self._seen = {}, {}
+
+    def changes(self) -> int:
+        """A number that rises with each row written."""
+        return self.db.total_changes
 
     def careless(self, yes: bool) -> None:
         """Whether commits may be lost in a power cut: during a rebuild, which then starts over."""
@@ -1465,13 +1495,15 @@ class Store:
 
     def agent_ids(self, keys) -> list:
         """The ids of agent keys, sorted."""
-        ids = self.db.execute(f"select agent_id from agents where agent in ({_text(keys)})")
-        return sorted(row[0] for row in ids)
+        unknown = [key for key in keys if key not in self._names]
+        if unknown:
+            self._names.update(self.db.execute(f"select agent, agent_id from agents where agent in ({_text(unknown)})"))
+        return sorted(map(self._names.__getitem__, keys))
 
     def open_session(self, agent_id: str) -> dict | None:
         """The newest session of an agent that has not ended."""
-        return self.row("select s.* from sessions s join agents a using(agent) where a.agent_id = ? and "
-                        "s.ended_at is null order by s.started_at desc limit 1", agent_id)
+        return self.row("select * from sessions where agent = ? and ended_at is null order by started_at desc limit 1",
+                        self.key_of(agent_id))
 
     def session(self, session_id: str) -> dict | None:
         return self.row("select s.*, a.agent_id from sessions s join agents a using(agent) where session_id = ?", session_id)
@@ -1567,6 +1599,21 @@ class Store:
             self._expanded[kind, name] = found
         return found
 
+    def resolve(self, name: str) -> tuple:
+        """What a name in a mention stands for: group, agent, role or "" for nothing, and the keys of the recipients."""
+        found = self._expanded.get(name)
+        if not found:
+            if self.group(name):
+                found = "group", self.expand("group", name)
+            elif self.agent(name) or self.agent("user:" + name):
+                found = "agent", frozenset([self.key_of(name if self.agent(name) else "user:" + name)])
+            elif name and name in self.roles():
+                found = "role", self.expand("group", name)
+            else:
+                return "", frozenset()
+            self._expanded[name] = found
+        return found
+
     def key_of(self, agent_id: str) -> int:
         """The key of an agent id, 0 when it was never met."""
         known = self._known.get(agent_id)
@@ -1658,6 +1705,7 @@ class Store:
             row = self.db.execute("select read_at from deliveries where agent = ? and at = ? and seq = ?",
                                   (reader_key, message["at"], message["seq"])).fetchone()
             message["is_read"] = row[0] is not None if row else bool(reader_key)
+        self.flush()
         counted = self.row("select inbox_total, inbox_unread from agents where agent = ?", key) if key else None
         if plain and counted:
             total, left = counted["inbox_total"], counted["inbox_unread"]
@@ -1729,10 +1777,8 @@ class Store:
 
     def settle(self) -> None:
         """Deliver what late registrations and memberships have changed; before each commit."""
-        if self._late == FAR:
-            return
         late, self._late = self._late, FAR
-        for message in self.rows("select * from messages where wide and at > ?", late):
+        for message in self.rows("select * from messages where wide and at > ?", late) if late < FAR else ():
             wanted = self._recipients(message, set(_keys(message["listed"])), message["author"], message["at"], message["wide"])
             present = set(_keys(message["delivered"]))
             if wanted != present:
@@ -1740,6 +1786,7 @@ class Store:
                 self._undeliver(message, present - wanted)
                 self.db.execute("update messages set delivered = ? where seq = ?", (_text(wanted), message["seq"]))
                 self._parent_came(message["message_id"])        # receipts of the new recipients
+        self.flush()
 
     def _project(self, event: dict, seq: int, ns: int) -> None:
         project = _PROJECTIONS.get(event["type"])
@@ -1747,11 +1794,14 @@ class Store:
             project(self, event, seq, ns)
 
     def _wait_for(self, parent: str, event: dict) -> None:
+        self._pending = True
         self.db.execute("insert or ignore into pending values(?, ?, ?)",
                         (parent, event["event_id"], canonical(event).decode()))
 
     def _parent_came(self, parent: str) -> None:
-        waiting = self.db.execute("select line from pending where parent = ?", (parent,)).fetchall()
+        if self._pending is None:
+            self._pending = self.value("select 1 from pending limit 1") is not None
+        waiting = self._pending and self.db.execute("select line from pending where parent = ?", (parent,)).fetchall()
         if waiting:
             self.db.execute("delete from pending where parent = ?", (parent,))
             for (line,) in waiting:
@@ -1821,11 +1871,14 @@ class Store:
                         "agent_id": agent_id, "receipt_type": kind, "event_id": f"{kind}:{agent_id}"})
 
     def _count(self, keys, total: int, unread: int) -> None:
-        sql = "update agents set inbox_total = inbox_total + ?, inbox_unread = inbox_unread + ? where agent"
-        if len(keys) > 8:       # one statement for a broadcast: a thousand cost a millisecond
-            self.db.execute(f"{sql} in ({_text(keys)})", (total, unread))
-        else:
-            self.db.executemany(f"{sql} = ?", [(total, unread, key) for key in keys])
+        counts = self._counts
+        for key in keys:
+            change = counts.setdefault(key, [0, 0])
+            change[0] += total
+            change[1] += unread
+
+    def _saw(self, key: int, ns: int) -> None:
+        self._seen[key] = max(ns, self._seen.get(key, 0))
 
     def _drop(self, message: dict) -> None:
         """Remove a message and all that hangs on it."""
@@ -1842,33 +1895,53 @@ class Store:
         self.db.execute("delete from message_edits where seq = ?", (message["seq"],))
         self.db.execute("delete from messages where seq = ?", (message["seq"],))
 
-    def _link(self, message_id: str, thread_id: str | None, reply_to: str | None) -> str | None:
-        """The thread of a message; replies and their parents share one, of several ids the smallest wins."""
-        found = {self.thread(thread_id)} if thread_id else set()
-        parent = self.row("select seq, thread_id from messages where message_id = ?", reply_to) if reply_to else None
-        if parent and parent["thread_id"]:
-            found.add(parent["thread_id"])
-        for (thread,) in self.db.execute("select thread_id from messages where reply_to = ?", (message_id,)):
-            found.add(thread)
-        if not found and not reply_to:
-            return None
-        thread = min(found) if found else "thr_" + reply_to.partition("_")[2]
-        for other in found - {thread}:
+    def _join_thread(self, message_id: str, thread_id: str | None, reply_to: str | None) -> str:
+        """The thread of a message: its own, its parent's, or the one that its parent opens; they become one.
+
+        The parent is what it answers, or the message that the thread is named after.  One that has not come yet
+        joins when it does.
+        """
+        parents = [reply_to] if reply_to else []
+        if thread_id and "msg_" + thread_id.partition("_")[2] not in (reply_to, message_id):
+            parents.append("msg_" + thread_id.partition("_")[2])
+        threads, missing = {thread_id} if thread_id else set(), []
+        for parent in parents:
+            row = self.db.execute("select thread_id from messages where message_id = ?", (parent,)).fetchone()
+            if row is None:
+                missing.append(parent)
+            elif row[0]:
+                threads.add(row[0])
+        thread = self._one_thread(threads or {"thr_" + reply_to.partition("_")[2]})
+        self.db.executemany("update messages set thread_id = ? where message_id = ? and thread_id is not ?",
+                            [(thread, parent, thread) for parent in parents if parent not in missing])
+        for parent in missing:
+            self._wait_for(parent, {"type": "thread.link", "event_id": "link:" + thread, "timestamp": stamp_of(0),
+                                    "message_id": parent, "thread_id": thread})
+        return thread
+
+    def _one_thread(self, threads: set) -> str:
+        """The one id, the smallest, of threads that turned out to be the same."""
+        threads = {self.thread(thread) for thread in threads}
+        thread = min(threads)
+        for other in threads - {thread}:
             self.db.execute("update messages set thread_id = ? where thread_id = ?", (thread, other))
             self.db.execute("update thread_aliases set into_id = ? where into_id = ?", (thread, other))
             self.db.execute("insert or replace into thread_aliases values(?, ?)", (other, thread))
-        if parent and parent["thread_id"] != thread:
-            self.db.execute("update messages set thread_id = ? where seq = ?", (thread, parent["seq"]))
         return thread
+
+    def _thread_link(self, event: dict, seq: int, ns: int) -> None:
+        """A message came after one that continues its thread.  Never in the log, only in `pending`."""
+        own = self.value("select thread_id from messages where message_id = ?", event["message_id"])
+        thread = self._one_thread({event["thread_id"], own} - {None})
+        self.db.execute("update messages set thread_id = ? where message_id = ?", (thread, event["message_id"]))
 
     def _message_create(self, event: dict, seq: int, ns: int) -> None:
         db, message_id = self.db, event["message_id"]
         refs, scopes, body = pairs_of(event.get("refs")), pairs_of(event.get("scopes")), event["body"]
         reply_to = next((value for kind, value in refs if kind == "reply_to"), None)
         thread = event.get("thread_id")
-        # Most messages have no thread; but a reply may have come before its parent.
-        if thread or reply_to or db.execute("select 1 from messages where reply_to = ? limit 1", (message_id,)).fetchone():
-            thread = self._link(message_id, thread, reply_to)
+        if thread or reply_to:
+            thread = self._join_thread(message_id, thread, reply_to)
         author, removed_at = self._agent(event["agent_id"])
         if self._cutoff < 0:
             self._cutoff = self.meta("purge_cutoff", 0)
@@ -1901,7 +1974,7 @@ class Store:
         if refs:
             db.executemany("insert into message_refs values(?, ?, ?, ?)", [(*pair, ns, seq) for pair in refs])
         self._deliver({"seq": seq, "at": ns, "deleted_at": None}, delivered)
-        db.execute("update agents set last_seen_at = max(last_seen_at, ?) where agent = ?", (ns, author))
+        self._saw(author, ns)
         self._parent_came(message_id)
 
     def _message_edit(self, event: dict, seq: int, ns: int) -> None:
@@ -1967,7 +2040,7 @@ class Store:
                 "< (?, ?)",
                 (event["kind"], event["role"], event["module"], event.get("name"), event.get("display"), event.get("hostname"),
                  event.get("worktree"), event.get("origin_daemon"), ns, event["event_id"], key, ns, event["event_id"]))
-            self.db.execute("update agents set last_seen_at = max(last_seen_at, ?) where agent = ?", (ns, key))
+            self._saw(key, ns)
         self._roster_changed(ns)
 
     def _agent_cleanup(self, event: dict, seq: int, ns: int) -> None:
@@ -1993,7 +2066,7 @@ class Store:
             return
         self.db.execute("insert or ignore into sessions values(?, ?, ?, null, null, ?, ?)",
                         (event["session_id"], key, ns, ns, event.get("origin_daemon")))
-        self.db.execute("update agents set last_seen_at = max(last_seen_at, ?) where agent = ?", (ns, key))
+        self._saw(key, ns)
         self._parent_came(event["session_id"])
 
     def _session_end(self, event: dict, seq: int, ns: int) -> None:
@@ -2096,6 +2169,7 @@ _MEMBERS = ("select group_id, member_type, member_value, max(at) as at, present,
 _PROJECTIONS = {
     "message.create": Store._message_create, "message.edit": Store._message_edit, "message.delete": Store._message_delete,
     "message.receipt": Store._message_receipt, "thread.create": Store._thread_create,
+    "thread.link": Store._thread_link,
     "agent.register": Store._agent_register, "agent.cleanup": Store._agent_cleanup, "agent.update": Store._agent_update,
     "agent.session.start": Store._session_start, "agent.session.end": Store._session_end,
     "session.update": Store._session_update, "group.create": Store._group_create, "group.update": Store._group_update,
@@ -2130,8 +2204,9 @@ class Context:
 
     def append(self, kind: str, /, *, after: int = 0, **fields) -> dict:
         """Make an event, later than `after` (ns), and apply it; empty optional fields are left out."""
-        known = EVENTS[kind].fields
-        event = {k: v for k, v in fields.items() if k in known or v not in (None, "", False, [])}
+        row = EVENTS[kind]
+        event = {k: v for k, v in fields.items()
+                 if v is not None and (k in row.fields or row.empty or v not in ("", False, []))}
         ns = self.world.stamp_ns(after)
         sequence = self.ledger.journal.last + len(self.ledger.batch) + len(self.lines) + 1
         event.update(type=kind, timestamp=stamp_of(ns), event_id=self.world.new_id("evt"), v=1,
@@ -2140,12 +2215,18 @@ class Context:
             line = canonical(event)
         except UnicodeEncodeError:
             raise InvalidParams("the text is not valid UTF-8") from None
+        except ValueError as error:
+            raise InvalidParams(f"this cannot be stored: {error}") from None
         if len(line) > LINE_MAX:
             raise ThrumError(f"the message is too large: {len(line):,} bytes with its envelope, the limit is {LINE_MAX:,}; "
                              "put the content into a file in the repository and send its path")
         self.store.apply(event, sequence, ns)
         self.lines.append((line, event, ns))
         return event
+
+
+class _Undo(Exception):
+    """A request has to be undone, and there is no savepoint."""
 
 
 class Ledger:
@@ -2392,18 +2473,21 @@ class Ledger:
 
     # ---- changing
 
-    def commit(self, requests: list, again: bool = False) -> tuple:
+    def commit(self, requests: list, careful: bool = False, again: bool = False) -> tuple:
         """Carry out requests, functions of a Context, as one batch: (outcomes, events).
 
         An outcome is what the request returned, or the exception that it raised; a request that raises leaves
-        nothing behind.  The events are pairs of sequence and event, durable when this returns.  A damaged database
-        is made anew, and the batch carried out `again`.
+        nothing behind.  The events are pairs of sequence and event, durable when this returns.
+
+        A request that raises after it has changed something is rare, so savepoints are only made when that has
+        happened: the batch is then carried out once more, `careful`.  A damaged database is made anew, and the
+        batch carried out `again`.
         """
         self.batch, outcomes = [], []
         try:
             self.store.begin()
             for request in requests:
-                outcomes.append(self._carry_out(request))
+                outcomes.append(self._carry_out(request, careful))
             if self.batch:
                 self.store.settle()
                 last = self.journal.last + len(self.batch)
@@ -2417,11 +2501,14 @@ class Ledger:
                     raise
             else:
                 self.store.commit()
+        except _Undo:
+            self.store.rollback()
+            return self.commit(requests, careful=True, again=again)
         except (OSError, sqlite3.Error) as error:
             self.batch = []
             if type(error) is sqlite3.DatabaseError and not again:      # malformed, or no database at all
                 self.heal()
-                return self.commit(requests, again=True)
+                return self.commit(requests, careful, again=True)
             self.store.rollback()
             problem = ThrumError(f"nothing was stored: {os_problem(error) if isinstance(error, OSError) else error}")
             return [o if isinstance(o, ThrumError) else problem for o in outcomes] + \
@@ -2437,25 +2524,26 @@ class Ledger:
             self.flush()
         return outcomes, events
 
-    def _carry_out(self, request):
-        context = Context(self.world, self.store, self, self.facts)
-        self.store.save_point()
-        self.store.limit(QUERY_S)
+    def _carry_out(self, request, careful: bool):
+        store, context = self.store, Context(self.world, self.store, self, self.facts)
+        if careful:
+            store.save_point()
+        before = store.changes()
+        store.limit(QUERY_S)
         try:
             reply = request(context)
-        except (sqlite3.OperationalError, sqlite3.InternalError) as error:
-            if not self.store.db.in_transaction:
-                raise           # the disk is full or gone: this ends the batch
-            self.store.undo()
-            return ThrumError(f"nothing was stored: {error}")
         except Exception as error:      # a bug in one request must not harm the others
-            if type(error) is sqlite3.DatabaseError:
-                raise
-            self.store.undo()
-            return error
+            if type(error) is sqlite3.DatabaseError or not store.db.in_transaction:
+                raise           # damaged, or the disk is full: this ends the batch
+            if careful:
+                store.undo()
+            elif store.changes() != before:
+                raise _Undo from None
+            return ThrumError(f"nothing was stored: {error}") if isinstance(error, sqlite3.OperationalError) else error
         finally:
-            self.store.limit(FAR)
-        self.store.keep()
+            store.limit(FAR)
+        if careful:
+            store.keep()
         self.batch += context.lines
         return reply
 
@@ -2630,7 +2718,12 @@ def encode_reply(call: Call, result=None, error: Exception | None = None) -> byt
         if getattr(error, "data", None) is not None:
             reply["error"]["data"] = error.data
     reply["id"] = call.id
-    return json.dumps(reply, separators=(",", ":")).encode()
+    global _encode_compact
+    _encode_compact = _encode_compact or json.JSONEncoder(separators=(",", ":")).encode     # json.dumps makes one each time
+    return _encode_compact(reply).encode()
+
+
+_encode_compact = None
 
 
 class Lines:
@@ -2689,6 +2782,7 @@ def add_ignore_lines(path: str) -> bool:
 
 ACTIVE_S = 24 * 3600            # seconds after which somebody who was not seen is worth a warning
 WAIT_MAX_MS = 600_000           # one `message.wait`; a caller that wants more asks again from where it was
+INTEGER_MAX = 1 << 53           # what every JSON reader keeps exactly (RFC 8259, section 6)
 PAIR = object()                 # {"type": …, "value": …}
 
 
@@ -2716,11 +2810,10 @@ def check_params(method: Method, params) -> dict:
         value = params.get(name)
         if value is None:
             value = next((params[a] for a, real in method.aliases.items() if real == name and params.get(a) is not None), None)
-        if value is None or (name is not field and value in ("", [], 0)):
-            if name is not field:
-                raise ThrumError(f"{name} is required")
-            continue
-        checked[name] = _check_value(name, kind, value)
+        if value is not None:
+            value = checked[name] = _check_value(name, kind, value)
+        if name is not field and (value is None or value == ""):
+            raise ThrumError(f"{name} is required")
     return checked
 
 
@@ -2740,6 +2833,13 @@ def _check_value(name: str, kind, value):
         raise InvalidParams(f"invalid params: {name} must be {_KIND_NAMES[kind]}")
     if kind is str:
         check_text(value, name, REQUEST_MAX)
+    if kind is int and abs(value) > INTEGER_MAX:
+        raise InvalidParams(f"invalid params: {name} is out of range")
+    if kind is dict:
+        try:
+            canonical(value)
+        except (ValueError, RecursionError):
+            raise InvalidParams(f"invalid params: {name} holds what JSON in UTF-8 cannot") from None
     return value
 
 
@@ -2884,8 +2984,8 @@ def session_start(context: Context, params: dict) -> dict:
             context.append("agent.session.end", after=newest, session_id=session["session_id"], reason="crash_recovered")
     event = context.append("agent.session.start", after=newest, session_id=context.world.new_id("ses"), agent_id=agent_id)
     if params.get("scopes") or params.get("refs"):
-        context.append("session.update", session_id=event["session_id"], agent_id=agent_id, scopes=params.get("scopes"),
-                       refs=params.get("refs"))
+        context.append("session.update", after=ns_of(event["timestamp"]), session_id=event["session_id"], agent_id=agent_id,
+                       scopes=params.get("scopes"), refs=params.get("refs"))
     return {"session_id": event["session_id"], "agent_id": agent_id, "started_at": event["timestamp"]}
 
 
@@ -3021,19 +3121,6 @@ def group_list(context: Context, params: dict) -> dict:
 
 # ---- messages
 
-def resolve_mention(store: Store, text: str) -> tuple:
-    """What a mention names: (kind, value, keys of recipients); kind is group, agent, role or "" for nothing."""
-    name = text[1:] if text.startswith("@") else text
-    if store.group(name):
-        return "group", name, store.expand("group", name)
-    for agent_id in (name, "user:" + name):
-        if store.agent(agent_id):
-            return "agent", name, frozenset([store.key_of(agent_id)])
-    if name and name in store.roles():
-        return "role", name, store.expand("group", name)
-    return "", name, frozenset()
-
-
 def _body(row: dict) -> dict:
     return {"format": row["format"], "content": row["content"], **compact(structured=row["structured"])}
 
@@ -3068,12 +3155,13 @@ def message_send(context: Context, params: dict) -> dict:
     given_scopes, given_refs = pairs_of(params.get("scopes")), pairs_of(params.get("refs"))
     wanted = [*params.get("mentions", []), *(v for k, v in given_refs if k in ("mention", "group")),
               *(v for k, v in given_scopes if k == "group")]
+    wanted = dict.fromkeys(name[1:] if name.startswith("@") else name for name in wanted)
     scopes = [pair for pair in given_scopes if pair[0] != "group"]
     refs = [pair for pair in given_refs if pair[0] not in ("mention", "group", "reply_to")]
     refs += [("tag", check_text(tag, "tag", PAIR_MAX)) for tag in params.get("tags", [])]
     unknown, warnings, audiences, recipients, resolved = [], [], [], set(), 0
-    for mention in dict.fromkeys(wanted):
-        kind, value, keys = resolve_mention(store, mention)
+    for value in wanted:
+        kind, keys = store.resolve(value)
         if not kind:
             unknown.append("@" + value)
             continue
@@ -3176,7 +3264,7 @@ def message_list(context: Context, params: dict) -> dict:
     if params.get("mentions") and not mention:
         mention = caller        # decision 16: mail that names the caller itself
     try:
-        after_ns = ns_of(params["created_after"]) if params.get("created_after") else 0
+        after_ns = min(ns_of(params["created_after"]), FAR) if params.get("created_after") else 0
     except ValueError as error:
         raise InvalidParams(f"invalid params: created_after is {error}") from None
     found = store.page(
@@ -3282,7 +3370,7 @@ def message_wait(context: Context, params: dict) -> dict | None:
     if params.get("epoch", store.meta("epoch")) != store.meta("epoch"):
         after, unread = -1, not params.get("all")      # numbers of another journal: begin at the oldest unread
     try:
-        after_ns = ns_of(params["created_after"]) if params.get("created_after") else 0
+        after_ns = min(ns_of(params["created_after"]), FAR) if params.get("created_after") else 0
     except ValueError as error:
         raise InvalidParams(f"invalid params: created_after is {error}") from None
     found = store.page(
@@ -4369,7 +4457,7 @@ IDLE_S = 300                    # seconds after which a connection that says not
 WRITE_S = 10                    # seconds that a client may take to read what it asked for
 STOP_S = 5                      # seconds for what is in flight when the daemon stops
 SYNC_S = 60                     # seconds between making the branch files durable, when something came
-CONNECTIONS_MAX = 2_000         # open at once; more wait in the listen queue
+CONNECTIONS_MAX = 2_000         # open at once; more are turned away
 BACKLOG = 512                   # of the listen queue
 LOG_BYTES, LOG_FILES = 1 << 20, 3       # the log is rotated at a size, and so many old ones are kept
 
@@ -4470,10 +4558,18 @@ def answers(var: str) -> bool:
 class Connection:
     """What the daemon knows of one client: the task that serves it, and whether that may be ended at once."""
 
-    def __init__(self, task):
+    def __init__(self, task, now: float):
         self.task = task
+        self.since = now        # when it was last heard of (monotonic s)
         self.busy = False       # a request is being answered
         self.waiting = 0        # it waits for a message, which it can do again with the next daemon
+
+
+async def send_bytes(writer, data: bytes) -> None:
+    """Send to a client; one that does not read is given WRITE_S to begin, then TimeoutError."""
+    writer.write(data)
+    if writer.transport.get_write_buffer_size():        # most replies fit the socket at once
+        await asyncio.wait_for(writer.drain(), WRITE_S)
 
 
 class RemoteConsole(Console):
@@ -4507,8 +4603,7 @@ class RemoteConsole(Console):
         self._input = None
 
     async def send(self, kind: str, payload: bytes = b"") -> None:
-        self.writer.write(record(kind, payload))
-        await asyncio.wait_for(self.writer.drain(), WRITE_S)
+        await send_bytes(self.writer, record(kind, payload))
 
     async def call(self, method: str, **params):
         params = {name: value for name, value in params.items() if value is not None}
@@ -4613,6 +4708,10 @@ class Daemon:
         """What has to be done from time to time; nothing is done, and nothing wakes, more often than once a minute."""
         while True:
             await asyncio.sleep(SYNC_S)
+            now = self.world.monotonic()
+            for connection in list(self.connections):
+                if not connection.busy and now - connection.since > IDLE_S:
+                    connection.task.cancel()
             if not os.path.exists(self.places.var + "/thrum.pid"):
                 self.log.warning("%s is gone: stopping", self.places.var)
                 self.stopping.set()
@@ -4742,12 +4841,14 @@ class Daemon:
 
     async def _serve(self, reader, writer) -> None:
         """One client, from its first byte to its last."""
-        connection = Connection(asyncio.current_task())
+        connection = Connection(asyncio.current_task(), self.world.monotonic())
         self.connections.add(connection)
         try:
             if not _same_user(writer.get_extra_info("socket")):
                 return
-            first = await asyncio.wait_for(reader.read(65536), IDLE_S)
+            if len(self.connections) > CONNECTIONS_MAX:
+                return self.log.warning("a client was turned away: %d connections are open", CONNECTIONS_MAX)
+            first = await reader.read(65536)
             if first[:1] == b"C":
                 await self._serve_command(connection, reader, writer, first)
             elif first:
@@ -4767,19 +4868,17 @@ class Daemon:
             try:
                 complete = lines.feed(data)
             except InvalidRequest as error:
-                writer.write(encode_reply(Call(), error=error) + b"\n")
-                await asyncio.wait_for(writer.drain(), WRITE_S)
-                return
+                return await send_bytes(writer, encode_reply(Call(), error=error) + b"\n")
             for line in complete:
                 connection.busy = True
                 reply = await self._answer(line, connection)
                 if reply:
-                    writer.write(reply + b"\n")
-                    await asyncio.wait_for(writer.drain(), WRITE_S)
+                    await send_bytes(writer, reply + b"\n")
                 connection.busy = False
                 if self.stopping.is_set():
                     return
-            data = await asyncio.wait_for(reader.read(65536), IDLE_S)
+            connection.since = self.world.monotonic()
+            data = await reader.read(65536)
 
     async def _answer(self, line: bytes, connection: Connection) -> bytes:
         calls, is_batch = decode_request(line)
