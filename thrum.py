@@ -1253,6 +1253,8 @@ QUERY_S = 10                    # seconds for one query; then it is interrupted
 SCHEMA = """
 create table schema_version(version integer not null, applied_at text not null);
 create table meta(key text primary key, value) without rowid;
+create table reached(one integer primary key check (one = 1), seq integer, event_id text, newest integer);
+insert into reached values(1, 0, '', 0);
 create table events(event_id text primary key, seq integer not null) without rowid;
 create table agents(
     agent integer primary key, agent_id text not null unique, kind text, role text, module text, name text,
@@ -1380,6 +1382,7 @@ class Store:
         self._pending = None    # whether anything waits for its parent; None: not read yet
         self._counts = {}       # key -> [change of inbox_total, change of inbox_unread], until `flush`
         self._seen = {}         # key -> last_seen_at, until `flush`
+        self._sessions = {}     # agent id -> its open session
 
     def close(self) -> None:
         self.db.close()
@@ -1463,12 +1466,20 @@ class Store:
     def meta(self, key: str, default=None):
         return self.value("select value from meta where key = ?", key, default=default)
 
+    def reached(self) -> tuple:
+        """How far the tables have got: the sequence, id of that event, and the newest time of this daemon's own (ns)."""
+        return self.db.execute("select seq, event_id, newest from reached").fetchone()
+
+    def set_reached(self, seq: int, event_id: str, newest: int) -> None:
+        self.db.execute("update reached set seq = ?, event_id = ?, newest = ?", (seq, event_id, newest))
+
     def set_meta(self, **values) -> None:
         self.db.executemany("insert or replace into meta values(?, ?)", values.items())
 
     def within(self, seconds: float, question):
         """The result of `question()`, all of it on one snapshot, interrupted after `seconds`."""
-        self._expanded.clear()  # the writer is another connection
+        self._sessions.clear()  # the writer is another connection
+        self._expanded.clear()
         self._settled = -1
         self.limit(seconds)
         self.db.execute("begin")
@@ -1502,8 +1513,10 @@ class Store:
 
     def open_session(self, agent_id: str) -> dict | None:
         """The newest session of an agent that has not ended."""
-        return self.row("select * from sessions where agent = ? and ended_at is null order by started_at desc limit 1",
-                        self.key_of(agent_id))
+        if agent_id not in self._sessions:
+            self._sessions[agent_id] = self.row("select * from sessions where agent = ? and ended_at is null "
+                                                "order by started_at desc limit 1", self.key_of(agent_id))
+        return self._sessions[agent_id]
 
     def session(self, session_id: str) -> dict | None:
         return self.row("select s.*, a.agent_id from sessions s join agents a using(agent) where session_id = ?", session_id)
@@ -1782,9 +1795,10 @@ class Store:
             wanted = self._recipients(message, set(_keys(message["listed"])), message["author"], message["at"], message["wide"])
             present = set(_keys(message["delivered"]))
             if wanted != present:
-                self._deliver(message, wanted - present)
+                self._deliver(message["seq"], message["at"], wanted - present, bool(message["deleted_at"]))
                 self._undeliver(message, present - wanted)
-                self.db.execute("update messages set delivered = ? where seq = ?", (_text(wanted), message["seq"]))
+                self.db.execute("update messages set delivered = ?, unread_by = unread_by + ? where seq = ?",
+                                (_text(wanted), len(wanted - present), message["seq"]))
                 self._parent_came(message["message_id"])        # receipts of the new recipients
         self.flush()
 
@@ -1842,14 +1856,10 @@ class Store:
         listed.discard(author)
         return listed
 
-    def _deliver(self, message: dict, keys) -> None:
-        """Give a message to agents; `message` has seq, at, message_id, deleted_at."""
-        if not keys:
-            return
-        hidden = 1 if message["deleted_at"] else 0
+    def _deliver(self, seq: int, ns: int, keys, hidden: bool = False) -> None:
+        """Give a message to agents."""
         self.db.executemany("insert or ignore into deliveries(agent, at, seq, hidden) values(?, ?, ?, ?)",
-                            [(key, message["at"], message["seq"], hidden) for key in sorted(keys)])
-        self.db.execute("update messages set unread_by = unread_by + ? where seq = ?", (len(keys), message["seq"]))
+                            [(key, ns, seq, hidden) for key in sorted(keys)])
         if not hidden:
             self._count(keys, 1, 1)
 
@@ -1960,11 +1970,11 @@ class Store:
         done = db.execute(
             "insert or ignore into messages(seq, message_id, at, author, session_id, thread_id, reply_to, format, content, "
             "structured, scopes, refs, listed, delivered, wide, unread_by, authored_by, disclosed, send_key, daemon) "
-            "values(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?)",
+            "values(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (seq, message_id, ns, author, event.get("session_id"), thread, reply_to, str(body.get("format") or "markdown"),
              body.get("content", ""), structured if type(structured) is str else None,
              canonical(event["scopes"]).decode() if scopes else None, canonical(event["refs"]).decode() if refs else None,
-             _text(listed), _text(delivered), wide, event.get("authored_by"), event.get("disclosed"), event.get("send_key"),
+             _text(listed), _text(delivered), wide, len(delivered), event.get("authored_by"), event.get("disclosed"), event.get("send_key"),
              event.get("origin_daemon")))
         if not done.rowcount:
             return
@@ -1973,7 +1983,7 @@ class Store:
             db.executemany("insert into message_scopes values(?, ?, ?, ?)", [(*pair, ns, seq) for pair in scopes])
         if refs:
             db.executemany("insert into message_refs values(?, ?, ?, ?)", [(*pair, ns, seq) for pair in refs])
-        self._deliver({"seq": seq, "at": ns, "deleted_at": None}, delivered)
+        self._deliver(seq, ns, delivered)
         self._saw(author, ns)
         self._parent_came(message_id)
 
@@ -2057,10 +2067,12 @@ class Store:
         self._roster_changed(ns)
 
     def _drop_session(self, session_id: str) -> None:
+        self._sessions.clear()
         for table in ("sessions", "session_scopes", "session_refs", "agent_work_contexts", "subscriptions"):
             self.db.execute(f"delete from {table} where session_id = ?", (session_id,))
 
     def _session_start(self, event: dict, seq: int, ns: int) -> None:
+        self._sessions.clear()
         key, removed_at = self._agent(event["agent_id"])
         if ns <= removed_at:
             return
@@ -2070,6 +2082,7 @@ class Store:
         self._parent_came(event["session_id"])
 
     def _session_end(self, event: dict, seq: int, ns: int) -> None:
+        self._sessions.clear()
         session = self.session(event["session_id"])
         if not session:
             return self._wait_for(event["session_id"], event)
@@ -2330,18 +2343,18 @@ class Ledger:
             self.store.create()
             self.store.set_meta(epoch=self.journal.epoch)
         os.chmod(self.places.database, 0o600)
-        self.rebuilt = self._project_from(self.store.meta("seq", 0))
-        self.world.seen(self.store.meta("newest", 0))
+        self.rebuilt = self._project_from(self.store.reached()[0])
+        self.world.seen(self.store.reached()[2])
 
     def _agrees(self, trusted: bool) -> bool:
         store = self.store
         if not (store.is_current() if trusted else store.is_sound()) or store.meta("epoch") != self.journal.epoch:
             return False
-        seq = store.meta("seq", 0)
+        seq, event_id, _ = store.reached()
         if trusted or seq == 0:
             return True
         _, line = next(self.journal.read(seq - 1), (0, b"")) if seq <= self.journal.last else (0, b"")
-        return store.meta("event_id", "").encode() in line and bool(line)
+        return bool(line) and event_id.encode() in line
 
     def _project_from(self, after: int) -> int:
         """Apply the events after a sequence in transactions of STORE_BATCH; their count."""
@@ -2367,9 +2380,9 @@ class Ledger:
             self._project_events(batch, careful=True)
 
     def _project_events(self, batch: list, careful: bool) -> None:
-        store, newest, event_id = self.store, self.store.meta("newest", 0), self.store.meta("event_id", "")
-        own = self.daemon_id
+        store, own = self.store, self.daemon_id
         store.begin()
+        _, event_id, newest = store.reached()
         for sequence, line in batch:
             try:
                 event, ns = parse_line(line)
@@ -2390,7 +2403,7 @@ class Ledger:
             if ns > newest and event.get("origin_daemon") == own:
                 newest = ns
         store.settle()
-        store.set_meta(seq=batch[-1][0], event_id=event_id, newest=newest)
+        store.set_reached(batch[-1][0], event_id, newest)
         store.commit()
 
     def _import_files(self) -> None:
@@ -2491,7 +2504,7 @@ class Ledger:
             if self.batch:
                 self.store.settle()
                 last = self.journal.last + len(self.batch)
-                self.store.set_meta(seq=last, event_id=self.batch[-1][1]["event_id"], newest=self.batch[-1][2])
+                self.store.set_reached(last, self.batch[-1][1]["event_id"], self.batch[-1][2])
                 lines = [line for line, _, _ in self.batch]
                 self.journal.append(lines)
                 try:
@@ -2804,16 +2817,15 @@ def check_params(method: Method, params) -> dict:
         params = {}
     if not isinstance(params, dict):
         raise InvalidParams("invalid params: params must be an object")
-    checked = {}
-    for field, kind in method.params.items():
-        name = field.rstrip("!")
-        value = params.get(name)
-        if value is None:
-            value = next((params[a] for a, real in method.aliases.items() if real == name and params.get(a) is not None), None)
-        if value is not None:
-            value = checked[name] = _check_value(name, kind, value)
-        if name is not field and (value is None or value == ""):
-            raise ThrumError(f"{name} is required")
+    checked, fields, aliases = {}, method.params, method.aliases
+    for name, value in params.items():
+        name = aliases.get(name, name)
+        kind = fields.get(name) or fields.get(name + "!")
+        if kind and value is not None:
+            checked[name] = _check_value(name, kind, value)
+    for field in fields:
+        if field[-1] == "!" and checked.get(field[:-1], "") == "":
+            raise ThrumError(f"{field[:-1]} is required")
     return checked
 
 
@@ -2892,7 +2904,7 @@ def health(context: Context, params: dict) -> dict:
     return {
         "status": "ok", "uptime_ms": int((context.world.monotonic() - ledger.facts["started"]) * 1000), "version": __version__,
         "repo_id": ledger.repo_id, "sync_state": "error" if ledger.export_problem else "ok", "pid": os.getpid(),
-        "epoch": ledger.journal.epoch, "last_seq": context.store.meta("seq", 0), "bad_lines": ledger.bad_lines.count,
+        "epoch": ledger.journal.epoch, "last_seq": context.store.reached()[0], "bad_lines": ledger.bad_lines.count,
         "rebuilt_events": ledger.rebuilt, **context.store.counts()}
 
 
@@ -3275,7 +3287,7 @@ def message_list(context: Context, params: dict) -> dict:
         by_update=sort_by == "updated_at", ascending=order == "asc", limit=size, offset=(page - 1) * size)
     return {"messages": [_summary(row) for row in found["messages"]], "total": found["total"], "unread": found["unread"],
             "page": page, "page_size": size, "total_pages": -(-found["total"] // size),
-            "last_seq": store.meta("seq", 0), "epoch": store.meta("epoch", "")}
+            "last_seq": store.reached()[0], "epoch": store.meta("epoch", "")}
 
 
 def _pair(scope):
@@ -4456,6 +4468,7 @@ CALL_S = 10                     # seconds for one method
 IDLE_S = 300                    # seconds after which a connection that says nothing is closed, as in the reference
 WRITE_S = 10                    # seconds that a client may take to read what it asked for
 STOP_S = 5                      # seconds for what is in flight when the daemon stops
+FLUSH_S = 0.05                  # seconds without a request before branch files are written: a burst goes together
 SYNC_S = 60                     # seconds between making the branch files durable, when something came
 CONNECTIONS_MAX = 2_000         # open at once; more are turned away
 BACKLOG = 512                   # of the listen queue
@@ -4725,7 +4738,11 @@ class Daemon:
         """The writer's thread: takes what has come as one batch, until it is told to end."""
         going = True
         while going:
-            batch = [self._writes.get()]
+            try:
+                batch = [self._writes.get(timeout=FLUSH_S if self.ledger.export else None)]
+            except queue.Empty:
+                self.ledger.flush()
+                continue
             while len(batch) < BATCH_MAX:
                 try:
                     batch.append(self._writes.get_nowait())
@@ -4743,8 +4760,6 @@ class Daemon:
                     self.log.exception("a batch failed")
                     outcomes, events = [InternalError(f"internal error: {error}")] * len(batch), []
                 self.loop.call_soon_threadsafe(self._committed, batch, outcomes, events)
-            if self._writes.empty():
-                self.ledger.flush()
         self.ledger.close()
 
     def _committed(self, batch: list, outcomes: list, events: list) -> None:
