@@ -93,7 +93,7 @@ def crockford(number: int, length: int) -> str:
 
 def hash32(text: str) -> str:
     """The SHA-256 of `text` in Crockford base32, 52 characters, without padding."""
-    return crockford(int.from_bytes(hashlib.sha256(text.encode()).digest(), "big") << 4, 52)
+    return crockford(int.from_bytes(hashlib.sha256(os.fsencode(text)).digest(), "big") << 4, 52)
 
 
 def stamp_of(ns: int) -> str:
@@ -109,6 +109,10 @@ def ns_of(stamp: str) -> int:
     Takes any number of fractional digits (more than nine are cut) and any offset, as other
     programs write them.  Raises ValueError for anything else.
     """
+    global _minute
+    if len(stamp) == 30 and stamp[16] == ":" and stamp[19] == "." and stamp[29] == "Z" and stamp[:16] == _minute[0] \
+            and stamp[17] < "6" and (digits := stamp[17:19] + stamp[20:29]).isdigit() and digits.isascii():
+        return _minute[1] + int(digits)     # our own form, in the minute of the one before: a log is full of them
     if not isinstance(stamp, str) or not 20 <= len(stamp) <= 64 or stamp[10] not in "Tt ":
         raise ValueError(f"not an RFC 3339 time: {str(stamp)[:64]!r}")
     try:
@@ -128,13 +132,26 @@ def ns_of(stamp: str) -> int:
             if len(rest) != 6 or rest[3] != ":":
                 raise ValueError
             offset = sign * (int(rest[1:3]) * 3600 + int(rest[4:6]) * 60)
-        numbers = (*map(int, date.split("-")), *map(int, clock.split(":")))
-        if len(numbers) != 6 or not (1970 <= numbers[0] and 1 <= numbers[1] <= 12 and 1 <= numbers[2] <= 31
-                                     and numbers[3] < 24 and numbers[4] < 60 and numbers[5] <= 60):
+            if abs(offset) > 86_340 or not (rest[1:3] + rest[4:6]).isdigit():
+                raise ValueError
+        digits = date[:4] + date[5:7] + date[8:] + clock[:2] + clock[3:5] + clock[6:]
+        if date[4] + date[7] + clock[2] + clock[5] != "--::" or not (digits + fraction).isdigit() or not stamp.isascii():
             raise ValueError
-        return (calendar.timegm(numbers) - offset) * NS + int((fraction + "000000000")[:9])
-    except (ValueError, KeyError, IndexError):
+        numbers = (*map(int, date.split("-")), *map(int, clock.split(":")))
+        if not (numbers[3] < 24 and numbers[4] < 60 and numbers[5] <= 60) \
+                or time.gmtime(calendar.timegm((*numbers[:5], 0)))[:3] != numbers[:3]:
+            raise ValueError            # the calendar would take the 31st of February for a day in March
+        seconds = calendar.timegm(numbers) - offset
+        if seconds < 0:
+            raise ValueError
+        if offset == 0:
+            _minute = stamp[:16], calendar.timegm((*numbers[:5], 0)) * NS
+        return seconds * NS + int((fraction + "000000000")[:9])
+    except (ValueError, KeyError, IndexError, OverflowError):
         raise ValueError(f"not an RFC 3339 time: {stamp!r}") from None
+
+
+_minute = ("", 0)               # the minute of the last stamp that was read, and its time in ns
 
 
 class World:
@@ -294,10 +311,10 @@ class Record:
         return type(self) is type(other) and self.__dict__ == other.__dict__
 
     def __hash__(self):
-        return hash(tuple(self.__dict__.values()))
+        return hash(tuple(self.__dict__[field] for field in self._fields))
 
     def __repr__(self):
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.__dict__.items())})"
+        return f"{type(self).__name__}({', '.join(f'{k}={self.__dict__[k]!r}' for k in self._fields)})"
 
 
 def canonical(value) -> bytes:
@@ -324,15 +341,26 @@ _GO_ESCAPES = (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026"), ("\u2028", 
 
 def decode_object(data) -> dict:
     """The JSON object in `data` (bytes or str).  Raises ValueError for anything else, NaN included."""
-    def refuse(word):
-        raise ValueError(f"{word} is not JSON")
-    try:
-        value = json.loads(data, parse_constant=refuse)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    value = decode(data)
     if not isinstance(value, dict):
         raise ValueError("not an object")
     return value
+
+
+def decode(data):
+    """The value of a JSON text (bytes in UTF-8, or str).  Raises ValueError, also for NaN and endless nesting."""
+    global _decode
+    if _decode is None:
+        def refuse(word):
+            raise ValueError(f"{word} is not JSON")
+        _decode = json.JSONDecoder(parse_constant=refuse).decode
+    try:
+        return _decode(data if isinstance(data, str) else data.decode())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+_decode = None
 
 
 def check_name(name: str, what: str = "agent name") -> str:
@@ -474,16 +502,17 @@ EVENTS = {
 }
 
 
-def _wrong_field(value: dict, fields: dict) -> str:
-    """The first way in which `value` differs from `fields`, or ``""``."""
-    for field, kind in fields.items():
-        name = field.rstrip("?")
-        if name not in value:
-            if name is field:
-                return f"{name} is missing"
-        elif type(value[name]) is not kind:
-            return f"{name} is not of type {kind.__name__}"
-    return ""
+ID_FIELDS = frozenset(("message_id", "agent_id", "session_id", "event_id", "thread_id", "group_id", "type", "origin_daemon"))
+_checks = {}                    # type -> [(field, its type, required, is an id)], made at first use
+
+
+def _checks_of(kind: str) -> list:
+    row = EVENTS.get(kind)
+    fields = {**COMMON_FIELDS, **(row.fields if row else {})}
+    checks = [(field.rstrip("?"), type_, field[-1] != "?", field.rstrip("?") in ID_FIELDS) for field, type_ in fields.items()]
+    if row:
+        _checks[kind] = checks      # a type that is not known is not worth remembering: anybody can make them up
+    return checks
 
 
 def check_event(event: dict) -> int:
@@ -492,25 +521,27 @@ def check_event(event: dict) -> int:
     Everything read from a file, a remote or a peer passes here once.  Types that are not known are kept and
     relayed: a newer version wrote them.
     """
-    wrong = _wrong_field(event, COMMON_FIELDS)
-    kind = None if wrong else EVENTS.get(event["type"])
-    if kind:
-        wrong = _wrong_field(event, kind.fields)
-    if not wrong and kind and kind.file == "author" and type(event.get("body", {}).get("content", "")) is not str:
-        wrong = "body.content is not of type str"
-    if not wrong:
-        for name in ("message_id", "agent_id", "session_id", "event_id", "thread_id", "group_id"):
-            value = event.get(name)
-            if value is not None and not (type(value) is str and len(value) <= PAIR_MAX and value.isprintable()):
-                wrong = f"{name} is not an id"
-        for name in ("scopes", "refs"):
-            for pair in event.get(name) or ():
-                if type(pair) is not dict or type(pair.get("type")) is not str or type(pair.get("value")) is not str:
-                    wrong = f"{name} holds what is not a pair of texts"
-        if any(type(agent) is not str for agent in event.get("recipients") or ()):
-            wrong = "recipients holds what is not a text"
-    if wrong:
-        raise ValueError(wrong)
+    kind = event.get("type")
+    if type(kind) is not str:
+        raise ValueError("type is missing, or not a text")
+    for name, type_, required, is_id in _checks.get(kind) or _checks_of(kind):
+        value = event.get(name)
+        if value is None:
+            if required or name in event:
+                raise ValueError(f"{name} is missing")
+        elif type(value) is not type_:
+            raise ValueError(f"{name} is not of type {type_.__name__}")
+        elif is_id and not (0 < len(value) <= PAIR_MAX and value.isprintable()):
+            raise ValueError(f"{name} is not an id")
+    fields = EVENTS[kind].fields if kind in EVENTS else ()
+    if "body" in fields and type(event["body"].get("content", "")) is not str:
+        raise ValueError("body.content is not of type str")
+    for name in ("scopes", "refs"):
+        for pair in event.get(name, ()) if name + "?" in fields else ():
+            if type(pair) is not dict or type(pair.get("type")) is not str or type(pair.get("value")) is not str:
+                raise ValueError(f"{name} holds what is not a pair of texts")
+    if "recipients?" in fields and any(type(agent) is not str for agent in event.get("recipients", ())):
+        raise ValueError("recipients holds what is not a text")
     ns = ns_of(event["timestamp"])
     if ns >= FAR:
         raise ValueError("timestamp is later than 2116")
@@ -637,7 +668,7 @@ def find_places(start: str) -> Places:
         if not common:
             raise NotInitialized(f"{start} is not in a git repository; run 'git init' first, or name one with --repo")
         raise NotInitialized(f"thrum is not initialized in {top}; run 'thrum init' or 'thrum quickstart'")
-    if thrum != top + "/.thrum":
+    if os.path.lexists(top + "/.thrum/redirect"):
         if not os.path.isabs(thrum) or not os.path.isdir(thrum):
             raise NotInitialized(f"{top}/.thrum/redirect leads to {thrum!r}, which is not there; run 'thrum setup'")
         if os.path.exists(thrum + "/redirect"):
@@ -823,11 +854,12 @@ def normalize_origin(url: str) -> str:
         rest = rest.split("#")[0].split("?")[0]
         host, slash, path = rest.partition("/")
         host, path = host.rpartition("@")[2].lower(), slash + path
-    if "%" in path:
-        try:
-            path = re.sub(r"%(..?)?", lambda m: chr(int(m[1] or "", 16)), path).encode("latin-1").decode()
-        except (ValueError, UnicodeError):
+        port = host.rpartition("]")[2].rpartition(":")[2] if ":" in host.rpartition("]")[2] else ""
+        if port and not port.isdigit():
             return ""
+    if not re.fullmatch(r"(?:[^%]|%[0-9A-Fa-f]{2})*", path):
+        return ""
+    path = re.sub(rb"%(..)", lambda m: bytes([int(m[1], 16)]), os.fsencode(path)).decode(errors="surrogateescape")
     return f"https://{host}{path[:-4] if path.endswith('.git') else path}"
 
 
@@ -1266,7 +1298,8 @@ create table roster(
     primary key(agent, at, event_id)) without rowid;
 create table sessions(
     session_id text primary key, agent integer not null, started_at integer not null, ended_at integer,
-    end_reason text, last_seen_at integer not null, daemon text);
+    end_reason text, last_seen_at integer not null, daemon text, scopes_at integer not null default 0,
+    refs_at integer not null default 0);
 create index sessions_of on sessions(agent, started_at);
 create table session_scopes(
     session_id text, scope_type text, scope_value text, primary key(session_id, scope_type, scope_value)) without rowid;
@@ -1305,11 +1338,16 @@ create view message_reads as
     select m.message_id, a.agent_id, d.read_at from deliveries d join messages m on m.seq = d.seq
     join agents a on a.agent = d.agent where d.read_at is not null;
 create table threads(thread_id text primary key, title text, created_by text, created_at integer) without rowid;
-create table thread_aliases(thread_id text primary key, into_id text not null) without rowid;
+create table thread_aliases(thread_id text primary key, into_id text not null, given integer not null) without rowid;
+create index thread_aliases_into on thread_aliases(into_id);
 create table groups(
     group_id text primary key, name text, description text, created_by text, created_at integer, create_event text,
-    updated_at integer not null default 0, deleted_at integer);
+    deleted_at integer);
 create index groups_name on groups(name);
+create table group_updates(
+    group_id text, field text, at integer, event_id text, value text,
+    primary key(group_id, field, at, event_id)) without rowid;
+create index group_updates_value on group_updates(value) where field = 'name';
 create table group_members(
     group_id text, member_type text, member_value text, at integer, event_id text, present integer, by text,
     primary key(group_id, member_type, member_value, at, event_id)) without rowid;
@@ -1332,6 +1370,11 @@ def _text(keys) -> str:
 def pairs_of(value) -> list:
     """The (type, value) tuples of a list of scopes or references, without repetitions, in order."""
     return list(dict.fromkeys((pair["type"], pair["value"]) for pair in value or ()))
+
+
+def thread_of(message_id: str) -> str:
+    """The thread that a reply to a message opens, if it has none: the same on all machines."""
+    return "thr_" + (message_id[4:] if message_id.startswith("msg_") else message_id)
 
 
 def audience_of(event_or_message: dict) -> tuple:
@@ -1382,6 +1425,7 @@ class Store:
         self._pending = None    # whether anything waits for its parent; None: not read yet
         self._counts = {}       # key -> [change of inbox_total, change of inbox_unread], until `flush`
         self._seen = {}         # key -> last_seen_at, until `flush`
+        self._read_by = {}      # seq -> how many have read it now, until `flush`
         self._sessions = {}     # agent id -> its open session
 
     def close(self) -> None:
@@ -1430,7 +1474,10 @@ class Store:
         if self._seen:
             self.db.executemany("update agents set last_seen_at = max(last_seen_at, ?) where agent = ?",
                                 [(ns, key) for key, ns in self._seen.items()])
-        self._counts, self._seen = {}, {}
+        if self._read_by:
+            self.db.executemany("update messages set unread_by = unread_by - ? where seq = ?",
+                                [(count, seq) for seq, count in self._read_by.items()])
+        self._counts, self._seen, self._read_by = {}, {}, {}
 
     def changes(self) -> int:
         """A number that rises with each row written."""
@@ -1560,15 +1607,20 @@ class Store:
 
     def groups(self) -> list:
         """All groups by name, each name once, with their count of members."""
-        return self.rows("select g.*, count(distinct m.member_type || ':' || m.member_value) as member_count, "
-                         "min(g.created_at) from groups g left join (" + _MEMBERS + ") m on m.group_id = g.group_id "
-                         "where g.name is not null and g.created_at is not null and g.deleted_at is null "
-                         "group by g.name order by g.name")
+        found = {}
+        for group in self.rows("select * from groups where name is not null and created_at is not null and deleted_at is null "
+                               "order by name, created_at, group_id"):
+            found.setdefault(group["name"], {**group, "member_count": len(self.group_members(group["name"]))})
+        return list(found.values())
 
     def group_members(self, name: str) -> list:
         """The members of a group as they were added: type, value, when, by whom."""
-        return self.rows("select m.* from groups g join (" + _MEMBERS + ") m on m.group_id = g.group_id "
-                         "where g.name = ? and g.deleted_at is null order by m.member_type, m.member_value", name)
+        last = {}
+        for row in self.rows("select m.* from groups g join group_members m using(group_id) where g.name = ? and "
+                             "g.deleted_at is null order by m.at, m.event_id", name):
+            last[row["group_id"], row["member_type"], row["member_value"]] = row
+        members = {(row["member_type"], row["member_value"]): row for row in last.values() if row["present"]}
+        return [members[which] for which in sorted(members)]
 
     def expand(self, kind: str, name: str, ns: int = FAR, path: tuple = ()) -> frozenset:
         """The keys of the agents behind a `group` (or role) or a `mention` (id, user or role) just before `ns`.
@@ -1582,21 +1634,18 @@ class Store:
         known = ns > self._settled
         if known and (kind, name) in self._expanded:
             return self._expanded[kind, name]
-        present = {agent: role for agent, role, _ in self.db.execute(
-            "select agent, role, max(at) from roster where at < ? group by agent", (ns,)) if role is not None}
-        groups = () if kind == "mention" else [row[0] for row in self.db.execute(
-            "select group_id from groups where name = ? and created_at < ? and (deleted_at is null or deleted_at >= ?)",
-            (name, ns, ns))]
+        roles = dict(self.db.execute("select agent, role from roster where at < ? order by agent, at, event_id", (ns,)))
+        present = {agent: role for agent, role in roles.items() if role is not None}
+        groups = () if kind == "mention" else self._groups_called(name, ns)
         if kind == "group" and name == EVERYONE:
             found = set(present)
         elif groups:
             found = set()
             for group in groups:
-                for member_type, value, is_in, _ in self.db.execute(
-                        "select member_type, member_value, present, max(at) from group_members "
-                        "where group_id = ? and at < ? group by member_type, member_value", (group, ns)):
-                    if not is_in:
-                        continue
+                members = {(row[0], row[1]): row[2] for row in self.db.execute(
+                    "select member_type, member_value, present from group_members where group_id = ? and at < ? "
+                    "order by at, event_id", (group, ns))}
+                for member_type, value in (which for which, is_in in members.items() if is_in):
                     if member_type == "role":
                         found.update(a for a, role in present.items() if value in ("*", role))
                     elif member_type == "group" and value not in path:
@@ -1611,6 +1660,18 @@ class Store:
         if known and not path:
             self._expanded[kind, name] = found
         return found
+
+    def _groups_called(self, name: str, ns: int) -> list:
+        """The ids of the groups that had that name just before `ns`."""
+        found = self.db.execute(
+            "select distinct group_id from group_updates u join groups g using(group_id) where field = 'name' and value = ? and "
+            "g.created_at < ? and ifnull(g.deleted_at, ?) >= ?", (name, ns, FAR, ns)).fetchall()
+        return [group for (group,) in found if self._group_field(group, "name", ns) == name]
+
+    def _group_field(self, group_id: str, field: str, ns: int = FAR) -> str | None:
+        """What the name or description of a group was just before `ns`."""
+        return self.value("select value from group_updates where group_id = ? and field = ? and at < ? "
+                          "order by at desc, event_id desc limit 1", group_id, field, ns)
 
     def resolve(self, name: str) -> tuple:
         """What a name in a mention stands for: group, agent, role or "" for nothing, and the keys of the recipients."""
@@ -1905,53 +1966,46 @@ class Store:
         self.db.execute("delete from message_edits where seq = ?", (message["seq"],))
         self.db.execute("delete from messages where seq = ?", (message["seq"],))
 
-    def _join_thread(self, message_id: str, thread_id: str | None, reply_to: str | None) -> str:
-        """The thread of a message: its own, its parent's, or the one that its parent opens; they become one.
+    def _thread_for(self, message_id: str, thread_id: str | None, reply_to: str | None) -> str | None:
+        """The thread of a message.
 
-        The parent is what it answers, or the message that the thread is named after.  One that has not come yet
-        joins when it does.
+        A thread has as many ids as events gave it, and one for each of its messages; all that turn out to be the same
+        go by the smallest that was given, so that a program that knows nothing of this finds it too.
         """
-        parents = [reply_to] if reply_to else []
-        if thread_id and "msg_" + thread_id.partition("_")[2] not in (reply_to, message_id):
-            parents.append("msg_" + thread_id.partition("_")[2])
-        threads, missing = {thread_id} if thread_id else set(), []
-        for parent in parents:
-            row = self.db.execute("select thread_id from messages where message_id = ?", (parent,)).fetchone()
-            if row is None:
-                missing.append(parent)
-            elif row[0]:
-                threads.add(row[0])
-        thread = self._one_thread(threads or {"thr_" + reply_to.partition("_")[2]})
-        self.db.executemany("update messages set thread_id = ? where message_id = ? and thread_id is not ?",
-                            [(thread, parent, thread) for parent in parents if parent not in missing])
-        for parent in missing:
-            self._wait_for(parent, {"type": "thread.link", "event_id": "link:" + thread, "timestamp": stamp_of(0),
-                                    "message_id": parent, "thread_id": thread})
+        own = thread_of(message_id)
+        if not thread_id and not reply_to:
+            return self.value("select into_id from thread_aliases where thread_id = ?", own)
+        labels = {own: 0}               # id -> whether an event gave it
+        if reply_to:
+            labels[thread_of(reply_to)] = 0
+        if thread_id:
+            labels[thread_id] = 1
+        given = dict(labels)
+        for label in labels:
+            row = self.db.execute("select a.into_id, r.given from thread_aliases a join thread_aliases r on r.thread_id = a.into_id "
+                                  "where a.thread_id = ?", (label,)).fetchone()
+            if row:
+                if not labels[label]:
+                    given.pop(label, None)
+                given[row[0]] = max(row[1], given.get(row[0], 0))
+        thread = min(given, key=lambda label: (not given[label], label))
+        for other in given:
+            if other != thread:
+                self.db.execute("update messages set thread_id = ? where thread_id = ?", (thread, other))
+                self.db.execute("update thread_aliases set into_id = ? where into_id = ?", (thread, other))
+        self.db.executemany("insert into thread_aliases values(?, ?, ?) on conflict(thread_id) do update set "
+                            "into_id = excluded.into_id, given = max(given, excluded.given)",
+                            [(label, thread, is_given) for label, is_given in labels.items()])
+        named = {reply_to, "msg_" + thread_id[4:] if thread_id else None} - {None, ""}
+        self.db.executemany("update messages set thread_id = ? where message_id = ? and thread_id is null",
+                            [(thread, name) for name in sorted(named)])
         return thread
-
-    def _one_thread(self, threads: set) -> str:
-        """The one id, the smallest, of threads that turned out to be the same."""
-        threads = {self.thread(thread) for thread in threads}
-        thread = min(threads)
-        for other in threads - {thread}:
-            self.db.execute("update messages set thread_id = ? where thread_id = ?", (thread, other))
-            self.db.execute("update thread_aliases set into_id = ? where into_id = ?", (thread, other))
-            self.db.execute("insert or replace into thread_aliases values(?, ?)", (other, thread))
-        return thread
-
-    def _thread_link(self, event: dict, seq: int, ns: int) -> None:
-        """A message came after one that continues its thread.  Never in the log, only in `pending`."""
-        own = self.value("select thread_id from messages where message_id = ?", event["message_id"])
-        thread = self._one_thread({event["thread_id"], own} - {None})
-        self.db.execute("update messages set thread_id = ? where message_id = ?", (thread, event["message_id"]))
 
     def _message_create(self, event: dict, seq: int, ns: int) -> None:
         db, message_id = self.db, event["message_id"]
         refs, scopes, body = pairs_of(event.get("refs")), pairs_of(event.get("scopes")), event["body"]
         reply_to = next((value for kind, value in refs if kind == "reply_to"), None)
-        thread = event.get("thread_id")
-        if thread or reply_to:
-            thread = self._join_thread(message_id, thread, reply_to)
+        thread = self._thread_for(message_id, event.get("thread_id"), reply_to)
         author, removed_at = self._agent(event["agent_id"])
         if self._cutoff < 0:
             self._cutoff = self.meta("purge_cutoff", 0)
@@ -1991,8 +2045,8 @@ class Store:
         message = self.row("select * from messages where message_id = ?", event["message_id"])
         if not message:
             return self._wait_for(event["message_id"], event)
-        body, structured = event["body"], event["body"].get("structured")
-        content = body.get("content", "")
+        content, structured = event["body"].get("content", ""), event["body"].get("structured")
+        structured = structured if type(structured) is str else None
         insert = "insert or ignore into message_edits values(?, ?, ?, ?, ?, ?, ?)"
         if not message["updated_at"]:
             self.db.execute(insert, (message["seq"], message["at"], "", None, message["format"], message["content"],
@@ -2001,7 +2055,7 @@ class Store:
                                  structured))
         if (ns, event["event_id"]) > (message["updated_at"] or 0, message["edit_event"] or ""):
             self.db.execute("update messages set content = ?, structured = ?, updated_at = ?, edit_event = ? where seq = ?",
-                            (content, structured if type(structured) is str else None, ns, event["event_id"], message["seq"]))
+                            (content, structured, ns, event["event_id"], message["seq"]))
 
     def _message_delete(self, event: dict, seq: int, ns: int) -> None:
         message = self.row("select * from messages where message_id = ?", event["message_id"])
@@ -2020,19 +2074,20 @@ class Store:
     def _message_receipt(self, event: dict, seq: int, ns: int) -> None:
         if event["receipt_type"] not in ("read", "seen"):
             return
-        which = self.db.execute("select at, seq from messages where message_id = ?", (event["message_id"],)).fetchone()
         key = self._agent(event["agent_id"])[0]
-        row = which and self.db.execute("select read_at, seen_at, hidden from deliveries where agent = ? and at = ? and seq = ?",
-                                        (key, *which)).fetchone()
+        row = self.db.execute("select d.at, d.seq, d.read_at, d.seen_at, d.hidden from messages m join deliveries d on "
+                              "d.agent = ? and d.at = m.at and d.seq = m.seq where m.message_id = ?",
+                              (key, event["message_id"])).fetchone()
         if not row:             # only a recipient reads; it may become one when a late registration arrives
             return self._wait_for(event["message_id"], event)
-        read_at = min(row[0] or FAR, ns) if event["receipt_type"] == "read" else row[0]
+        at, message, was_read, was_seen, hidden = row
+        read_at = min(was_read or FAR, ns) if event["receipt_type"] == "read" else was_read
         self.db.execute("update deliveries set read_at = ?, seen_at = ? where agent = ? and at = ? and seq = ?",
-                        (read_at, min(row[1] or FAR, ns), key, *which))
-        if read_at and not row[0]:
-            self.db.execute("update messages set unread_by = unread_by - 1 where seq = ?", (which[1],))
-            if not row[2]:
-                self._count([key], 0, -1)
+                        (read_at, min(was_seen or FAR, ns), key, at, message))
+        if read_at and not was_read:
+            self._read_by[message] = self._read_by.get(message, 0) + 1
+            if not hidden:
+                self._count((key,), 0, -1)
 
     def _thread_create(self, event: dict, seq: int, ns: int) -> None:
         self.db.execute("insert into threads values(?, ?, ?, ?) on conflict(thread_id) do update set title = excluded.title, "
@@ -2076,7 +2131,7 @@ class Store:
         key, removed_at = self._agent(event["agent_id"])
         if ns <= removed_at:
             return
-        self.db.execute("insert or ignore into sessions values(?, ?, ?, null, null, ?, ?)",
+        self.db.execute("insert or ignore into sessions(session_id, agent, started_at, last_seen_at, daemon) values(?, ?, ?, ?, ?)",
                         (event["session_id"], key, ns, ns, event.get("origin_daemon")))
         self._saw(key, ns)
         self._parent_came(event["session_id"])
@@ -2086,9 +2141,10 @@ class Store:
         session = self.session(event["session_id"])
         if not session:
             return self._wait_for(event["session_id"], event)
+        self.db.execute("update sessions set last_seen_at = max(last_seen_at, ?) where session_id = ?", (ns, event["session_id"]))
         if ns < (session["ended_at"] or FAR):
-            self.db.execute("update sessions set ended_at = ?, end_reason = ?, last_seen_at = max(last_seen_at, ?) "
-                            "where session_id = ?", (ns, event.get("reason") or "normal", ns, event["session_id"]))
+            self.db.execute("update sessions set ended_at = ?, end_reason = ? where session_id = ?",
+                            (ns, event.get("reason") or "normal", event["session_id"]))
         self.db.execute("delete from subscriptions where session_id = ?", (event["session_id"],))
         if self._cutoff < 0:
             self._cutoff = self.meta("purge_cutoff", 0)
@@ -2105,7 +2161,9 @@ class Store:
                 self.db.execute(f"update agent_work_contexts set {field} = ?, {at} = ? where session_id = ? and "
                                 f"ifnull({at}, '') < ?", (event[field] or None, stamp_of(ns), event["session_id"], stamp_of(ns)))
         for kind in ("scope", "ref"):
-            if kind + "s" in event:
+            if kind + "s" in event and self.db.execute(
+                    f"update sessions set {kind}s_at = ? where session_id = ? and {kind}s_at < ?",
+                    (ns, event["session_id"], ns)).rowcount:
                 self.db.execute(f"delete from session_{kind}s where session_id = ?", (event["session_id"],))
                 self.db.executemany(f"insert or ignore into session_{kind}s values(?, ?, ?)",
                                     [(event["session_id"], *pair) for pair in pairs_of(event[kind + "s"])])
@@ -2116,6 +2174,9 @@ class Store:
             if type(context) is not dict or type(context.get("session_id")) is not str:
                 continue
             session_id = context["session_id"]
+            if not self.session(session_id):
+                self._wait_for(session_id, {**event, "work_contexts": [context]})
+                continue
             self.db.execute("insert or ignore into agent_work_contexts(session_id, agent) values(?, ?)", (session_id, key))
             for at, fields in (
                     ("git_updated_at", ("branch", "worktree_path", "unmerged_commits", "uncommitted_files", "changed_files",
@@ -2129,22 +2190,23 @@ class Store:
 
     def _group_create(self, event: dict, seq: int, ns: int) -> None:
         self.db.execute(
-            "insert into groups(group_id, name, description, created_by, created_at, create_event) values(?, ?, ?, ?, ?, ?) "
-            "on conflict(group_id) do update set name = excluded.name, description = excluded.description, "
-            "created_by = excluded.created_by, created_at = excluded.created_at, create_event = excluded.create_event "
+            "insert into groups(group_id, created_by, created_at, create_event) values(?, ?, ?, ?) on conflict(group_id) do update "
+            "set created_by = excluded.created_by, created_at = excluded.created_at, create_event = excluded.create_event "
             "where (excluded.created_at, excluded.create_event) < (ifnull(groups.created_at, ?), ifnull(groups.create_event, ''))",
-            (event["group_id"], event["name"], event.get("description"), event.get("created_by"), ns, event["event_id"], FAR))
-        self._parent_came(event["group_id"])
-        self._roster_changed(ns)
+            (event["group_id"], event.get("created_by"), ns, event["event_id"], FAR))
+        self._group_fields(event, {"name": event["name"], "description": event.get("description", "")}, ns)
 
     def _group_update(self, event: dict, seq: int, ns: int) -> None:
-        if self.value("select created_at from groups where group_id = ?", event["group_id"]) is None:
-            return self._wait_for(event["group_id"], event)
+        self.db.execute("insert or ignore into groups(group_id) values(?)", (event["group_id"],))
+        self._group_fields(event, event["fields"], ns)
+
+    def _group_fields(self, event: dict, fields: dict, ns: int) -> None:
         for field in ("name", "description"):
-            if type(event["fields"].get(field)) is str:
-                self.db.execute(f"update groups set {field} = ? where group_id = ? and updated_at <= ?",
-                                (event["fields"][field], event["group_id"], ns))
-        self.db.execute("update groups set updated_at = max(updated_at, ?) where group_id = ?", (ns, event["group_id"]))
+            if type(fields.get(field)) is str:
+                self.db.execute("insert or ignore into group_updates values(?, ?, ?, ?, ?)",
+                                (event["group_id"], field, ns, event["event_id"], fields[field]))
+                self.db.execute(f"update groups set {field} = ? where group_id = ?",
+                                (self._group_field(event["group_id"], field), event["group_id"]))
         self._roster_changed(ns)
 
     def _group_delete(self, event: dict, seq: int, ns: int) -> None:
@@ -2177,12 +2239,9 @@ class Store:
 
 _MESSAGE = ("m.seq, m.message_id, m.at, a.agent_id, m.session_id, m.thread_id, m.reply_to, m.format, m.content, m.structured, "
             "m.scopes, m.refs, m.delivered, m.wide, m.updated_at, m.deleted_at, m.delete_reason, m.authored_by, m.disclosed")
-_MEMBERS = ("select group_id, member_type, member_value, max(at) as at, present, by from group_members "
-            "group by group_id, member_type, member_value having present")
 _PROJECTIONS = {
     "message.create": Store._message_create, "message.edit": Store._message_edit, "message.delete": Store._message_delete,
     "message.receipt": Store._message_receipt, "thread.create": Store._thread_create,
-    "thread.link": Store._thread_link,
     "agent.register": Store._agent_register, "agent.cleanup": Store._agent_cleanup, "agent.update": Store._agent_update,
     "agent.session.start": Store._session_start, "agent.session.end": Store._session_end,
     "session.update": Store._session_update, "group.create": Store._group_create, "group.update": Store._group_update,
@@ -2238,6 +2297,11 @@ class Context:
         return event
 
 
+def _is_of_the_disk(error: Exception) -> bool:
+    """Whether an error comes from the machine, not from the event or request that was looked at."""
+    return isinstance(error, (OSError, MemoryError, sqlite3.OperationalError)) or type(error) is sqlite3.DatabaseError
+
+
 class _Undo(Exception):
     """A request has to be undone, and there is no savepoint."""
 
@@ -2252,6 +2316,7 @@ class Ledger:
         self.progress = lambda: None
         self.batch = []         # (line, event, ns) of the batch in progress
         self.export = []        # (stem, line) that wait for their branch file
+        self.incomplete = False # whether branch files lack lines since `branch_seq`
         self.export_problem = ""
         self.generation = 0     # rises when the database was replaced: readers open it again
         self.bad_lines = BadLines(places.bad_lines)
@@ -2279,10 +2344,10 @@ class Ledger:
         self._open_store(clean)
         if self.journal.mended:
             self._import_files()
-        if not clean:
-            self._complete_branch()
+        self.incomplete = not clean
         if not self.store.group(EVERYONE):
             self._create_everyone()
+        self.flush(sync=True)
 
     def close(self) -> None:
         """Write everything out and leave a mark that nothing needs to be checked at the next start."""
@@ -2290,7 +2355,7 @@ class Ledger:
         self.store.checkpoint()
         self.store.close()
         self.journal.close()
-        if not self.export:
+        if not self.incomplete:
             atomic_write(self.places.var + "/clean.json", canonical(self._clean_mark()))
 
     def _clean_mark(self) -> dict:
@@ -2375,7 +2440,9 @@ class Ledger:
         """One transaction of a rebuild; when an event in it breaks, again with each event on its own."""
         try:
             self._project_events(batch, careful=False)
-        except (sqlite3.IntegrityError, sqlite3.InterfaceError, TypeError, KeyError, ValueError, OverflowError):
+        except Exception as error:
+            if _is_of_the_disk(error):
+                raise
             self.store.rollback()
             self._project_events(batch, careful=True)
 
@@ -2394,7 +2461,9 @@ class Ledger:
                 try:
                     store.apply(event, sequence, ns)
                     store.keep()
-                except (sqlite3.Error, TypeError, KeyError, ValueError, OverflowError) as error:
+                except Exception as error:
+                    if _is_of_the_disk(error):
+                        raise
                     store.undo()
                     self.bad_lines.add(f"journal:{sequence}", line, f"cannot be projected: {error}")
             else:
@@ -2428,8 +2497,6 @@ class Ledger:
 
     def _complete_branch(self) -> None:
         """Write what the branch files lack of the journal: they are not synced with each message."""
-        if not os.path.isdir(self.branch.root):
-            return
         events = {}
         for _, line in self.journal.read(self.store.meta("branch_seq", 0)):
             try:
@@ -2445,8 +2512,8 @@ class Ledger:
                 self._mend_tail(path)
                 with open(path, "rb") as file:
                     present.update(re.findall(rb'"event_id":"([^"]*)"', file.read()))
-            self.export += [(stem, line) for event_id, line in lines if event_id not in present]
-        self.flush(sync=True)
+            self.branch.append([(stem, line) for event_id, line in lines if event_id not in present])
+        self.incomplete, self.export_problem = False, ""
 
     def _mend_tail(self, path: str) -> None:
         """Cut an unfinished last line off a branch file; its event is in the journal or was never acknowledged."""
@@ -2561,24 +2628,28 @@ class Ledger:
         return reply
 
     def flush(self, sync: bool = False) -> None:
-        """Write waiting lines to the branch files; with `sync`, make them durable and remember how far."""
+        """Write waiting lines to the branch files; with `sync`, make them durable and remember how far.
+
+        Where that fails (a full disk) nothing is lost: the journal has the lines, and the next flush that syncs, or
+        the next start, completes the files from it.
+        """
         export, self.export = self.export, []
         try:
-            if export:
+            if self.incomplete and sync:
+                self._complete_branch()
+            elif export and not self.incomplete:
                 self.branch.append(export)
             if sync:
                 self.branch.sync()
                 if self.store.meta("branch_seq", 0) != self.journal.last:
                     self.store.set_meta(branch_seq=self.journal.last)
-            self.export_problem = ""
         except (OSError, sqlite3.Error) as error:
-            # Nothing is lost: the journal has the lines, and the next start completes the files.
+            self.incomplete = True
             self.export_problem = os_problem(error) if isinstance(error, OSError) else str(error)
-            self.export = (export + self.export)[-EXPORT_MAX:] if not sync else export
 
     def unsynced(self) -> bool:
         """Whether branch files were written that a power cut could still take back."""
-        return bool(self.export or self.branch.dirty)
+        return bool(self.export or self.incomplete or self.branch.dirty)
 
     def heal(self) -> bool:
         """Make the database anew if it is damaged; whether it was."""
@@ -2687,11 +2758,9 @@ def decode_request(line: bytes) -> tuple:
     >>> decode_request(b'{"jsonrpc":"2.0","id":1,"method":"health"}')[0][0].method
     'health'
     """
-    def refuse(word):
-        raise ValueError(f"{word} is not JSON")
     try:
-        value = json.loads(line.decode(), parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
+        value = decode(line)
+    except ValueError as error:
         return [Call(error=ParseError("Parse error", str(error)[:200]))], False
     if not isinstance(value, list):
         return [_decode_call(value)], False
@@ -3201,7 +3270,7 @@ def message_send(context: Context, params: dict) -> dict:
         parent = store.message(reply_to)
         if not parent:
             raise ThrumError(f"reply_to message not found: {reply_to}")
-        own = parent["thread_id"] or "thr_" + reply_to.partition("_")[2]
+        own = parent["thread_id"] or thread_of(reply_to)
         if thread and thread != own:
             raise ThrumError(f"{reply_to} is in thread {own}, not in {thread}")
         thread, after = own, max(after, parent["at"])
