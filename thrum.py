@@ -291,6 +291,7 @@ class Record:
 
     def __init_subclass__(cls):
         cls._fields = (*cls._fields, *cls.__dict__.get("__annotations__", ()))
+        cls._defaults = {field: getattr(cls, field) for field in cls._fields if hasattr(cls, field)}
 
     def __init__(self, *args, **named):
         values = self.__dict__
@@ -298,11 +299,10 @@ class Record:
         values.update(named)
         if len(args) + len(named) != len(values) or len(args) > len(self._fields):
             raise TypeError(f"{type(self).__name__}: too many or repeated values")
-        for field in self._fields:
-            if field not in values:
-                values[field] = getattr(type(self), field)     # the default, or AttributeError
         if len(values) != len(self._fields):
-            raise TypeError(f"{type(self).__name__} has no field {set(values) - set(self._fields)}")
+            values.update({**self._defaults, **values})
+        if values.keys() != set(self._fields):
+            raise TypeError(f"{type(self).__name__}: the fields are {', '.join(self._fields)}")
 
     def __setattr__(self, name, value):
         raise AttributeError(f"{type(self).__name__} is immutable")
@@ -1427,6 +1427,8 @@ class Store:
         self._seen = {}         # key -> last_seen_at, until `flush`
         self._read_by = {}      # seq -> how many have read it now, until `flush`
         self._sessions = {}     # agent id -> its open session
+        self._rows = {sql: [] for sql in (_EVENT_ROW, _SCOPE_ROW, _REF_ROW, _DELIVERY_ROW)}     # until `flush`
+        self._unwritten = set() # ids of messages whose rows are among them
 
     def close(self) -> None:
         self.db.close()
@@ -1463,8 +1465,17 @@ class Store:
         self.db.execute("release request")
         self.forget()
 
+    def write_rows(self) -> None:
+        """Write the rows that nobody has asked for yet: many at once cost half."""
+        for sql, rows in self._rows.items():
+            if rows:
+                self.db.executemany(sql, rows)
+                rows.clear()
+        self._unwritten.clear()
+
     def flush(self) -> None:
-        """Write what was counted: once for many events, because most of them count for the same agents."""
+        """Write what waits: rows, and what was counted, once for many events that count for the same agents."""
+        self.write_rows()
         by_change = {}
         for key, change in self._counts.items():
             by_change.setdefault(tuple(change), []).append(key)
@@ -1481,7 +1492,7 @@ class Store:
 
     def changes(self) -> int:
         """A number that rises with each row written."""
-        return self.db.total_changes
+        return self.db.total_changes + len(self._rows[_EVENT_ROW])
 
     def careless(self, yes: bool) -> None:
         """Whether commits may be lost in a power cut: during a rebuild, which then starts over."""
@@ -1713,6 +1724,7 @@ class Store:
 
     def recipients(self, message: dict) -> list:
         """The recipients of a message with what they did: {agent_id, delivered_at, seen_at?, read_at?}, by id."""
+        self.flush()
         found, delivered_at = [], stamp_of(message["at"])
         for agent_id, seen_at, read_at in self.db.execute(
                 "select a.agent_id, d.seen_at, d.read_at from agents a join deliveries d on d.agent = a.agent and d.at = ? and "
@@ -1738,6 +1750,7 @@ class Store:
         read state `is_read` tells.  What was deleted is left out.  `scope` and `ref` are pairs, `after_seq` is a
         sequence of the journal.
         """
+        self.flush()
         key, reader_key = self.key_of(receiver), self.key_of(reader or receiver)
         tables, where, args = "messages m", ["m.deleted_at is null"], []
         plain = not (unread or author or scope or ref or mention or thread_id or after_ns or after_seq >= 0)
@@ -1779,7 +1792,6 @@ class Store:
             row = self.db.execute("select read_at from deliveries where agent = ? and at = ? and seq = ?",
                                   (reader_key, message["at"], message["seq"])).fetchone()
             message["is_read"] = row[0] is not None if row else bool(reader_key)
-        self.flush()
         counted = self.row("select inbox_total, inbox_unread from agents where agent = ?", key) if key else None
         if plain and counted:
             total, left = counted["inbox_total"], counted["inbox_unread"]
@@ -1794,6 +1806,7 @@ class Store:
 
     def outbox(self, agent_id: str, to: str = "", unread: bool = False, limit: int = 10, offset: int = 0) -> dict:
         """What an agent wrote, newest first: {messages, total}; `to` is an agent, role or group, or `everyone`."""
+        self.flush()
         where, args = ["m.author = ?"], [self.key_of(agent_id)]
         if to == EVERYONE:
             where.append("(m.wide = 2 or exists(select 1 from message_refs r where r.ref_type = 'group' and "
@@ -1810,8 +1823,11 @@ class Store:
                           "order by m.at desc, m.seq desc limit ? offset ?", *args, limit, offset)
         return {"messages": found, "total": self.value(f"select count(*) from messages m where {condition}", *args)}
 
-    def has_event(self, event_id: str) -> bool:
-        return self.value("select 1 from events where event_id = ?", event_id) is not None
+    def known_events(self, event_ids: list) -> set:
+        """Those of some event ids (at most STORE_BATCH) that were applied before."""
+        self.flush()
+        marks = ", ".join("?" * len(event_ids))
+        return {row[0] for row in self.db.execute(f"select event_id from events where event_id in ({marks})", event_ids)}
 
     def counts(self) -> dict:
         """How many agents, messages and open sessions there are."""
@@ -1837,26 +1853,25 @@ class Store:
         self.db.execute("insert into schema_version values(?, ?)", (SCHEMA_VERSION, stamp_of(self.world.now_ns())))
         self.db.execute("commit")
 
-    def apply(self, event: dict, seq: int, ns: int) -> bool:
-        """Bring the tables up to an event that `check_event` has found well-formed; False when it was here before.
+    def apply(self, event: dict, seq: int, ns: int, *, fresh: bool = False) -> None:
+        """Bring the tables up to an event that `check_event` has found well-formed; twice is the same as once.
 
-        `seq` is its number in the journal, `ns` its time.  Types that are not known change nothing.
+        `seq` is its number in the journal, `ns` its time; `fresh` says that it was not applied before.  Types that
+        are not known change nothing.
         """
-        try:
-            self.db.execute("insert into events values(?, ?)", (event["event_id"], seq))
-        except sqlite3.IntegrityError:
-            return False
-        self._project(event, seq, ns)
-        return True
+        if fresh or not self.known_events([event["event_id"]]):
+            self._rows[_EVENT_ROW].append((event["event_id"], seq))
+            self._project(event, seq, ns)
 
     def settle(self) -> None:
         """Deliver what late registrations and memberships have changed; before each commit."""
         late, self._late = self._late, FAR
+        self.flush()
         for message in self.rows("select * from messages where wide and at > ?", late) if late < FAR else ():
             wanted = self._recipients(message, set(_keys(message["listed"])), message["author"], message["at"], message["wide"])
             present = set(_keys(message["delivered"]))
             if wanted != present:
-                self._deliver(message["seq"], message["at"], wanted - present, bool(message["deleted_at"]))
+                self._deliver(message["message_id"], message["seq"], message["at"], wanted - present, bool(message["deleted_at"]))
                 self._undeliver(message, present - wanted)
                 self.db.execute("update messages set delivered = ?, unread_by = unread_by + ? where seq = ?",
                                 (_text(wanted), len(wanted - present), message["seq"]))
@@ -1917,10 +1932,10 @@ class Store:
         listed.discard(author)
         return listed
 
-    def _deliver(self, seq: int, ns: int, keys, hidden: bool = False) -> None:
+    def _deliver(self, message_id: str, seq: int, ns: int, keys, hidden: bool = False) -> None:
         """Give a message to agents."""
-        self.db.executemany("insert or ignore into deliveries(agent, at, seq, hidden) values(?, ?, ?, ?)",
-                            [(key, ns, seq, hidden) for key in sorted(keys)])
+        self._unwritten.add(message_id)
+        self._rows[_DELIVERY_ROW] += [(key, ns, seq, hidden) for key in keys]
         if not hidden:
             self._count(keys, 1, 1)
 
@@ -1953,6 +1968,7 @@ class Store:
 
     def _drop(self, message: dict) -> None:
         """Remove a message and all that hangs on it."""
+        self.flush()
         for key in _keys(message["delivered"]):
             which = (key, message["at"], message["seq"])
             if not message["deleted_at"]:
@@ -2033,11 +2049,9 @@ class Store:
         if not done.rowcount:
             return
         self._newest = max(self._newest, ns) if self._newest >= 0 else -1
-        if scopes:
-            db.executemany("insert into message_scopes values(?, ?, ?, ?)", [(*pair, ns, seq) for pair in scopes])
-        if refs:
-            db.executemany("insert into message_refs values(?, ?, ?, ?)", [(*pair, ns, seq) for pair in refs])
-        self._deliver(seq, ns, delivered)
+        self._rows[_SCOPE_ROW] += [(*pair, ns, seq) for pair in scopes]
+        self._rows[_REF_ROW] += [(*pair, ns, seq) for pair in refs]
+        self._deliver(message_id, seq, ns, delivered)
         self._saw(author, ns)
         self._parent_came(message_id)
 
@@ -2058,6 +2072,7 @@ class Store:
                             (content, structured, ns, event["event_id"], message["seq"]))
 
     def _message_delete(self, event: dict, seq: int, ns: int) -> None:
+        self.flush()
         message = self.row("select * from messages where message_id = ?", event["message_id"])
         if not message:
             return self._wait_for(event["message_id"], event)
@@ -2074,6 +2089,8 @@ class Store:
     def _message_receipt(self, event: dict, seq: int, ns: int) -> None:
         if event["receipt_type"] not in ("read", "seen"):
             return
+        if event["message_id"] in self._unwritten:
+            self.write_rows()
         key = self._agent(event["agent_id"])[0]
         row = self.db.execute("select d.at, d.seq, d.read_at, d.seen_at, d.hidden from messages m join deliveries d on "
                               "d.agent = ? and d.at = m.at and d.seq = m.seq where m.message_id = ?",
@@ -2239,6 +2256,10 @@ class Store:
 
 _MESSAGE = ("m.seq, m.message_id, m.at, a.agent_id, m.session_id, m.thread_id, m.reply_to, m.format, m.content, m.structured, "
             "m.scopes, m.refs, m.delivered, m.wide, m.updated_at, m.deleted_at, m.delete_reason, m.authored_by, m.disclosed")
+_EVENT_ROW = "insert into events values(?, ?)"
+_SCOPE_ROW = "insert or ignore into message_scopes values(?, ?, ?, ?)"
+_REF_ROW = "insert or ignore into message_refs values(?, ?, ?, ?)"
+_DELIVERY_ROW = "insert or ignore into deliveries(agent, at, seq, hidden) values(?, ?, ?, ?)"
 _PROJECTIONS = {
     "message.create": Store._message_create, "message.edit": Store._message_edit, "message.delete": Store._message_delete,
     "message.receipt": Store._message_receipt, "thread.create": Store._thread_create,
@@ -2292,7 +2313,7 @@ class Context:
         if len(line) > LINE_MAX:
             raise ThrumError(f"the message is too large: {len(line):,} bytes with its envelope, the limit is {LINE_MAX:,}; "
                              "put the content into a file in the repository and send its path")
-        self.store.apply(event, sequence, ns)
+        self.store.apply(event, sequence, ns, fresh=True)
         self.lines.append((line, event, ns))
         return event
 
@@ -2447,19 +2468,24 @@ class Ledger:
             self._project_events(batch, careful=True)
 
     def _project_events(self, batch: list, careful: bool) -> None:
-        store, own = self.store, self.daemon_id
-        store.begin()
-        _, event_id, newest = store.reached()
+        store, own, events = self.store, self.daemon_id, []
         for sequence, line in batch:
             try:
-                event, ns = parse_line(line)
+                events.append((sequence, line, *parse_line(line)))
             except ValueError as error:
-                self.bad_lines.add(f"journal:{sequence}", line, str(error))
+                if not careful:
+                    self.bad_lines.add(f"journal:{sequence}", line, str(error))
+        store.begin()
+        _, event_id, newest = store.reached()
+        known = store.known_events([event["event_id"] for _, _, event, _ in events])
+        for sequence, line, event, ns in events:
+            if event["event_id"] in known:
                 continue
+            known.add(event["event_id"])
             if careful:
                 store.save_point()
                 try:
-                    store.apply(event, sequence, ns)
+                    store.apply(event, sequence, ns, fresh=True)
                     store.keep()
                 except Exception as error:
                     if _is_of_the_disk(error):
@@ -2467,7 +2493,7 @@ class Ledger:
                     store.undo()
                     self.bad_lines.add(f"journal:{sequence}", line, f"cannot be projected: {error}")
             else:
-                store.apply(event, sequence, ns)
+                store.apply(event, sequence, ns, fresh=True)
             event_id = event["event_id"]
             if ns > newest and event.get("origin_daemon") == own:
                 newest = ns
@@ -2486,7 +2512,7 @@ class Ledger:
                     if b'"epoch"' not in line[:40]:
                         self.bad_lines.add(file, line, str(error))
                     continue
-                if event["event_id"] not in known and not self.store.has_event(event["event_id"]):
+                if event["event_id"] not in known and not self.store.known_events([event["event_id"]]):
                     known.add(event["event_id"])
                     found.append((ns, event["event_id"], line))
         found.sort()
@@ -4748,7 +4774,8 @@ class Daemon:
         self.log = logging.getLogger("thrum")
         self.stopping = None        # an event, set when the daemon is asked to stop
         self.last_seq = 0           # what readers can see; the journal may be one batch ahead
-        self._writes = queue.SimpleQueue()
+        self._writes = queue.SimpleQueue()      # lists of (request, future); None to end
+        self._collected = []        # what has come in this turn of the loop
         self._local = threading.local()
         self._server = None
 
@@ -4805,21 +4832,17 @@ class Daemon:
 
     def _write_batches(self) -> None:
         """The writer's thread: takes what has come as one batch, until it is told to end."""
-        going = True
-        while going:
+        going, waiting = True, []
+        while going or waiting:
             try:
-                batch = [self._writes.get(timeout=FLUSH_S if self.ledger.export else None)]
+                while len(waiting) < BATCH_MAX:
+                    came = self._writes.get(not waiting and going, FLUSH_S if self.ledger.export else None)
+                    going = going and came is not None
+                    waiting += came or ()
             except queue.Empty:
-                self.ledger.flush()
-                continue
-            while len(batch) < BATCH_MAX:
-                try:
-                    batch.append(self._writes.get_nowait())
-                except queue.Empty:
-                    break
-            if None in batch:
-                going = False
-                batch = [item for item in batch if item is not None]
+                if not waiting:
+                    self.ledger.flush()
+            batch, waiting = waiting[:BATCH_MAX], waiting[BATCH_MAX:]
             if batch:
                 try:
                     outcomes, events = self.ledger.commit([request for request, _ in batch if request is not HEAL])
@@ -4837,7 +4860,7 @@ class Daemon:
             self.last_seq = events[-1][0]
         self.waiters.publish(events)
         for (_, future), outcome in zip(batch, outcomes):
-            if future.cancelled():
+            if future.done():       # who asked has gone, or was told that it takes too long
                 continue
             if isinstance(outcome, Exception):
                 future.set_exception(outcome)
@@ -4845,12 +4868,25 @@ class Daemon:
                 future.set_result(outcome)
 
     async def _write(self, request):
+        """What a request to the ledger returns, or raises, once it is durable."""
         future = self.loop.create_future()
-        self._writes.put((request, future))
+        if not self._collected:
+            self.loop.call_soon(self._hand_over)
+        self._collected.append((request, future))
+        late = self.loop.call_later(CALL_S, self._too_late, future)     # wait_for() costs more than the call itself
         try:
-            return await asyncio.wait_for(future, CALL_S)
-        except asyncio.TimeoutError:
-            raise ThrumError(f"the disk did not answer within {CALL_S} s; the request may still be carried out") from None
+            return await future
+        finally:
+            late.cancel()
+
+    def _hand_over(self) -> None:
+        """Give the writer what has come in this turn of the loop, as one batch."""
+        collected, self._collected = self._collected, []
+        self._writes.put(collected)
+
+    def _too_late(self, future) -> None:
+        if not future.done():
+            future.set_exception(ThrumError(f"the disk did not answer within {CALL_S} s; the request may still be carried out"))
 
     # ---- questions
 
