@@ -1280,6 +1280,7 @@ class Branch:
 
 SCHEMA_VERSION = 1
 STORE_BATCH = 400               # events in a transaction of a rebuild; larger ones were slower
+REPLIES_MAX = 1_000             # answers kept for clients that ask again: more than run at once
 QUERY_S = 10                    # seconds for one query; then it is interrupted
 
 SCHEMA = """
@@ -1354,6 +1355,7 @@ create table group_members(
 create table subscriptions(
     id integer primary key, session_id text not null, scope_type text, scope_value text, mention_role text,
     created_at integer not null);
+create table replies(id integer primary key, key text not null unique, reply text not null);
 create table pending(parent text, event_id text, line text, primary key(parent, event_id)) without rowid;
 """
 
@@ -1823,6 +1825,18 @@ class Store:
                           "order by m.at desc, m.seq desc limit ? offset ?", *args, limit, offset)
         return {"messages": found, "total": self.value(f"select count(*) from messages m where {condition}", *args)}
 
+    def once(self, key: str, change):
+        """What `change()` returns; with a key, what it returned the first time.  The latest REPLIES_MAX are kept."""
+        if not key:
+            return change()
+        reply = self.value("select reply from replies where key = ?", key)
+        if reply is not None:
+            return json.loads(reply)
+        reply = change()
+        self.db.execute("insert into replies(key, reply) values(?, ?)", (key, canonical(reply).decode()))
+        self.db.execute("delete from replies where id <= last_insert_rowid() - ?", (REPLIES_MAX,))
+        return reply
+
     def known_events(self, event_ids: list) -> set:
         """Those of some event ids (at most STORE_BATCH) that were applied before."""
         self.flush()
@@ -1853,15 +1867,17 @@ class Store:
         self.db.execute("insert into schema_version values(?, ?)", (SCHEMA_VERSION, stamp_of(self.world.now_ns())))
         self.db.execute("commit")
 
-    def apply(self, event: dict, seq: int, ns: int, *, fresh: bool = False) -> None:
-        """Bring the tables up to an event that `check_event` has found well-formed; twice is the same as once.
+    def apply(self, event: dict, seq: int, ns: int, *, fresh: bool = False) -> bool:
+        """Bring the tables up to an event that `check_event` has found well-formed; False when it was applied before.
 
-        `seq` is its number in the journal, `ns` its time; `fresh` says that it was not applied before.  Types that
-        are not known change nothing.
+        `seq` is its number in the journal, `ns` its time; `fresh` says that it cannot have been applied before.  Types
+        that are not known change nothing.
         """
-        if fresh or not self.known_events([event["event_id"]]):
-            self._rows[_EVENT_ROW].append((event["event_id"], seq))
-            self._project(event, seq, ns)
+        if not fresh and self.known_events([event["event_id"]]):
+            return False
+        self._rows[_EVENT_ROW].append((event["event_id"], seq))
+        self._project(event, seq, ns)
+        return True
 
     def settle(self) -> None:
         """Deliver what late registrations and memberships have changed; before each commit."""
@@ -3544,6 +3560,7 @@ METHODS = {
 #
 # What others wrote is data: whatever could move a cursor, change a title or reverse a line is shown, not obeyed.
 
+BOLD, NORMAL = "\x1b[1m", "\x1b[0m"     # ECMA-48, section 8.3.117
 WIDTH_DEFAULT, WIDTH_MIN = 80, 40       # columns where nobody says, and below which nothing is wrapped
 PREVIEW = 100                           # characters of a message on one line
 ERROR_MAX = 400                         # characters of an error: five lines of a terminal
@@ -3585,13 +3602,14 @@ def wrapped(text: str, width: int, indent: str) -> str:
     """`text` broken at blanks to `width` columns, each line indented; long words are left whole."""
     lines = []
     for line in plain(text).split("\n"):
-        current = ""
-        for word in line.split(" "):
-            if current and len(current) + 1 + len(word) > width - len(indent):
+        lead = line[:len(line) - len(line.lstrip(" \t"))]       # code and nested lists keep their shape
+        current = lead
+        for word in line[len(lead):].split(" "):
+            if current.strip() and len(current) + 1 + len(word) > width - len(indent):
                 lines.append(current)
-                current = word
+                current = lead + word
             else:
-                current = f"{current} {word}" if current else word
+                current = f"{current} {word}" if current != lead else lead + word
         lines.append(current)
     return "\n".join((indent + line).rstrip() for line in lines)
 
@@ -3640,10 +3658,12 @@ def to_json(value) -> str:
     return text + "\n"
 
 
-def rows_of(table: list, gap: str = "  ") -> str:
-    """Lines with aligned columns; the last column is not padded."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return "".join(gap.join(cell.ljust(width) for cell, width in zip(row[:-1], widths)) + gap + row[-1] + "\n" for row in table)
+def rows_of(table: list, width: int = 0) -> str:
+    """Lines with aligned columns, two blanks between them; the last column is broken to `width` columns, if given."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]) - 1)]
+    indent = " " * (sum(widths) + 2 * len(widths))
+    return "".join("  ".join([*(cell.ljust(size) for cell, size in zip(row, widths)),
+                              wrapped(row[-1], width, indent).lstrip() if width else row[-1]]) + "\n" for row in table)
 
 
 # ================================================================== 22  Commands
@@ -3683,6 +3703,7 @@ class Command(Record):
     joins: bool = False
     failure: int = 1
     does: str = "reads"
+    hushed: bool = False        # --quiet leaves nothing to say
 
 
 class Args:
@@ -3785,6 +3806,7 @@ class Console:
         self.key = key                  # makes a repeated send the same send
         self.cursor = cursor            # where an interrupted run of this command had got to
         self.args = Args({})
+        self.row = None
 
     async def call(self, method: str, **params):
         """The result of a JSON-RPC method."""
@@ -3794,8 +3816,8 @@ class Console:
         """Send text to the caller's stdout (`O`) or stderr (`E`)."""
         raise NotImplementedError
 
-    async def shown(self) -> None:
-        """Wait until all text has left the caller's process."""
+    async def end(self, status: int) -> None:
+        """Give the exit status and wait until all text has left the caller's process; what was shown can be marked."""
 
     async def read(self, path: str) -> bytes:
         """The bytes of a file that the command line names, or of stdin for `-`."""
@@ -3822,14 +3844,20 @@ class Console:
         """The result: `value` with --json, else `text` unless --quiet."""
         if self.args.json:
             await self.out(to_json(value))
-        elif text and not self.args.quiet:
+        elif text and not (self.args.quiet and self.row.hushed):
             await self.out(text if text.endswith("\n") else text + "\n")
 
-    def bold(self, text: str) -> str:
-        return f"\x1b[1m{text}\x1b[0m" if "1" in self.terminals and not self.environ.get("NO_COLOR") else text
+    def coloured(self) -> bool:
+        return "1" in self.terminals and not self.environ.get("NO_COLOR")
 
-    def dim(self, text: str) -> str:
-        return f"\x1b[2m{text}\x1b[0m" if "1" in self.terminals and not self.environ.get("NO_COLOR") else text
+    def bold(self, text: str) -> str:
+        return f"{BOLD}{text}{NORMAL}" if self.coloured() else text
+
+    def harmless(self, text: str) -> str:
+        """Text as it may be sent to the caller, whatever was forgotten before: its only escapes are our own two."""
+        if not self.coloured() or BOLD not in text:
+            return plain(text)
+        return NORMAL.join(BOLD.join(map(plain, part.split(BOLD))) for part in text.split(NORMAL))
 
     def identity(self) -> Identity:
         return resolve_caller(self.identities, self.environ, self.worktree, self.args.role or "", self.args.module or "")
@@ -3852,7 +3880,7 @@ class Console:
         elif given == "-":
             given = (await self.read("-")).decode(errors="surrogateescape")
         elif given is None:
-            raise Usage("accepts 1 arg(s), received 0")
+            raise Usage("accepts 1 arg(s), received 0; the text is missing")
         return check_text(given, "the message", REQUEST_MAX)
 
     async def session(self) -> str:
@@ -3921,11 +3949,11 @@ async def quickstart(console: Console, args: Args) -> int:
     await console.answer(
         {"register": register, "session": session, "intent": done},
         f"✓ Registered as {handle(register['agent_id'])} ({role}, {module})\n✓ Session started: {session['session_id']}\n"
-        f"✓ Intent set: {one_line(intent)}\n\nNext:\n" + rows_of([
+        f"✓ Intent set: {one_line(intent)}\n" + ("" if args.quiet else "\nNext:\n" + rows_of([
             [f"  {thrum} inbox", f"read what was sent to you ({unread} unread)" if unread else "read what others send you"],
             [f'  {thrum} send "…" --to @NAME', "write to an agent, a role or a group; without --to, to everyone"],
             [f"  {thrum} agent list", "see who is here"],
-            [f"  {thrum} wait --timeout 5m", "wait for the next message"]]))
+            [f"  {thrum} wait --timeout 5m", "wait for the next message"]])))
     return 0
 
 
@@ -4041,7 +4069,7 @@ async def _report_send(console: Console, sent_: dict, done: str) -> int:
             await console.note(f"  warning: {plain(warning)}")
     names = [handle(state["agent_id"]) for state in sent_.get("recipients", [])]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    text = f"✓ {done}: {sent_['message_id']}\n"
+    text = f"✓ {done}: {plain(sent_['message_id'])}\n"
     if "thread_id" in sent_:
         text += f"  Thread: {sent_['thread_id']}\n"
     text += "  To: " + (", ".join(names[:8]) + more if names else "nobody") + "\n"
@@ -4050,7 +4078,7 @@ async def _report_send(console: Console, sent_: dict, done: str) -> int:
 
 
 async def reply(console: Console, args: Args) -> int:
-    me = console.me()
+    me, content = console.me(), await console.text(args.text, args.body_file)
     try:
         parent = (await console.call("message.get", message_id=args.msg_id))["message"]
     except ThrumError as error:
@@ -4067,7 +4095,6 @@ async def reply(console: Console, args: Args) -> int:
     if author in gone:
         await console.note(f"  warning: {handle(author)} is not registered any more")
     names = [name for name in names if name not in gone] + groups
-    content = await console.text(args.text, args.body_file)
     sent_ = await console.call("message.send", content=content, format=args.format, reply_to=parent["message_id"],
                                mentions=["@" + name for name in names], caller_agent_id=me, send_key=console.key)
     await console.call("message.markRead", message_ids=[parent["message_id"]], caller_agent_id=me)
@@ -4114,7 +4141,7 @@ async def inbox(console: Console, args: Args) -> int:
         await console.out(text)
     unread = [message["message_id"] for message in messages if not message["is_read"]]
     if unread and not args.unread:
-        await console.shown()   # mail that never left the process stays unread
+        await console.end(0)    # mail that never left the process stays unread
         await console.call("message.markRead", message_ids=unread, caller_agent_id=me)
     return 0
 
@@ -4171,7 +4198,7 @@ async def message_get_command(console: Console, args: Args) -> int:
         await console.note(f"Warning: Could not mark as read (no identity): {error}")
         return 0
     if any(state["agent_id"] == me and "read_at" not in state for state in found["message"].get("recipients", [])):
-        await console.shown()
+        await console.end(0)
         await console.call("message.markRead", message_ids=[args.msg_id], caller_agent_id=me)
     return 0
 
@@ -4219,38 +4246,42 @@ async def message_read(console: Console, args: Args) -> int:
 
 
 WAIT_CALL_MS = 60_000           # one call; longer waits are several, so that a lost daemon is noticed
+TIMED_OUT = "NO_MESSAGES_TIMEOUT — re-run thrum wait to continue listening"
 
 
 async def wait(console: Console, args: Args) -> int:
-    me = console.me()
-    deadline = console.world.monotonic() + args.timeout
-    params = {"caller_agent_id": me, "all": args.all or None, "unread": args.unread or None, "thread_id": args.thread,
+    now = console.world.now_ns
+    params = {"caller_agent_id": console.me(), "all": args.all or None, "unread": args.unread or None, "thread_id": args.thread,
               "from": args.from_, "mention_role": args.mention, "scope": _pair_or_usage(args.scope, "scope") if args.scope else None}
     if args.scope or args.mention:
         params["all"] = True    # what these name may be addressed to others
-    if console.cursor:          # this wait began before the daemon restarted
-        params["epoch"], _, seq = console.cursor.partition(":")
-        params["after_seq"] = int(seq)
-    elif args.after_seq is not None:
-        params["after_seq"] = args.after_seq
-    elif args.after is not None:
-        params["after_seq"] = 0
-        params["created_after"] = stamp_of(console.world.now_ns() + int(args.after * NS))
-        if args.verbose:
-            await console.note(f"waiting for messages after {params['created_after']}")
-    elif not args.unread:
-        state = await console.call("health")
-        params["after_seq"], params["epoch"] = state["last_seq"], state["epoch"]
-    if "epoch" in params:
-        await console.resume_at(f"{params['epoch']}:{params['after_seq']}")
+    deadline = now() + int(args.timeout * NS)
+    if console.cursor:          # this wait began with another daemon: the same point, the same end
+        began = json.loads(console.cursor)
+        deadline = began.pop("deadline")
+        params.update(began)
+    else:
+        if args.after_seq is not None:
+            began = {"after_seq": args.after_seq}
+        elif args.after is not None:
+            began = {"after_seq": 0, "created_after": stamp_of(now() + int(args.after * NS))}
+            if args.verbose:
+                await console.note(f"waiting for messages after {began['created_after']}")
+        elif args.unread:
+            began = {}
+        else:
+            state = await console.call("health")
+            began = {"after_seq": state["last_seq"], "epoch": state["epoch"]}
+        params.update(began)
+        await console.resume_at(json.dumps({**began, "deadline": deadline}))
     while True:
-        left_ms = int((deadline - console.world.monotonic()) * 1000)
+        left_ms = (deadline - now()) // 1_000_000
         found = await console.call("message.wait", timeout_ms=max(0, min(left_ms, WAIT_CALL_MS)), **params)
         if found["messages"]:
             break
         if left_ms <= WAIT_CALL_MS:
             if not args.json:
-                await console.note("NO_MESSAGES_TIMEOUT — re-run thrum wait to continue listening")
+                await console.note(TIMED_OUT)
             return 1
     count = len(found["messages"]) + found["remaining"]
     text = "MESSAGES_RECEIVED\n" + "".join(
@@ -4280,7 +4311,7 @@ async def agent_register_command(console: Console, args: Args) -> int:
     display = f"{role.capitalize()} ({module})"
     identity = Identity(name or unnamed_agent_id(repo_id, role, module), role, module, display)
     before = dict(console.identities).get(identity.name + ".json")
-    if before:
+    if before is not None:
         identity = Identity(identity.name, role, module, display, data=parse_identity(identity.name + ".json", before).data)
 
     async def registered():
@@ -4418,7 +4449,7 @@ COMMANDS = {
         Argument("--name", "your name: a-z, 0-9, _ and -"), Argument("--display", "your name for people"),
         Argument("--intent", "what you are going to do"), Argument("--force", "ignore an identity that is here already", bool),
         Argument("--no-init", "accepted for compatibility", bool)),
-        'thrum quickstart --name ada --role planner --module core --intent "Plan the parser"', joins=True, does="changes"),
+        'thrum quickstart --name ada --role planner --module core', joins=True, does="changes"),
     "status": Command(status, "You, your inbox and the daemon."),
     "whoami": Command(whoami, "Who you are here; works without the daemon.", offline=True),
     "send": Command(send, "Send a message to an agent, a role or a group; without --to, to everyone.", (
@@ -4428,10 +4459,10 @@ COMMANDS = {
         Argument("--ref", "type:value references", list), Argument("--thread", "the thread to continue"), FORMAT,
         Argument("--structured", "a JSON object for programs"), BODY_FILE,
         Argument("--key", "the same key again does not send again")),
-        'thrum send "Parser is ready for review" --to @bob', does="changes"),
+        'thrum send "Parser is ready for review" --to @bob', does="changes", hushed=True),
     "reply": Command(reply, "Answer a message, to everyone it concerns.", (
         MESSAGE_ID, Argument("TEXT", "the answer; - reads it from stdin", required=False), FORMAT, BODY_FILE),
-        'thrum reply msg_01KABCDEFGHJKMNPQRSTVWXYZ0 "Looks good"', does="changes"),
+        'thrum reply msg_01KABCDEFGHJKMNPQRSTVWXYZ0 "Looks good"', does="changes", hushed=True),
     "inbox": Command(inbox, "Messages for you, newest first; showing marks them as read.", (
         Argument("--unread", "only those you have not read, leaving them unread", bool),
         Argument("--all", "everybody's messages", bool, short="-a"), Argument("--scope", "only with this type:value"),
@@ -4439,7 +4470,7 @@ COMMANDS = {
         Argument("--from", "only from this agent"), Argument("--oldest", "oldest first", bool), *PAGES), "thrum inbox --unread"),
     "sent": Command(sent, "What you sent, and who has read it.", (
         Argument("--to", "only to this agent, role or group"), Argument("--unread", "only what somebody has not read", bool),
-        *PAGES), "thrum sent --unread"),
+        *PAGES), "thrum sent --unread", hushed=True),
     "sent show": Command(sent_show, "One message that you sent.", (MESSAGE_ID,), "thrum sent show msg_01KABCDEFGHJKMNPQRSTVWXYZ0"),
     "wait": Command(wait, "Wait until a message comes. Exit status 0: one came, 1: timeout, 2: error.", (
         Argument("--timeout", "how long, such as 30s or 5m", "duration", 30.0), Argument("--scope", "only with this type:value"),
@@ -4447,14 +4478,14 @@ COMMANDS = {
         Argument("--thread", "only in this thread"), Argument("--all", "anybody's messages", bool),
         Argument("--unread", "return at once when something is unread", bool),
         Argument("--after", "since then: -30s is half a minute ago", "duration"),
-        Argument("--after-seq", "after this number of the journal", int)), "thrum wait --timeout 5m", failure=2),
+        Argument("--after-seq", "after this number of the journal", int)), "thrum wait --timeout 5m", failure=2, hushed=True),
     "message get": Command(message_get_command, "One message with everything about it.", (MESSAGE_ID,)),
     "message edit": Command(message_edit_command, "Replace the text of a message that you wrote.", (
-        MESSAGE_ID, Argument("TEXT", "the new text; - reads it from stdin", required=False), BODY_FILE), does="changes"),
+        MESSAGE_ID, Argument("TEXT", "the new text; - reads it from stdin", required=False), BODY_FILE), does="changes", hushed=True),
     "message delete": Command(message_delete_command, "Take back a message.", (
-        MESSAGE_ID, Argument("--force", "yes, delete it", bool), Argument("--reason", "why")), does="changes"),
+        MESSAGE_ID, Argument("--force", "yes, delete it", bool), Argument("--reason", "why")), does="changes", hushed=True),
     "message read": Command(message_read, "Mark messages as read.", (
-        Argument("MSG_ID", "which ones", required=False, many=True), Argument("--all", "all of them", bool)), does="changes"),
+        Argument("MSG_ID", "which ones", required=False, many=True), Argument("--all", "all of them", bool)), does="changes", hushed=True),
     "agent register": Command(agent_register_command, "Register an agent without starting a session.", (
         Argument("--name", "its name"), Argument("--display", "its name for people"),
         Argument("--force", "register although another has this role and module", bool),
@@ -4470,13 +4501,13 @@ COMMANDS = {
         Argument("--add-scope", "type:value", list), Argument("--remove-scope", "type:value", list),
         Argument("--add-ref", "type:value", list), Argument("--remove-ref", "type:value", list)), does="changes"),
     "session set-intent": Command(set_intent, 'Say what you are doing; "" clears it.', (Argument("TEXT", "what"),),
-                                  'thrum session set-intent "Review the lexer"', does="changes"),
-    "session set-task": Command(set_task, 'Say which task you are on; "" clears it.', (Argument("TASK", "which"),), does="changes"),
+                                  'thrum session set-intent "Review the lexer"', does="changes", hushed=True),
+    "session set-task": Command(set_task, 'Say which task you are on; "" clears it.', (Argument("TASK", "which"),), does="changes", hushed=True),
     "group create": Command(group_create_command, "Create a group.", (
-        Argument("NAME", "its name"), Argument("--description", "what it is for")), "thrum group create backend", does="changes"),
+        Argument("NAME", "its name"), Argument("--description", "what it is for")), "thrum group create backend", does="changes", hushed=True),
     "group add": Command(group_add_command, "Add an agent or a role to a group.", (
-        Argument("GROUP", "the group"), Argument("MEMBER", "@agent", required=False)), "thrum group add backend @bob", does="changes"),
-    "group list": Command(group_list_command, "All groups."),
+        Argument("GROUP", "the group"), Argument("MEMBER", "@agent", required=False)), "thrum group add backend @bob", does="changes", hushed=True),
+    "group list": Command(group_list_command, "All groups.", hushed=True),
 }
 for _alias, _name in (("agent whoami", "whoami"), ("agent start", "session start"), ("agent end", "session end"),
                       ("agent heartbeat", "session heartbeat"), ("agent set-intent", "session set-intent"),
@@ -4510,7 +4541,7 @@ def split_command(argv: list, rows: dict) -> tuple:
 async def run_command(console: Console, rows: dict) -> int:
     """Run the command line of a console; gives its exit status, and has said what went wrong."""
     name, rest = split_command(console.argv, rows)
-    row = rows[name]
+    row = console.row = rows[name]
     try:
         console.args = parse_command(row, rest)
         if console.args.help:
@@ -4526,7 +4557,7 @@ def help_text(name: str, row: Command) -> str:
     """The help of one command; it fits a screen."""
     places = [a for a in row.arguments if a.name[0] != "-"]
     usage = " ".join(a.name + ("…" if a.many else "") if a.required else f"[{a.name}{'…' if a.many else ''}]" for a in places)
-    text = f"{row.help}\n\nUsage: thrum {name} {usage}{' ' if usage else ''}[flags]\n"
+    text = f"{wrapped(row.help, WIDTH_DEFAULT, '')}\n\nUsage: thrum {name} {usage}{' ' if usage else ''}[flags]\n"
     table = [["  " + a.name, a.help] for a in places]
     for flag in row.arguments:
         if flag.name[0] == "-" and flag.help:
@@ -4536,7 +4567,7 @@ def help_text(name: str, row: Command) -> str:
                 f" (default {flag.default})" if flag.default else ""
             table.append([f"  {flag.short + ', ' if flag.short else ''}{flag.name}{value}", flag.help + default])
     if table:
-        text += "\n" + rows_of(table)
+        text += "\n" + rows_of(table, WIDTH_DEFAULT)
     text += "\nEverywhere: --json  --quiet  --repo PATH  --role R  --module M  --help\n"
     return text + (f"\nExample: {row.example}\n" if row.example else f"\nExample: thrum {name} {usage.strip('[]').lower()}".rstrip() + "\n")
 
@@ -4551,10 +4582,14 @@ def help_text(name: str, row: Command) -> str:
 #     to the daemon                                       to the client
 #     C  a command line, see `describe`                   O E  text for stdout, stderr
 #     I  what was asked for: "0" + bytes, "1" + why not   N    send the file of this name, or stdin for "-"
-#     A  how many O and E have left the process           W    write a file: path, "1" + bytes, or "0" to remove it
+#     A  all text so far has left this process            W    write a file: path, "1" + bytes, or "0" to remove it
 #                                                         S    where to go on if the daemon goes away
 #                                                         U    the client is newer, H  it has to run this itself
 #                                                         X    exit status
+#
+# The client holds text back until another kind of record follows.  So a run that was cut short has shown nothing
+# that its repetition would show again.  After X it shows the text, says A, and waits until the daemon, which has now
+# marked as read what was shown, closes the connection.
 
 CONNECT_S = 5                   # seconds to be accepted by the daemon
 ANSWER_S = 15                   # seconds without a word after which a client asks whether the daemon lives: over CALL_S
@@ -4685,9 +4720,9 @@ class RemoteConsole(Console):
 
     def __init__(self, daemon, connection: Connection, writer, call: bytes):
         fields = unpack(call)
-        if len(fields) != 12:
+        if len(fields) != 11:
             raise InvalidRequest("the command record is damaged; is the client of another version?")
-        version, program, top, cwd, key, cursor, shown, terminals, size, argv, environ, identities = fields
+        version, program, top, cwd, key, cursor, terminals, size, argv, environ, identities = fields
         try:
             words = [word.decode() for word in unpack(argv)]
         except UnicodeDecodeError:
@@ -4705,34 +4740,32 @@ class RemoteConsole(Console):
         self.version = version.decode(errors="replace")
         self.bad_words = words is None
         self.daemon, self.connection, self.writer = daemon, connection, writer
-        self._skip = int(shown or b"0")     # bytes of stdout that an interrupted run has shown already
-        self._sent = self._acknowledged = 0
         self._shown = asyncio.Event()
         self._input = None
+        self._calls = 0
+        self.ended = False          # X was sent
 
     async def send(self, kind: str, payload: bytes = b"") -> None:
         await send_bytes(self.writer, record(kind, payload))
 
     async def call(self, method: str, **params):
         params = {name: value for name, value in params.items() if value is not None}
-        return await self.daemon.call(method, params, self.connection)
+        self._calls += 1
+        return await self.daemon.call(method, params, self.connection, f"{self.key} {self._calls}" if self.key else "")
 
     async def write(self, stream: str, text: str) -> None:
+        text = self.harmless(text)
         try:
             data = text.encode(self.encoding or "utf-8", "backslashreplace")
         except LookupError:
             data = text.encode("utf-8", "backslashreplace")
-        if stream == "O" and self._skip:
-            skipped = min(self._skip, len(data))
-            self._skip -= skipped
-            data = data[skipped:]
         if data:
-            self._sent += 1
             await self.send(stream, data)
 
-    async def shown(self) -> None:
-        while self._acknowledged < self._sent:
-            self._shown.clear()
+    async def end(self, status: int) -> None:
+        if not self.ended:
+            self.ended = True
+            await self.send("X", str(status).encode())
             await self._shown.wait()
 
     async def _ask(self, kind: str, payload: bytes) -> bytes:
@@ -4756,7 +4789,6 @@ class RemoteConsole(Console):
     def take(self, kind: bytes, payload: bytes) -> None:
         """A record of the client."""
         if kind == b"A":
-            self._acknowledged = int.from_bytes(payload, "big")
             self._shown.set()
         elif kind == b"I" and self._input and not self._input.done():
             self._input.set_result(payload)
@@ -4939,8 +4971,11 @@ class Daemon:
             connection.waiting -= 1
             self.waiters.remove(token)
 
-    async def call(self, name: str, params, connection: Connection):
-        """The result of a method; raises ThrumError.  The one way in for sockets and commands alike."""
+    async def call(self, name: str, params, connection: Connection, key: str = ""):
+        """The result of a method; raises ThrumError.  The one way in for sockets and commands alike.
+
+        A change that comes again with the same key (its client lost the answer) is not made again.
+        """
         method = METHODS.get(name)
         if not method:
             raise MethodNotFound("Method not found", f"method '{name}' is not registered")
@@ -4949,7 +4984,7 @@ class Daemon:
             if method.waits:
                 return await self._wait(method.handler, checked, connection)
             if method.writes:
-                return await self._write(lambda context: method.handler(context, checked))
+                return await self._write(lambda context: context.store.once(key, lambda: method.handler(context, checked)))
             return await self._read(method.handler, checked)
         except (ThrumError, asyncio.CancelledError):
             raise
@@ -5051,7 +5086,7 @@ class Daemon:
     async def _run_command(self, console: RemoteConsole) -> None:
         if console.bad_words:
             await console.write("E", "Error: the command line is not valid UTF-8\n")
-            return await console.send("X", b"1")
+            return await console.end(1)
         if split_command(console.argv, COMMANDS)[0] not in COMMANDS:
             return await console.send("H")
         try:
@@ -5062,7 +5097,7 @@ class Daemon:
             self.log.exception("%s failed", console.argv[:2])
             await console.write("E", "Error: internal error; see 'thrum daemon logs'\n")
             status = 1
-        await console.send("X", str(status).encode())
+        await console.end(status)
 
 
 def _same_user(sock) -> bool:
@@ -5192,7 +5227,7 @@ START_S = 10                    # seconds that a daemon may take to start
 AWAY_S = 60                     # seconds for which a command waits for a daemon that went away
 RETRY_S = 0.1                   # seconds between looking for a daemon that somebody else is to start: nothing tells
                                 # a waiting process that a file was removed, without a dependency
-STATE = {"key": b"", "cursor": b"", "shown": 0}
+STATE = {"key": b"", "cursor": b""}
 
 
 def describe(argv, top, program, version, forwarded, state):
@@ -5213,7 +5248,7 @@ def describe(argv, top, program, version, forwarded, state):
     environ = [encode(name + "=" + os.environ[name]) for name in forwarded if name in os.environ]
     encoding = sys.stdout.encoding if sys.stdout else "utf-8"
     return pack([version.encode(), encode(program), encode(top), encode(os.getcwd()), state["key"], state["cursor"],
-                 str(state["shown"]).encode(), terminals.encode(), f"{width} {encoding}".encode(), pack(map(encode, argv)),
+                 terminals.encode(), f"{width} {encoding}".encode(), pack(map(encode, argv)),
                  pack(environ), pack(files)])
 
 
@@ -5252,40 +5287,45 @@ def forward(sock, var, call, state, other):
     `other(kind, payload)` gives the answer to a record that only the whole program understands.
     """
     sock.sendall(b"C" + len(call).to_bytes(4, "big") + call)
-    rest, count, silences = b"", 0, 0
+    rest, held, status, silences = b"", [], None, 0
     while True:
         try:
             data = sock.recv(65536)
         except BlockingIOError:         # nothing for ANSWER_S seconds: `wait` may take its time, a hung daemon not
             silences += 1
+            if status is not None:
+                return status
             if silences == 1 or silences % 4 == 0:
                 alive(var)
             continue
         except ConnectionError:
             data = b""
         if not data:
-            return None
+            return status
         rest += data
-        before = count
         while len(rest) > 4 and len(rest) >= 5 + int.from_bytes(rest[1:5], "big"):
             size = 5 + int.from_bytes(rest[1:5], "big")
             kind, payload, rest = rest[:1], rest[5:size], rest[size:]
-            if kind == b"O" or kind == b"E":
-                show(1 if kind == b"O" else 2, payload)
-                count += 1
-                if kind == b"O":
-                    state["shown"] += len(payload)
-            elif kind == b"X":
-                return int(payload)
+            if kind in (b"O", b"E"):
+                held.append((1 if kind == b"O" else 2, payload))
+                continue
+            for descriptor, text in held:
+                show(descriptor, text)
+            held = []
+            if kind == b"X":
+                status, answer = int(payload), b"A\0\0\0\0"
             elif kind == b"S":
                 state["cursor"] = payload
+                continue
             else:
                 answer = other(kind, payload)
                 if answer is None:
                     return None
-                sock.sendall(b"I" + len(answer).to_bytes(4, "big") + answer)
-        if count != before:
-            sock.sendall(b"A\0\0\0\4" + count.to_bytes(4, "big"))
+                answer = b"I" + len(answer).to_bytes(4, "big") + answer
+            try:
+                sock.sendall(answer)
+            except OSError:
+                pass                    # it has gone; what it sent before is still to be read
 
 
 def give_up(end, argv):
@@ -5322,6 +5362,9 @@ def launch(argv, home, program, version, forwarded, words, state, whole):
 LAUNCHER_FUNCTIONS = (locate, pack, dial, alive, hold_streams, describe, show, forward, give_up, launch)
 
 
+_stdin = None                   # what was read from it
+
+
 def answer_record(top: str, argv: list, kind: bytes, payload: bytes) -> bytes | None:
     """The answer to a record other than text: "0" and what was asked for, or "1" and why not; None to end.
 
@@ -5332,9 +5375,15 @@ def answer_record(top: str, argv: list, kind: bytes, payload: bytes) -> bytes | 
         name = os.fsdecode(payload)
         if name != "-" and not any(word == name or word.endswith("=" + name) for word in argv):
             return b"1the daemon asked for a file that the command does not name"
+        global _stdin
         try:
-            with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
-                data = file.read(REQUEST_MAX + 1)
+            if name != "-" or _stdin is None:   # stdin can be read once, but a command may have to be repeated
+                with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
+                    data = file.read(REQUEST_MAX + 1)
+                if name == "-":
+                    _stdin = data
+            else:
+                data = _stdin
         except OSError as error:
             return b"1cannot read the text: " + os_problem(error).encode(errors="replace")
         if len(data) > REQUEST_MAX:
@@ -5502,7 +5551,7 @@ class LocalConsole(Console):
 
     async def write(self, stream: str, text: str) -> None:
         encoding = (sys.stdout.encoding if sys.stdout else None) or "utf-8"
-        show(1 if stream == "O" else 2, text.encode(encoding, "backslashreplace"))
+        show(1 if stream == "O" else 2, self.harmless(text).encode(encoding, "backslashreplace"))
 
     async def read(self, path: str) -> bytes:
         answer = answer_record(self.top, self.argv, b"N", os.fsencode(path))
@@ -5586,7 +5635,10 @@ import sys
 
 def whole():
     sys.path.insert(0, locate(home)[1] + "/bin")
-    import thrum
+    try:
+        import thrum
+    except ImportError:
+        raise EOFError(home + "/.thrum leads to no installation; run 'thrum setup' or 'thrum init' with a thrum.py at hand") from None
     return thrum
 
 
@@ -5619,6 +5671,9 @@ def initialize(start: str) -> tuple:
         raise NotInitialized(f"{start} is not in a git repository; run 'git init' first")
     if os.path.realpath(common) != os.path.realpath(top + "/.git"):
         return set_up_worktree(top, os.path.dirname(common))
+    for folder in (top, common):
+        if not os.access(folder, os.W_OK):
+            raise ThrumError(f"cannot initialize thrum: {folder} is not writable")
     places = Places(top, top + "/.thrum", common)
     fresh, done, undo = not os.path.isdir(places.thrum), [], []
     had_branch = bool(Git(top).run("rev-parse", "--verify", "-q", "refs/heads/" + BRANCH, check=False))
@@ -5833,7 +5888,7 @@ async def daemon_status(console: Console, args: Args) -> int:
     try:
         state = await console.call("health")
     except ThrumError as error:
-        if not isinstance(error, Unreachable) or "sandbox" in str(error):
+        if not isinstance(error, Unreachable) or "sandbox" in str(error) or answers(places.var):
             raise
         await console.answer({"running": False, "status": "stopped", "repo_path": places.root}, "")
         if not args.json:
@@ -5913,7 +5968,7 @@ async def help_command(console: Console, args: Args) -> int:
 
 def root_help() -> str:
     """All commands, on one screen."""
-    text = "thrum: messages for a team of coding agents, kept in the git repository they work on\n\nUsage: thrum COMMAND [flags]\n\n"
+    text = "thrum: messages for a team of coding agents, kept in their git repository\n\nUsage: thrum COMMAND [flags]\n\n"
     groups = {}
     for name in {**HERE, **COMMANDS}:
         word, _, sub = name.partition(" ")
@@ -5924,29 +5979,29 @@ def root_help() -> str:
         shown.append([f"  {name}", (HERE.get(name) or COMMANDS[name]).help])
     for word in ("message", "agent", "session", "group", "daemon"):
         shown.append([f"  {word}", ", ".join(sorted(groups[word]))])
-    return text + rows_of(shown) + "\n'thrum COMMAND --help' tells more.\n\nExample: " + COMMANDS["quickstart"].example + "\n"
+    return text + rows_of(shown, WIDTH_DEFAULT) + "\n'thrum COMMAND --help' tells more.\n\nExample: " + COMMANDS["quickstart"].example + "\n"
 
 
 def group_help(word: str) -> str:
     """The commands that begin with a word."""
     rows = {name: row for name, row in {**COMMANDS, **HERE}.items() if name.startswith(word + " ") and row.help}
     example = next((row.example for row in rows.values() if row.example), f"thrum {next(iter(rows))}")
-    return f"Usage: thrum {word} COMMAND [flags]\n\n" + rows_of([[f"  {name}", row.help] for name, row in rows.items()]) + \
+    return f"Usage: thrum {word} COMMAND [flags]\n\n" + rows_of([[f"  {name}", row.help] for name, row in rows.items()], WIDTH_DEFAULT) + \
         f"\nExample: {example}\n"
 
 
 HERE = {
-    "init": Command(init, "Set thrum up in this repository, or mend it; overwrites nothing.", (), "thrum init", here=True, does="changes"),
+    "init": Command(init, "Set thrum up in this repository, or mend it; overwrites nothing.", (), "thrum init", here=True, does="changes", hushed=True),
     "setup": Command(setup, "Connect this git worktree with the main one.", (
-        Argument("--main-repo", "where the main worktree is"),), "thrum setup", here=True, does="changes"),
+        Argument("--main-repo", "where the main worktree is"),), "thrum setup", here=True, does="changes", hushed=True),
     "version": Command(version, "The version of this program.", here=True, does="tells"),
     "help": Command(help_command, "Help on a command.", (Argument("COMMAND", "which", required=False, many=True),),
                     "thrum help send", here=True, does="tells"),
     "daemon start": Command(daemon_start, "Start the daemon.", (Argument("--local", "nothing leaves this machine", bool),),
-                            "thrum daemon start", here=True, does="changes"),
-    "daemon stop": Command(daemon_stop, "Stop the daemon until 'daemon start' or 'init'.", here=True, does="changes"),
+                            "thrum daemon start", here=True, does="changes", hushed=True),
+    "daemon stop": Command(daemon_stop, "Stop the daemon until 'daemon start' or 'init'.", here=True, does="changes", hushed=True),
     "daemon restart": Command(daemon_restart, "Stop and start the daemon; waiting commands go on.", (
-        Argument("--from", "use this thrum.py from now on"),), "thrum daemon restart --from thrum.py", here=True, does="changes"),
+        Argument("--from", "use this thrum.py from now on"),), "thrum daemon restart --from thrum.py", here=True, does="changes", hushed=True),
     "daemon status": Command(daemon_status, "Whether the daemon runs, and how it is.", here=True),
     "daemon logs": Command(daemon_logs, "What the daemon wrote into its log.", (
         Argument("--tail", "how many lines", int, 50),), "thrum daemon logs --tail 20", here=True),
@@ -5967,6 +6022,8 @@ def start_directory(args: Args) -> str:
 def run_remote(console: LocalConsole, row: Command, state: dict) -> int:
     """Run a command in the daemon, and again with the next daemon if this one goes away; its exit status."""
     places, argv, lost_at, asked = console.places, console.argv, None, []
+    waits = row.run is wait
+    patience_s = min(AWAY_S, max(console.args.timeout, 0)) if waits else AWAY_S
 
     def other(kind, payload):
         answer = answer_record(places.top, argv, kind, payload)
@@ -5980,7 +6037,12 @@ def run_remote(console: LocalConsole, row: Command, state: dict) -> int:
         except ThrumError as error:
             if row.offline and isinstance(error, Unreachable):
                 return run_now(run_command(console, COMMANDS))
-            if lost_at is None or time.monotonic() - lost_at > AWAY_S:
+            if lost_at is None:
+                raise
+            if time.monotonic() - lost_at > patience_s:
+                if waits and patience_s < AWAY_S:
+                    show(2, b"" if console.args.quiet or console.args.json else TIMED_OUT.encode() + b"\n")
+                    return 1
                 raise
             time.sleep(RETRY_S)
             continue
@@ -6000,9 +6062,9 @@ def run_remote(console: LocalConsole, row: Command, state: dict) -> int:
             raise ThrumError("the running daemon does not know this command; 'thrum daemon restart' renews it")
         if lost_at is None:
             lost_at = time.monotonic()
-            if not console.args.quiet and not console.args.json and row.run is wait:
+            if not console.args.quiet and not console.args.json and waits:
                 show(2, b"Lost connection to daemon, reconnecting...\n")
-        elif time.monotonic() - lost_at > AWAY_S:
+        elif time.monotonic() - lost_at > patience_s:
             raise Unreachable("the daemon went away while it answered; see 'thrum daemon logs'")
         time.sleep(RETRY_S)
 
@@ -6078,7 +6140,7 @@ def _main(argv: list, home: str, program: str, state: dict) -> int:
         if program in ("", sys.argv[0]) and not home:
             program = _program(places)
         console = LocalConsole(world, places, top, argv, program)
-        console.args = args
+        console.args, console.row = args, row
         if row.here:
             return int(run_now(row.run(console, args)))
         return run_remote(console, row, state)
