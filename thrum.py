@@ -44,7 +44,7 @@ __all__ = [
 TYPE_CHECKING = False           # type checkers read this name as True
 if TYPE_CHECKING:
     import asyncio, calendar, concurrent.futures, errno, fcntl, hashlib, json, logging, queue, re  # noqa: E401
-    import resource, select, shutil, signal, socket, sqlite3, struct, subprocess, threading  # noqa: E401
+    import resource, select, shlex, shutil, signal, socket, sqlite3, struct, subprocess, threading  # noqa: E401
 
 
 class _Lazy:
@@ -62,7 +62,7 @@ class _Lazy:
 
 
 LAZY_MODULES = (
-    "asyncio calendar concurrent errno fcntl hashlib json logging queue re resource select shutil signal "
+    "asyncio calendar concurrent errno fcntl hashlib json logging queue re resource select shlex shutil signal "
     "socket sqlite3 struct subprocess threading"
 ).split()
 globals().update((name, _Lazy(name)) for name in LAZY_MODULES)
@@ -353,7 +353,11 @@ def decode(data):
     if _decode is None:
         def refuse(word):
             raise ValueError(f"{word} is not JSON")
-        _decode = json.JSONDecoder(parse_constant=refuse).decode
+
+        def finite(text):
+            number = float(text)
+            return number if abs(number) < float("inf") else refuse(text)
+        _decode = json.JSONDecoder(parse_constant=refuse, parse_float=finite).decode
     try:
         return _decode(data if isinstance(data, str) else data.decode())
     except RecursionError:
@@ -388,12 +392,10 @@ def check_word(word: str, what: str) -> str:
 
 def check_text(text: str, what: str, limit: int = TEXT_MAX) -> str:
     """`text` when it is valid Unicode of at most `limit` bytes without NUL."""
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError:
-        raise InvalidParams(f"{what} is not valid UTF-8") from None
-    if size > limit:
-        raise InvalidParams(f"{what} is {size:,} bytes long; the limit is {limit:,}")
+    if not is_unicode(text):
+        raise InvalidParams(f"{what} is not valid UTF-8")
+    if len(text) > limit // 4 and len(text.encode()) > limit:
+        raise InvalidParams(f"{what} is {len(text.encode()):,} bytes long; the limit is {limit:,}")
     if "\0" in text:
         raise InvalidParams(f"{what} contains a NUL character")
     return text
@@ -402,6 +404,15 @@ def check_text(text: str, what: str, limit: int = TEXT_MAX) -> str:
 def is_label(text: str) -> bool:
     """Whether `text` can be half of a scope or reference: short, not empty, without control characters."""
     return 0 < len(text) <= PAIR_MAX and text.isprintable()
+
+
+def is_unicode(text: str) -> bool:
+    """Whether `text` holds no half of a surrogate pair, as Python makes of bytes that are not UTF-8."""
+    try:
+        text.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def printable(text: str) -> str:
@@ -2696,8 +2707,12 @@ class Ledger:
     def heal(self) -> bool:
         """Make the database anew if it is damaged; whether it was."""
         try:
-            if self.store.is_sound():
-                return False
+            fresh = Store(self.places.database, self.world)     # our own connection may not have read the damaged pages
+            try:
+                if fresh.is_sound():
+                    return False
+            finally:
+                fresh.close()
         except sqlite3.DatabaseError:
             pass
         self.store.close()
@@ -2826,6 +2841,8 @@ def _decode_call(value) -> Call:
     method = value.get("method")
     if "method" in value and method is not None and not isinstance(method, str):
         return wrong("method must be a string", id)
+    if not method and "id" not in value:
+        return wrong("method is missing")
     params = value.get("params")
     if not (params is None or isinstance(params, (dict, list))):
         return Call(method or "", id=id, answered="id" in value, error=InvalidParams("invalid params: params must be an object"))
@@ -4502,11 +4519,14 @@ COMMANDS = {
         Argument("--add-ref", "type:value", list), Argument("--remove-ref", "type:value", list)), does="changes"),
     "session set-intent": Command(set_intent, 'Say what you are doing; "" clears it.', (Argument("TEXT", "what"),),
                                   'thrum session set-intent "Review the lexer"', does="changes", hushed=True),
-    "session set-task": Command(set_task, 'Say which task you are on; "" clears it.', (Argument("TASK", "which"),), does="changes", hushed=True),
+    "session set-task": Command(set_task, 'Say which task you are on; "" clears it.', (Argument("TASK", "which"),),
+        does="changes", hushed=True),
     "group create": Command(group_create_command, "Create a group.", (
-        Argument("NAME", "its name"), Argument("--description", "what it is for")), "thrum group create backend", does="changes", hushed=True),
+        Argument("NAME", "its name"), Argument("--description", "what it is for")), "thrum group create backend",
+        does="changes", hushed=True),
     "group add": Command(group_add_command, "Add an agent or a role to a group.", (
-        Argument("GROUP", "the group"), Argument("MEMBER", "@agent", required=False)), "thrum group add backend @bob", does="changes", hushed=True),
+        Argument("GROUP", "the group"), Argument("MEMBER", "@agent", required=False)), "thrum group add backend @bob",
+        does="changes", hushed=True),
     "group list": Command(group_list_command, "All groups.", hushed=True),
 }
 for _alias, _name in (("agent whoami", "whoami"), ("agent start", "session start"), ("agent end", "session end"),
@@ -4601,7 +4621,9 @@ STOP_S = 5                      # seconds for what is in flight when the daemon 
 FLUSH_S = 0.05                  # seconds without a request before branch files are written: a burst goes together
 SYNC_S = 60                     # seconds between making the branch files durable, when something came
 CONNECTIONS_MAX = 2_000         # open at once; more are turned away
+OWN_FILES = 40                  # descriptors that the daemon needs itself: databases, log, journal, git
 BACKLOG = 512                   # of the listen queue
+ANSWERS_MAX = 16 << 20          # bytes of answers after which the rest of a batch is refused
 LOG_BYTES, LOG_FILES = 1 << 20, 3       # the log is rotated at a size, and so many old ones are kept
 
 
@@ -4708,6 +4730,11 @@ class Connection:
         self.waiting = 0        # it waits for a message, which it can do again with the next daemon
 
 
+def _callable(program: str, top: str, cwd: str) -> str:
+    """How a caller can repeat what it called, in the shortest way that a shell takes."""
+    return shlex.quote(".thrum/bin/thrum" if program == top + "/.thrum/bin/thrum" and cwd == top else program)
+
+
 async def send_bytes(writer, data: bytes) -> None:
     """Send to a client; one that does not read is given WRITE_S to begin, then TimeoutError."""
     writer.write(data)
@@ -4723,22 +4750,19 @@ class RemoteConsole(Console):
         if len(fields) != 11:
             raise InvalidRequest("the command record is damaged; is the client of another version?")
         version, program, top, cwd, key, cursor, terminals, size, argv, environ, identities = fields
-        try:
-            words = [word.decode() for word in unpack(argv)]
-        except UnicodeDecodeError:
-            words = None
+        words = [word.decode(errors="surrogateescape") for word in unpack(argv)]
         files = unpack(identities)
         variables = dict(item.decode(errors="replace").partition("=")[::2] for item in unpack(environ))
         width, _, self.encoding = size.decode(errors="replace").partition(" ")
         if width == "0":
             width = variables.get("COLUMNS", "")
         super().__init__(
-            daemon.world, top=os.fsdecode(top), cwd=os.fsdecode(cwd), argv=words or [], environ=variables,
+            daemon.world, top=os.fsdecode(top), cwd=os.fsdecode(cwd), argv=words, environ=variables,
             identities=[(os.fsdecode(name), data) for name, data in zip(files[::2], files[1::2])],
             terminals=terminals.decode(errors="replace"), width=int(width) if width.isdecimal() else WIDTH_DEFAULT,
-            program=program.decode(errors="replace"), key=key.decode(errors="replace"), cursor=cursor.decode(errors="replace"))
+            program=_callable(os.fsdecode(program), os.fsdecode(top), os.fsdecode(cwd)), key=key.decode(errors="replace"),
+            cursor=cursor.decode(errors="replace"))
         self.version = version.decode(errors="replace")
-        self.bad_words = words is None
         self.daemon, self.connection, self.writer = daemon, connection, writer
         self._shown = asyncio.Event()
         self._input = None
@@ -4808,8 +4832,9 @@ class Daemon:
         self.last_seq = 0           # what readers can see; the journal may be one batch ahead
         self._writes = queue.SimpleQueue()      # lists of (request, future); None to end
         self._collected = []        # what has come in this turn of the loop
-        self._local = threading.local()
+        self._stores = queue.SimpleQueue()      # (generation, connection) for each reader
         self._server = None
+        self.room = CONNECTIONS_MAX
 
     # ---- from start to end
 
@@ -4822,6 +4847,8 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self.stopping.set)
         self._readers = concurrent.futures.ThreadPoolExecutor(READERS, "thrum-reader")
+        for _ in range(READERS):
+            self._stores.put((self.ledger.generation, Store(self.places.database, self.world)))
         writer = threading.Thread(target=self._write_batches, name="thrum-writer")
         writer.start()
         self._server = await asyncio.start_unix_server(self._serve, sock=listener, backlog=BACKLOG)
@@ -4933,14 +4960,15 @@ class Daemon:
             return await self.loop.run_in_executor(self._readers, self._read_now, handler, params)
 
     def _read_now(self, handler, params):
-        local, generation = self._local, self.ledger.generation
-        if getattr(local, "generation", None) != generation:
-            if getattr(local, "store", None):
-                local.store.close()
-            local.store = Store(self.places.database, self.world)
-            local.generation = generation
-        context = Context(self.world, local.store, self.ledger, self.ledger.facts)
-        return local.store.within(QUERY_S, lambda: handler(context, params))
+        generation, store = self._stores.get()
+        try:
+            if generation != self.ledger.generation:    # the database was replaced
+                store.close()
+                generation, store = self.ledger.generation, Store(self.places.database, self.world)
+            context = Context(self.world, store, self.ledger, self.ledger.facts)
+            return store.within(QUERY_S, lambda: handler(context, params))
+        finally:
+            self._stores.put((generation, store))
 
     async def _wait(self, handler, params: dict, connection: Connection) -> dict:
         """Long-poll: ask, and ask again whenever something came, until there is an answer or the time is up."""
@@ -5001,15 +5029,17 @@ class Daemon:
         try:
             if not _same_user(writer.get_extra_info("socket")):
                 return
-            if len(self.connections) > CONNECTIONS_MAX:
-                return self.log.warning("a client was turned away: %d connections are open", CONNECTIONS_MAX)
+            if len(self.connections) > self.room:
+                return self.log.warning("a client was turned away: %d connections are open", self.room)
             first = await reader.read(65536)
             if first[:1] == b"C":
                 await self._serve_command(connection, reader, writer, first)
             elif first:
                 await self._serve_calls(connection, reader, writer, first)
-        except (ConnectionError, asyncio.TimeoutError, asyncio.CancelledError):
+        except (ConnectionError, asyncio.CancelledError):
             pass                # it went away, or has to
+        except asyncio.TimeoutError:
+            writer.transport.abort()    # it does not read: what waits for it is dropped
         except Exception:
             self.log.exception("a connection failed")
         finally:
@@ -5037,16 +5067,19 @@ class Daemon:
 
     async def _answer(self, line: bytes, connection: Connection) -> bytes:
         calls, is_batch = decode_request(line)
-        replies = []
+        replies, size = [], 0
         for call in calls:
             try:
                 if call.error:
                     raise call.error
+                if size > ANSWERS_MAX:
+                    raise ThrumError(f"the answers to this batch are larger than {ANSWERS_MAX:,} bytes; ask for less at once")
                 reply = encode_reply(call, await self.call(call.method, call.params, connection))
             except ThrumError as error:
                 reply = encode_reply(call, error=error)
             if call.answered or (call.error and call.id is None and not call.method):
                 replies.append(reply)
+                size += len(reply)
         if is_batch and replies:
             return b"[" + b",".join(replies) + b"]"
         return b"".join(replies)
@@ -5084,11 +5117,12 @@ class Daemon:
             writer.close()
 
     async def _run_command(self, console: RemoteConsole) -> None:
-        if console.bad_words:
-            await console.write("E", "Error: the command line is not valid UTF-8\n")
-            return await console.end(1)
-        if split_command(console.argv, COMMANDS)[0] not in COMMANDS:
+        row = COMMANDS.get(split_command(console.argv, COMMANDS)[0])
+        if not row:
             return await console.send("H")
+        if not all(map(is_unicode, console.argv)):
+            await console.write("E", "Error: the command line is not valid UTF-8\n")
+            return await console.end(row.failure)
         try:
             status = await run_command(console, COMMANDS)
         except (ConnectionError, asyncio.TimeoutError, asyncio.CancelledError):
@@ -5175,9 +5209,11 @@ def daemon_process(places: Places, report) -> int:
         daemon.ledger.open(read_repo_id(git), lambda: report("..."))
         daemon.ledger.facts.update(started=world.monotonic())
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = CONNECTIONS_MAX + 100
+        wanted = CONNECTIONS_MAX + OWN_FILES
         if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(hard, wanted), hard))
+            soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            daemon.room = min(CONNECTIONS_MAX, soft - OWN_FILES)
         remove("thrum.sock")            # we hold the lock, so whoever made it is gone
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind("thrum.sock")
@@ -5792,42 +5828,53 @@ def _allow_and_start(places: Places) -> bool:
 
 # ---- the daemon's commands
 
-def is_this_program(pid: int) -> bool:
-    """Whether a process runs this program: its number alone may have been given to another one since."""
+def is_our_daemon(pid: int, places: Places) -> bool:
+    """Whether a process is the daemon of this repository: its number alone may have been given to another since."""
+    wanted = [b"daemon", b"run", b"--repo", os.fsencode(places.root)]
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
-            words = file.read(65536)
+            words = file.read(65536).split(b"\0")
+            return any(words[i:i + 4] == wanted for i in range(len(words)))
     except OSError:
-        try:
-            words = subprocess.run(["ps", "-o", "command=", "-p", str(pid)], capture_output=True, timeout=CONNECT_S).stdout
-        except (OSError, subprocess.TimeoutExpired):
-            return False
-    return b"thrum" in words and b"daemon" in words
+        pass
+    try:                        # macOS
+        line = subprocess.run(["ps", "-ww", "-o", "command=", "-p", str(pid)], capture_output=True, timeout=CONNECT_S).stdout
+        return b" ".join(wanted) in line
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def stop_daemon(places: Places) -> int:
-    """Stop the daemon and wait until it has let go of everything: its pid, 0 when none ran.  Raises ThrumError."""
-    lock_path = places.var + "/thrum.lock"
-    pid = read_pid(places)
-    try:
-        with Client(dial(places.var), STOP_S) as client:
-            pid = client.call("daemon.stop")["pid"]
-    except (OSError, ThrumError):
-        lock = take_lock(lock_path, 0) if os.path.isdir(places.var) else 0
-        if lock >= 0:
-            if lock:
+    """Stop the daemon and wait until it has let go of everything: its pid, 0 when none ran.  Raises ThrumError.
+
+    Asked over its socket; only one that holds the lock, does not answer, and is this repository's is signalled.
+    """
+    lock_path, give_up_at = places.var + "/thrum.lock", time.monotonic() + START_S
+    if not os.path.isdir(places.var):
+        return 0
+    while True:
+        try:
+            with Client(dial(places.var), STOP_S) as client:
+                pid = client.call("daemon.stop")["pid"]
+            break
+        except (OSError, ThrumError):
+            lock = take_lock(lock_path, 1)      # it may be ending, or starting
+            if lock >= 0:
                 os.close(lock)
-            return 0            # nobody holds it, so nobody is there, whatever the pid file says
-        if not pid or not is_this_program(pid):
+                return 0        # nobody holds it, so nobody is there, whatever the pid file says
+        pid = read_pid(places)
+        if pid and is_our_daemon(pid, places):
+            os.kill(pid, signal.SIGTERM)
+            break
+        if time.monotonic() > give_up_at:
             raise ThrumError(f"the daemon does not answer, and {places.var}/thrum.pid does not name it; "
-                             "find the holder of thrum.lock and end it") from None
-        os.kill(pid, signal.SIGTERM)
+                             "find the process that holds thrum.lock and end it")
     for number in (signal.SIGKILL, 0):
         lock = take_lock(lock_path, STOP_S + 2)
         if lock >= 0:
             os.close(lock)
             return pid
-        if number and is_this_program(pid):
+        if number and is_our_daemon(pid, places):
             os.kill(pid, number)
     raise ThrumError(f"timeout waiting for daemon to stop (PID {pid} still running)")
 
@@ -5979,7 +6026,7 @@ def root_help() -> str:
         shown.append([f"  {name}", (HERE.get(name) or COMMANDS[name]).help])
     for word in ("message", "agent", "session", "group", "daemon"):
         shown.append([f"  {word}", ", ".join(sorted(groups[word]))])
-    return text + rows_of(shown, WIDTH_DEFAULT) + "\n'thrum COMMAND --help' tells more.\n\nExample: " + COMMANDS["quickstart"].example + "\n"
+    return f"{text}{rows_of(shown, WIDTH_DEFAULT)}\n'thrum COMMAND --help' tells more.\n\nExample: {COMMANDS['quickstart'].example}\n"
 
 
 def group_help(word: str) -> str:
@@ -5991,7 +6038,8 @@ def group_help(word: str) -> str:
 
 
 HERE = {
-    "init": Command(init, "Set thrum up in this repository, or mend it; overwrites nothing.", (), "thrum init", here=True, does="changes", hushed=True),
+    "init": Command(init, "Set thrum up in this repository, or mend it; overwrites nothing.", (), "thrum init", here=True,
+        does="changes", hushed=True),
     "setup": Command(setup, "Connect this git worktree with the main one.", (
         Argument("--main-repo", "where the main worktree is"),), "thrum setup", here=True, does="changes", hushed=True),
     "version": Command(version, "The version of this program.", here=True, does="tells"),
@@ -6001,7 +6049,8 @@ HERE = {
                             "thrum daemon start", here=True, does="changes", hushed=True),
     "daemon stop": Command(daemon_stop, "Stop the daemon until 'daemon start' or 'init'.", here=True, does="changes", hushed=True),
     "daemon restart": Command(daemon_restart, "Stop and start the daemon; waiting commands go on.", (
-        Argument("--from", "use this thrum.py from now on"),), "thrum daemon restart --from thrum.py", here=True, does="changes", hushed=True),
+        Argument("--from", "use this thrum.py from now on"),), "thrum daemon restart --from thrum.py", here=True,
+        does="changes", hushed=True),
     "daemon status": Command(daemon_status, "Whether the daemon runs, and how it is.", here=True),
     "daemon logs": Command(daemon_logs, "What the daemon wrote into its log.", (
         Argument("--tail", "how many lines", int, 50),), "thrum daemon logs --tail 20", here=True),
