@@ -1113,7 +1113,7 @@ class Journal:
         self.epoch = ""
         self.last = 0           # sequence of the last event, 0 in an empty journal
         self.size = 0           # bytes in the current file
-        self.mended = False     # whether opening found a torn tail
+        self.mended = False     # whether events are, or may be, missing
         self._descriptor = -1
 
     def open(self) -> bool:
@@ -1127,6 +1127,7 @@ class Journal:
         except ValueError:
             return False
         self.epoch = headers[-1]["epoch"]
+        self.mended = firsts[0] != 1    # files are missing; the branch files have their events
         path = self._path(firsts[-1])
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         with open(path, "rb") as file:
@@ -1186,9 +1187,12 @@ class Journal:
                 continue
             lines = read_lines(self._path(first))
             next(lines, None)   # the header
+            sequence = first - 1
             for sequence, line in enumerate(lines, first):
                 if sequence > after:
                     yield sequence, line
+            if index + 1 < len(firsts) and sequence + 1 != firsts[index + 1]:
+                self.mended = True      # a file between is missing, or this one was cut
 
     def set_aside(self) -> None:
         """Move a journal that cannot be trusted out of the way; its readable lines are imported again."""
@@ -1211,7 +1215,10 @@ class Journal:
 
     def _header(self, first: int) -> dict:
         with open(self._path(first), "rb") as file:
-            header = decode_object(file.readline(4096))
+            line = file.readline(4096)
+        if not line.endswith(b"\n"):
+            raise ValueError(f"{self._path(first)} has no complete line")
+        header = decode_object(line)
         if header.get("first") != first or type(header.get("epoch")) is not str:
             raise ValueError(f"{self._path(first)} has no valid first line")
         return header
@@ -1259,6 +1266,11 @@ class Branch:
         for folder in {os.path.dirname(path) for path in self.dirty}:
             sync_directory(folder)
         self.dirty.clear()
+
+    def measure(self) -> tuple:
+        """How many files there are, and their bytes."""
+        sizes = [os.stat(path).st_size for path in log_files(self.root)]
+        return len(sizes), sum(sizes)
 
     def path(self, stem: str, number: int = 1) -> str:
         """The path of the `number`-th file of a stem; no agent name has a dot, so none collides."""
@@ -1310,7 +1322,7 @@ create table roster(
     primary key(agent, at, event_id)) without rowid;
 create table sessions(
     session_id text primary key, agent integer not null, started_at integer not null, ended_at integer,
-    end_reason text, last_seen_at integer not null, daemon text, scopes_at integer not null default 0,
+    end_reason text, end_event text, last_seen_at integer not null, daemon text, scopes_at integer not null default 0,
     refs_at integer not null default 0);
 create index sessions_of on sessions(agent, started_at);
 create table session_scopes(
@@ -1327,7 +1339,7 @@ create table messages(
     session_id text, thread_id text, reply_to text, format text not null, content text not null, structured text,
     scopes text, refs text, listed text not null, delivered text not null, wide integer not null,
     unread_by integer not null,
-    updated_at integer, edit_event text, deleted_at integer, delete_reason text,
+    updated_at integer, edit_event text, deleted_at integer, delete_reason text, delete_event text,
     authored_by text, disclosed integer, send_key text, daemon text);
 create index messages_at on messages(at);
 create index messages_author on messages(author, at);
@@ -1349,7 +1361,8 @@ create index deliveries_unread on deliveries(agent, at, seq) where read_at is nu
 create view message_reads as
     select m.message_id, a.agent_id, d.read_at from deliveries d join messages m on m.seq = d.seq
     join agents a on a.agent = d.agent where d.read_at is not null;
-create table threads(thread_id text primary key, title text, created_by text, created_at integer) without rowid;
+create table threads(
+    thread_id text primary key, title text, created_by text, created_at integer, create_event text) without rowid;
 create table thread_aliases(thread_id text primary key, into_id text not null, given integer not null) without rowid;
 create index thread_aliases_into on thread_aliases(into_id);
 create table groups(
@@ -2109,9 +2122,9 @@ class Store:
                 read = self.value("select read_at from deliveries where agent = ? and at = ? and seq = ?", *which)
                 self.db.execute("update deliveries set hidden = 1 where agent = ? and at = ? and seq = ?", which)
                 self._count([key], -1, 0 if read else -1)
-        if ns < (message["deleted_at"] or FAR):
-            self.db.execute("update messages set deleted_at = ?, delete_reason = ? where seq = ?",
-                            (ns, event.get("reason"), message["seq"]))
+        if (ns, event["event_id"]) < (message["deleted_at"] or FAR, message["delete_event"] or ""):
+            self.db.execute("update messages set deleted_at = ?, delete_reason = ?, delete_event = ? where seq = ?",
+                            (ns, event.get("reason"), event["event_id"], message["seq"]))
 
     def _message_receipt(self, event: dict, seq: int, ns: int) -> None:
         if event["receipt_type"] not in ("read", "seen"):
@@ -2134,10 +2147,10 @@ class Store:
                 self._count((key,), 0, -1)
 
     def _thread_create(self, event: dict, seq: int, ns: int) -> None:
-        self.db.execute("insert into threads values(?, ?, ?, ?) on conflict(thread_id) do update set title = excluded.title, "
-                        "created_by = excluded.created_by, created_at = excluded.created_at "
-                        "where excluded.created_at < threads.created_at",
-                        (event["thread_id"], event.get("title"), event.get("created_by"), ns))
+        self.db.execute("insert into threads values(?, ?, ?, ?, ?) on conflict(thread_id) do update set title = excluded.title, "
+                        "created_by = excluded.created_by, created_at = excluded.created_at, create_event = excluded.create_event "
+                        "where (excluded.created_at, excluded.create_event) < (threads.created_at, threads.create_event)",
+                        (event["thread_id"], event.get("title"), event.get("created_by"), ns, event["event_id"]))
 
     def _agent_register(self, event: dict, seq: int, ns: int) -> None:
         key, removed_at = self._agent(event["agent_id"])
@@ -2186,9 +2199,9 @@ class Store:
         if not session:
             return self._wait_for(event["session_id"], event)
         self.db.execute("update sessions set last_seen_at = max(last_seen_at, ?) where session_id = ?", (ns, event["session_id"]))
-        if ns < (session["ended_at"] or FAR):
-            self.db.execute("update sessions set ended_at = ?, end_reason = ? where session_id = ?",
-                            (ns, event.get("reason") or "normal", event["session_id"]))
+        if (ns, event["event_id"]) < (session["ended_at"] or FAR, session["end_event"] or ""):
+            self.db.execute("update sessions set ended_at = ?, end_reason = ?, end_event = ? where session_id = ?",
+                            (ns, event.get("reason") or "normal", event["event_id"], event["session_id"]))
         self.db.execute("delete from subscriptions where session_id = ?", (event["session_id"],))
         if self._cutoff < 0:
             self._cutoff = self.meta("purge_cutoff", 0)
@@ -2389,9 +2402,14 @@ class Ledger:
             self.journal.create()
             self.journal.mended = True
         self._read_ids(repo_id)
-        self._open_store(clean)
-        if self.journal.mended:
+        made_anew = self._open_store(clean)
+        if self.journal.mended or made_anew:
             self._import_files()
+        count, size = map(int, self.store.meta("branch_size", "0 0").split())
+        present = self.branch.measure()
+        if present[0] < count or present[1] < size:     # somebody removed files, or their ends
+            self.store.set_meta(branch_seq=0)
+            clean = {}
         self.incomplete = not clean
         if not self.store.group(EVERYONE):
             self._create_everyone()
@@ -2439,9 +2457,13 @@ class Ledger:
             atomic_write(path, canonical(ids) + b"\n")
         self.daemon_id, self.repo_id = ids["daemon_id"], repo_id or ids["repo_id"]
 
-    def _open_store(self, clean: dict) -> None:
-        """Open the database if it agrees with the journal, else make it anew; then project what it lacks."""
+    def _open_store(self, clean: dict) -> bool:
+        """Open the database if it agrees with the journal, else make it anew; then project what it lacks.
+
+        Whether it was made anew.
+        """
         self.generation += 1
+        made_anew = False
         try:
             trusted = bool(clean) and clean == self._clean_mark()
             self.store = Store(self.places.database, self.world, writable=True)
@@ -2455,9 +2477,11 @@ class Ledger:
             self.store = Store(self.places.database, self.world, writable=True)
             self.store.create()
             self.store.set_meta(epoch=self.journal.epoch)
+            made_anew = True
         os.chmod(self.places.database, 0o600)
         self.rebuilt = self._project_from(self.store.reached()[0])
         self.world.seen(self.store.reached()[2])
+        return made_anew
 
     def _agrees(self, trusted: bool) -> bool:
         store = self.store
@@ -2530,18 +2554,34 @@ class Ledger:
 
     def _import_files(self) -> None:
         """Take in what the branch files, or a journal set aside, hold and the journal does not."""
-        known, found = set(), []
-        for file in log_files(self.places.journal + ".damaged") + log_files(self.places.sync):
-            for line in read_lines(file):
+        found = {}              # event id -> (ns, line)
+
+        def look(file, lines):
+            ids = {}
+            for line in lines:
+                match = re.search(rb'"event_id":"([^"\\]*)"', line)
+                ids.setdefault(match[1].decode(errors="replace") if match else line, line)
+            present = self.store.known_events([event_id for event_id in ids if type(event_id) is str])
+            for event_id, line in ids.items():
+                if event_id in present or event_id in found:
+                    continue
                 try:
                     event, ns = parse_line(line)
+                    found.setdefault(event["event_id"], (ns, line))
                 except ValueError as error:
-                    if b'"epoch"' not in line[:40]:
+                    if not line.startswith(b'{"epoch"'):
                         self.bad_lines.add(file, line, str(error))
-                    continue
-                if event["event_id"] not in known and not self.store.known_events([event["event_id"]]):
-                    known.add(event["event_id"])
-                    found.append((ns, event["event_id"], line))
+
+        for file in log_files(self.places.journal + ".damaged") + log_files(self.places.sync):
+            lines = []
+            for line in read_lines(file):
+                lines.append(line)
+                if len(lines) == STORE_BATCH:
+                    look(file, lines)
+                    lines = []
+            look(file, lines)
+        known = self.store.known_events
+        found = [(ns, event_id, line) for event_id, (ns, line) in found.items() if not known([event_id])]
         found.sort()
         for start in range(0, len(found), STORE_BATCH):
             before = self.journal.last
@@ -2695,7 +2735,7 @@ class Ledger:
             if sync:
                 self.branch.sync()
                 if self.store.meta("branch_seq", 0) != self.journal.last:
-                    self.store.set_meta(branch_seq=self.journal.last)
+                    self.store.set_meta(branch_seq=self.journal.last, branch_size="%d %d" % self.branch.measure())
         except (OSError, sqlite3.Error) as error:
             self.incomplete = True
             self.export_problem = os_problem(error) if isinstance(error, OSError) else str(error)
@@ -3897,7 +3937,8 @@ class Console:
         elif given == "-":
             given = (await self.read("-")).decode(errors="surrogateescape")
         elif given is None:
-            raise Usage("accepts 1 arg(s), received 0; the text is missing")
+            places = sum(argument.name[0] != "-" for argument in self.row.arguments)
+            raise Usage(f"accepts {places} arg(s), received {places - 1}")
         return check_text(given, "the message", REQUEST_MAX)
 
     async def session(self) -> str:
@@ -4379,11 +4420,12 @@ async def session_start_command(console: Console, args: Args) -> int:
 
 
 async def session_end_command(console: Console, args: Args) -> int:
-    session_id = args.session_id
+    session_id = args.session_id or console.cursor
     if not session_id:
         session_id = (await console.call("agent.whoami", caller_agent_id=console.me())).get("session_id")
         if not session_id:
             raise ThrumError("no active session to end")
+        await console.resume_at(session_id)
     done = await console.call("session.end", session_id=session_id, reason=args.reason)
     await console.answer(done, f"✓ Session ended: {done['session_id']}\n  Ended:    {when(done['ended_at'])}\n"
                                f"  Duration: {span(done['duration_ms'] / 1000)}\n")
@@ -4550,7 +4592,7 @@ def split_command(argv: list, rows: dict) -> tuple:
                 index += 1
                 rest.append(argv[index])
         else:
-            longer = f"{name} {token}".strip()
+            longer = f"{name} {token}" if name else token
             if longer not in rows and longer not in groups:
                 break
             name = longer
@@ -4673,12 +4715,12 @@ def unpack(data: bytes) -> list:
     return items
 
 
-def dial(var):
+def dial(var, answer_s=15):
     """A blocking socket to the daemon of a `var` directory.  Raises OSError.  (The launcher carries this function.)"""
     import _socket
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     # Connecting to a full queue honours these on Linux; settimeout() would fail at once instead.
-    for option, seconds in ((_socket.SO_SNDTIMEO, 5), (_socket.SO_RCVTIMEO, 15)):      # CONNECT_S, ANSWER_S
+    for option, seconds in ((_socket.SO_SNDTIMEO, 5), (_socket.SO_RCVTIMEO, answer_s)):    # CONNECT_S, ANSWER_S
         sock.setsockopt(_socket.SOL_SOCKET, option, seconds.to_bytes(8, sys.byteorder) + bytes(8))
     path = os.environ.get("THRUM_SOCKET") or var + "/thrum.sock"
     here = -1
@@ -4699,9 +4741,9 @@ def dial(var):
 
 
 def alive(var):
-    """Raise EOFError unless the daemon answers a question within ANSWER_S.  (The launcher carries this function.)"""
+    """Raise EOFError unless the daemon answers a simple question soon.  (The launcher carries this function.)"""
     try:
-        sock = dial(var)
+        sock = dial(var, 3)
         sock.sendall(b'{"jsonrpc":"2.0","id":1,"method":"health"}\n')
         if not sock.recv(1):
             return              # it stops; the connection that waits will notice
@@ -4766,7 +4808,7 @@ class RemoteConsole(Console):
         self.daemon, self.connection, self.writer = daemon, connection, writer
         self._shown = asyncio.Event()
         self._input = None
-        self._calls = 0
+        self._calls = {}            # method -> how often this command has called it
         self.ended = False          # X was sent
 
     async def send(self, kind: str, payload: bytes = b"") -> None:
@@ -4774,8 +4816,8 @@ class RemoteConsole(Console):
 
     async def call(self, method: str, **params):
         params = {name: value for name, value in params.items() if value is not None}
-        self._calls += 1
-        return await self.daemon.call(method, params, self.connection, f"{self.key} {self._calls}" if self.key else "")
+        count = self._calls[method] = self._calls.get(method, 0) + 1
+        return await self.daemon.call(method, params, self.connection, f"{self.key} {method} {count}" if self.key else "")
 
     async def write(self, stream: str, text: str) -> None:
         text = self.harmless(text)
@@ -5678,7 +5720,10 @@ def whole():
     return thrum
 
 
-home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(sys.argv[0]))))
+try:
+    home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(sys.argv[0]))))
+except OSError:         # the working directory has gone
+    home = ""
 os._exit(launch(sys.argv[1:], home, sys.argv[0], {read_version(places.copy)!r}, {FORWARDED!r},
                 {tuple(words)!r}, {STATE!r}, whole))
 """
