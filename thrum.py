@@ -1126,8 +1126,9 @@ class Journal:
             headers = [self._header(first) for first in firsts]
         except ValueError:
             return False
+        if firsts[0] != 1:      # the beginning is missing, but the branch files have it
+            return False
         self.epoch = headers[-1]["epoch"]
-        self.mended = firsts[0] != 1    # files are missing; the branch files have their events
         path = self._path(firsts[-1])
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         with open(path, "rb") as file:
@@ -3697,7 +3698,7 @@ def ago(stamp: str, now_ns: int) -> str:
 
 def when(stamp: str) -> str:
     """A stamp to the second, in UTC: `2026-03-10 09:17:00`."""
-    return stamp[:19].replace("T", " ")
+    return plain(stamp[:19].replace("T", " "))
 
 
 def handle(agent_id: str) -> str:
@@ -3890,12 +3891,12 @@ class Console:
     # ---- what all share
 
     async def out(self, text: str) -> None:
-        await self.write("O", text)
+        await self.write("O", self.harmless(text))
 
     async def note(self, text: str) -> None:
         """A line on stderr, unless --quiet."""
         if not self.args.quiet:
-            await self.write("E", text + "\n")
+            await self.write("E", self.harmless(text) + "\n")
 
     async def answer(self, value, text: str) -> None:
         """The result: `value` with --json, else `text` unless --quiet."""
@@ -4820,7 +4821,6 @@ class RemoteConsole(Console):
         return await self.daemon.call(method, params, self.connection, f"{self.key} {method} {count}" if self.key else "")
 
     async def write(self, stream: str, text: str) -> None:
-        text = self.harmless(text)
         try:
             data = text.encode(self.encoding or "utf-8", "backslashreplace")
         except LookupError:
@@ -4941,8 +4941,9 @@ class Daemon:
                     going = going and came is not None
                     waiting += came or ()
             except queue.Empty:
-                if not waiting:
-                    self.ledger.flush()
+                pass
+            if not waiting and going:
+                self._flush()
             batch, waiting = waiting[:BATCH_MAX], waiting[BATCH_MAX:]
             if batch:
                 try:
@@ -4953,7 +4954,16 @@ class Daemon:
                     self.log.exception("a batch failed")
                     outcomes, events = [InternalError(f"internal error: {error}")] * len(batch), []
                 self.loop.call_soon_threadsafe(self._committed, batch, outcomes, events)
-        self.ledger.close()
+        try:
+            self.ledger.close()
+        except Exception:       # the next start finds no mark of a clean end, and looks at everything
+            self.log.exception("closing failed")
+
+    def _flush(self) -> None:
+        try:
+            self.ledger.flush()
+        except Exception:       # whatever it is, the writer must go on
+            self.log.exception("writing the branch files failed")
 
     def _committed(self, batch: list, outcomes: list, events: list) -> None:
         """Tell everybody, listeners before senders."""
@@ -5629,7 +5639,7 @@ class LocalConsole(Console):
 
     async def write(self, stream: str, text: str) -> None:
         encoding = (sys.stdout.encoding if sys.stdout else None) or "utf-8"
-        show(1 if stream == "O" else 2, self.harmless(text).encode(encoding, "backslashreplace"))
+        show(1 if stream == "O" else 2, text.encode(encoding, "backslashreplace"))
 
     async def read(self, path: str) -> bytes:
         answer = answer_record(self.top, self.argv, b"N", os.fsencode(path))
@@ -5648,6 +5658,9 @@ def run_now(coroutine):
 
 
 # ================================================================== 26  Main
+
+REPOSITORY_URL = "https://github.com/leonletto/thrum"
+WEBSITE_URL = "https://leonletto.github.io/thrum"
 
 # ---- the private copy and the launcher
 
@@ -6039,8 +6052,9 @@ async def daemon_run(console: Console, args: Args) -> int:
 
 async def version(console: Console, args: Args) -> int:
     python = "python" + ".".join(map(str, sys.version_info[:3]))
-    await console.answer({"version": __version__, "build": os.path.abspath(__file__), "python_version": python},
-                         f"thrum v{__version__} ({python})")
+    await console.answer({"version": __version__, "build": os.path.abspath(__file__), "python_version": python,
+                          "repo_url": REPOSITORY_URL, "website_url": WEBSITE_URL},
+                         f"thrum v{__version__} ({python})\n{REPOSITORY_URL}\n{WEBSITE_URL}")
     return 0
 
 

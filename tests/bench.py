@@ -104,7 +104,7 @@ def history(messages, agents=AGENTS, seed=7):
     start = time.time_ns() - (messages * 2 + agents * 2 + 1_000) * 1_000_000
     count = 0
 
-    def event(kind, **fields):
+    def event(kind, /, **fields):
         nonlocal count
         count += 1
         ns = start + count * 1_000_000
@@ -285,9 +285,10 @@ def rows_by_seq(path):
 
 
 def insert(db, tables, batches):
-    """Insert {table: rows}."""
+    """Insert {table: rows}; a table may come with a row of its own."""
     for table, rows in batches.items():
-        db.executemany(f"insert into {table} values({', '.join('?' * tables[table][0])})", rows)
+        way = "insert" if table in WITH_SEQ else "insert or replace"
+        db.executemany(f"{way} into {table} values({', '.join('?' * tables[table][0])})", rows)
 
 
 def rebuild_floor(path, folder):
@@ -295,6 +296,8 @@ def rebuild_floor(path, folder):
     places = thrum.find_places(path)
     tables = rows_by_seq(places.database)
     files = sorted((int(name[:-6]), name) for name in os.listdir(places.journal))
+    for name in os.listdir(folder):
+        os.unlink(f"{folder}/{name}")
     store = thrum.Store(folder + "/floor.db", thrum.World(), writable=True)
     store.create()
     store.careless(True)
@@ -323,8 +326,6 @@ def rebuild_floor(path, folder):
         flush()
     seconds = time.perf_counter() - start
     db.close()
-    for name in os.listdir(folder):
-        os.unlink(f"{folder}/{name}")
     return {"events": count, "seconds": seconds}
 
 
@@ -367,7 +368,7 @@ def bare_server(folder, prefix, clients):
     os.chdir(folder)
     store = thrum.Store("bare.db", thrum.World(), writable=True)
     store.create()
-    db, world = store.db, thrum.World()
+    db = store.db
     journal = os.open("bare.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     keys = {f"{prefix}{n}": n + 1 for n in range(int(clients))}
     waiting = []
@@ -402,27 +403,26 @@ def bare_server(folder, prefix, clients):
         os.write(journal, ("\n".join(lines) + "\n").encode())
         thrum.durable_sync(journal)
         db.execute("commit")
-        for (transport, _), row in zip(batch, messages):
-            transport.write(b'{"jsonrpc":"2.0","result":{"message_id":"%s","created_at":"%s","seq":%d},"id":1}\n'
+        for (done, _), row in zip(batch, messages):
+            done.set_result(b'{"jsonrpc":"2.0","result":{"message_id":"%s","created_at":"%s","seq":%d},"id":1}\n'
                             % (row[1].encode(), thrum.stamp_of(row[2]).encode(), row[0]))
 
-    class Protocol(asyncio.Protocol):
-        def connection_made(self, transport):
-            self.transport = transport
-
-        def data_received(self, data):
+    async def client(reader, writer):
+        while True:
+            data = await reader.readline()
+            if not data:
+                return writer.close()
             if not waiting:
-                loop.call_soon(commit)
-            waiting.append((self.transport, data))
+                asyncio.get_running_loop().call_soon(commit)
+            done = asyncio.get_running_loop().create_future()
+            waiting.append((done, data))
+            writer.write(await done)
 
     async def serve():
-        nonlocal loop
-        loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(Protocol, "bare.sock")
+        server = await asyncio.start_unix_server(client, "bare.sock")
         print("ready", flush=True)
         await server.serve_forever()
 
-    loop = world and None
     asyncio.run(serve())
 
 
@@ -493,14 +493,19 @@ class Bench:
         folder = os.path.dirname(thrum.__file__)
         compiled = [PYTHON, "-IS", "-c", "compile(open(%r, encoding='utf-8').read(), '', 'exec')" % thrum.__file__]
         module = {**CLEAN, "PYTHONPATH": folder}
-        empty, launcher, as_module, send, floor, script = self.in_turns(
+        with open(folder + "/nothing.py", "w"):
+            pass
+        empty, launcher, as_module, nothing, send, floor, script, bare_script = self.in_turns(
             self.rounds(60), lambda: run(EMPTY), lambda: run([repo.launcher, *inbox]),
-            lambda: run([PYTHON, "-m", "thrum", *inbox], module),
+            lambda: run([PYTHON, "-m", "thrum", *inbox], module), lambda: run([PYTHON, "-m", "nothing"], module),
             lambda: run([repo.launcher, "send", "the tests pass", "--to", "@bob"]),
-            lambda: run(compiled), lambda: run([PYTHON, thrum.__file__, *inbox]), warm_up=3)
+            lambda: run(compiled), lambda: run([PYTHON, thrum.__file__, *inbox]), lambda: run([PYTHON, "-IS", thrum.__file__, *inbox]),
+            warm_up=3)
         self.row("inbox --unread, empty, by the launcher / empty Python", launcher * 1e3, empty * 1e3, "ms", TIMES, 2)
         self.row("the same by python3 -m thrum", as_module * 1e3, empty * 1e3, "ms", TIMES, 3.5)
+        self.row("… / an empty module by -m (imports what site-packages ask for)", as_module * 1e3, nothing * 1e3)
         self.row("the same as a script / compile()", script * 1e3, floor * 1e3, "ms", TIMES, 1.3)
+        self.row("… with -IS, as the floor is", bare_script * 1e3, floor * 1e3)
         self.row("send by the launcher / empty Python", send * 1e3, empty * 1e3, "ms", TIMES, 2)
 
     def parallel(self):
@@ -689,7 +694,7 @@ class Bench:
             done = helper("open", repo.path)
             rates.append(done["events"] / done["seconds"])
             opened.append(done["open"])
-        self.row(f"rebuild of {size:,} messages, events / json.loads + same rows", statistics.median(rates), statistics.median(floors), "/s",
+        self.row(f"rebuild of {size:,} messages / json.loads + same rows", statistics.median(rates), statistics.median(floors), "/s",
                  SHARE, 0.5)
         self.row("… opening the store without its database, all in all", statistics.median(opened), 0, "s")
 
