@@ -120,7 +120,13 @@ class Field:
 
     def rest(self):
         """Wait until the branch files have what the journal has: written just after the reply, or at the next start."""
-        self.repo.client().close()      # the last kill may have come after the last reply
+        def answers():          # the last kill may have come after the last reply, and its victim still have accepted us
+            try:
+                with self.repo.client() as client:
+                    return client.call("health")
+            except thrum.ThrumError:
+                return None
+        until(answers, "a daemon")
         last = max(self.acknowledged)
         until(lambda: any(last.encode() in path.read_bytes() for path in self.branch.glob("messages/*.jsonl")), "branch files")
 
