@@ -514,16 +514,15 @@ EVENTS = {
 
 
 ID_FIELDS = frozenset(("message_id", "agent_id", "session_id", "event_id", "thread_id", "group_id", "type", "origin_daemon"))
-_checks = {}                    # type -> [(field, its type, required, is an id)], made at first use
+SHAPES_MAX = 1_000              # shapes remembered: unknown fields can make any number of them
+_shapes = {}                    # fields and types of events that were found well-formed -> their ids
 
 
 def _checks_of(kind: str) -> list:
+    """What is known of the fields of an event type: (field, its type, required, is an id)."""
     row = EVENTS.get(kind)
     fields = {**COMMON_FIELDS, **(row.fields if row else {})}
-    checks = [(field.rstrip("?"), type_, field[-1] != "?", field.rstrip("?") in ID_FIELDS) for field, type_ in fields.items()]
-    if row:
-        _checks[kind] = checks      # a type that is not known is not worth remembering: anybody can make them up
-    return checks
+    return [(field.rstrip("?"), type_, field[-1] != "?", field.rstrip("?") in ID_FIELDS) for field, type_ in fields.items()]
 
 
 def check_event(event: dict) -> int:
@@ -535,14 +534,24 @@ def check_event(event: dict) -> int:
     kind = event.get("type")
     if type(kind) is not str:
         raise ValueError("type is missing, or not a text")
-    for name, type_, required, is_id in _checks.get(kind) or _checks_of(kind):
-        value = event.get(name)
-        if value is None:
-            if required or name in event:
-                raise ValueError(f"{name} is missing")
-        elif type(value) is not type_:
-            raise ValueError(f"{name} is not of type {type_.__name__}")
-        elif is_id and not (0 < len(value) <= PAIR_MAX and value.isprintable()):
+    shape = (kind, *event, *map(type, event.values()))
+    ids = _shapes.get(shape)        # a log has a few dozen shapes, and hundreds of thousands of lines
+    if ids is None:
+        ids = []
+        for name, type_, required, is_id in _checks_of(kind):
+            value = event.get(name)
+            if value is None:
+                if required or name in event:
+                    raise ValueError(f"{name} is missing")
+            elif type(value) is not type_:
+                raise ValueError(f"{name} is not of type {type_.__name__}")
+            elif is_id:
+                ids.append(name)
+        if kind in EVENTS and len(_shapes) < SHAPES_MAX:
+            _shapes[shape] = ids
+    for name in ids:
+        value = event[name]
+        if not (0 < len(value) <= PAIR_MAX and value.isprintable()):
             raise ValueError(f"{name} is not an id")
     fields = EVENTS[kind].fields if kind in EVENTS else ()
     if "body" in fields and type(event["body"].get("content", "")) is not str:
@@ -1396,7 +1405,9 @@ def _text(keys) -> str:
 
 def pairs_of(value) -> list:
     """The (type, value) tuples of a list of scopes or references, without repetitions, in order."""
-    return list(dict.fromkeys((pair["type"], pair["value"]) for pair in value or ()))
+    if not value:
+        return []
+    return list(dict.fromkeys([(pair["type"], pair["value"]) for pair in value]))
 
 
 def thread_of(message_id: str) -> str:
@@ -1404,12 +1415,16 @@ def thread_of(message_id: str) -> str:
     return "thr_" + (message_id[4:] if message_id.startswith("msg_") else message_id)
 
 
-def audience_of(event_or_message: dict) -> tuple:
-    """Whom a message names: the mentioned and the groups, both as lists in order; neither means everybody."""
-    refs = pairs_of(event_or_message.get("refs"))
-    groups = [v for k, v in refs if k == "group"]
-    groups += [v for k, v in pairs_of(event_or_message.get("scopes")) if k == "group" and v not in groups]
-    return [v for k, v in refs if k == "mention"], groups
+def audience_of(refs: list, scopes: list) -> tuple:
+    """Whom a message with these pairs names: the mentioned and the groups, both in order; neither means everybody."""
+    groups = [value for kind, value in refs if kind == "group"]
+    groups += [value for kind, value in scopes if kind == "group" and value not in groups]
+    return [value for kind, value in refs if kind == "mention"], groups
+
+
+def stored_pairs(row: dict) -> tuple:
+    """The references and the scopes in a row of `messages`, as `pairs_of` gives them."""
+    return pairs_of(json.loads(row["refs"] or "[]")), pairs_of(json.loads(row["scopes"] or "[]"))
 
 
 class Store:
@@ -1909,7 +1924,8 @@ class Store:
         late, self._late = self._late, FAR
         self.flush()
         for message in self.rows("select * from messages where wide and at > ?", late) if late < FAR else ():
-            wanted = self._recipients(message, set(_keys(message["listed"])), message["author"], message["at"], message["wide"])
+            mentions, groups = audience_of(*stored_pairs(message))
+            wanted = self._recipients(mentions, groups, _keys(message["listed"]), message["author"], message["at"])
             present = set(_keys(message["delivered"]))
             if wanted != present:
                 self._deliver(message["message_id"], message["seq"], message["at"], wanted - present, bool(message["deleted_at"]))
@@ -1958,20 +1974,15 @@ class Store:
         if ns < self._newest:
             self._late = min(self._late, ns)
 
-    def _recipients(self, message: dict, listed: set, author: int, ns: int, wide: int) -> set:
+    def _recipients(self, mentions: list, groups: list, listed, author: int, ns: int) -> set:
         """Everybody who gets a message (design, decision 19): the list in it, and whom the list should have had."""
-        if wide == 2:
-            listed |= self.expand("group", EVERYONE, ns)
-        elif wide:
-            if type(message.get("refs")) is not list:
-                message = {"refs": json.loads(message["refs"] or "[]"), "scopes": json.loads(message["scopes"] or "[]")}
-            mentions, groups = audience_of(message)
-            for group in groups:
-                listed |= self.expand("group", group, ns)
-            for mention in mentions:
-                listed |= self.expand("mention", mention, ns)
-        listed.discard(author)
-        return listed
+        found = set(listed)
+        for group in groups or (() if mentions else (EVERYONE,)):
+            found |= self.expand("group", group, ns)
+        for mention in mentions:
+            found |= self.expand("mention", mention, ns)
+        found.discard(author)
+        return found
 
     def _deliver(self, message_id: str, seq: int, ns: int, keys, hidden: bool = False) -> None:
         """Give a message to agents."""
@@ -2000,9 +2011,12 @@ class Store:
     def _count(self, keys, total: int, unread: int) -> None:
         counts = self._counts
         for key in keys:
-            change = counts.setdefault(key, [0, 0])
-            change[0] += total
-            change[1] += unread
+            change = counts.get(key)
+            if change:
+                change[0] += total
+                change[1] += unread
+            else:
+                counts[key] = [total, unread]
 
     def _saw(self, key: int, ns: int) -> None:
         self._seen[key] = max(ns, self._seen.get(key, 0))
@@ -2068,15 +2082,19 @@ class Store:
             self._cutoff = self.meta("purge_cutoff", 0)
         if ns <= removed_at or ns < self._cutoff:
             return              # purged, or of an agent that was deleted later
-        ids = event.get("recipients") or ()
-        listed = {self._agent(agent_id)[0] for agent_id in ids}
-        mentions, groups = audience_of(event)
+        ids, known = event.get("recipients") or (), self._known
+        listed = {known[agent_id][0] if agent_id in known else self._agent(agent_id)[0] for agent_id in ids}
+        listed.discard(author)
+        mentions, groups = audience_of(refs, scopes)
         if not mentions and not groups:
             wide = 2
-        else:
-            wide = 1 if groups or any(m not in ids and "user:" + m not in ids for m in mentions) else 0
-        listed.discard(author)
-        delivered = self._recipients(event, set(listed), author, ns, wide) if wide else listed
+        elif groups:
+            wide = 1
+        else:                   # an agent that is mentioned is in the list, a role may have members that are not
+            wide = int(any(name not in ids and "user:" + name not in ids for name in mentions))
+        delivered = self._recipients(mentions, groups, listed, author, ns) if wide else listed
+        listed_text = _text(listed)
+        delivered_text = listed_text if delivered == listed else _text(delivered)
         structured = body.get("structured")
         done = db.execute(
             "insert or ignore into messages(seq, message_id, at, author, session_id, thread_id, reply_to, format, content, "
@@ -2085,13 +2103,13 @@ class Store:
             (seq, message_id, ns, author, event.get("session_id"), thread, reply_to, str(body.get("format") or "markdown"),
              body.get("content", ""), structured if type(structured) is str else None,
              canonical(event["scopes"]).decode() if scopes else None, canonical(event["refs"]).decode() if refs else None,
-             _text(listed), _text(delivered), wide, len(delivered), event.get("authored_by"), event.get("disclosed"), event.get("send_key"),
-             event.get("origin_daemon")))
+             listed_text, delivered_text, wide, len(delivered), event.get("authored_by"), event.get("disclosed"),
+             event.get("send_key"), event.get("origin_daemon")))
         if not done.rowcount:
             return
         self._newest = max(self._newest, ns) if self._newest >= 0 else -1
-        self._rows[_SCOPE_ROW] += [(*pair, ns, seq) for pair in scopes]
-        self._rows[_REF_ROW] += [(*pair, ns, seq) for pair in refs]
+        self._rows[_SCOPE_ROW] += [(kind, value, ns, seq) for kind, value in scopes]
+        self._rows[_REF_ROW] += [(kind, value, ns, seq) for kind, value in refs]
         self._deliver(message_id, seq, ns, delivered)
         self._saw(author, ns)
         self._parent_came(message_id)
@@ -3307,7 +3325,7 @@ def _body(row: dict) -> dict:
 
 
 def _audiences(row: dict) -> list:
-    mentions, groups = audience_of({"refs": json.loads(row["refs"] or "[]"), "scopes": json.loads(row["scopes"] or "[]")})
+    mentions, groups = audience_of(*stored_pairs(row))
     found = [{"type": "mention", "value": v} for v in mentions] + [{"type": "group", "value": v} for v in groups]
     return found or [{"type": "broadcast", "value": EVERYONE}]
 
@@ -4144,7 +4162,7 @@ async def reply(console: Console, args: Args) -> int:
         if isinstance(error, Unreachable):
             raise
         raise ThrumError(f"failed to get parent message: {error}") from None
-    mentions, groups = audience_of(parent)
+    mentions, groups = audience_of(pairs_of(parent["refs"]), pairs_of(parent["scopes"]))
     names = [name for name in mentions if name != me]
     author = parent["author"]["agent_id"]
     if author != me and author not in names:
