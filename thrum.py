@@ -83,7 +83,7 @@ FAR = 1 << 62                   # later than all times that are accepted (in 211
 def crockford(number: int, length: int) -> str:
     """`number` in Crockford base32, most significant digit first, padded to `length`."""
     if not _PAIRS:
-        _PAIRS.extend(a + b for a in CROCKFORD for b in CROCKFORD)
+        _PAIRS.extend([a + b for a in CROCKFORD for b in CROCKFORD])
     digits = []
     for _ in range(length + 1 >> 1):    # two at a time: an id is made for each message
         digits.append(_PAIRS[number & 1023])
@@ -110,10 +110,13 @@ def ns_of(stamp: str) -> int:
     programs write them.  Raises ValueError for anything else.
     """
     global _minute
-    if len(stamp) == 30 and stamp[16] == ":" and stamp[19] == "." and stamp[29] == "Z" and stamp[:16] == _minute[0] \
+    if not isinstance(stamp, str):
+        raise ValueError("not an RFC 3339 time: no text")
+    minute = _minute            # one look: another thread may change it
+    if len(stamp) == 30 and stamp[16] == ":" and stamp[19] == "." and stamp[29] == "Z" and stamp[:16] == minute[0] \
             and stamp[17] < "6" and (digits := stamp[17:19] + stamp[20:29]).isdigit() and digits.isascii():
-        return _minute[1] + int(digits)     # our own form, in the minute of the one before: a log is full of them
-    if not isinstance(stamp, str) or not 20 <= len(stamp) <= 64 or stamp[10] not in "Tt ":
+        return minute[1] + int(digits)      # our own form, in the minute of the one before: a log is full of them
+    if not 20 <= len(stamp) <= 64 or stamp[10] not in "Tt ":
         raise ValueError(f"not an RFC 3339 time: {str(stamp)[:64]!r}")
     try:
         date, clock, rest = stamp[:10], stamp[11:19], stamp[19:]
@@ -836,7 +839,8 @@ class Git:
         if done.returncode:
             if not check:
                 return b""
-            reason = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
+            reason = [line for line in done.stderr.decode(errors="replace").splitlines() if line and not line.startswith("hint:")] \
+                or [f"exit status {done.returncode}"]
             raise GitError(f"git {args[0]} failed: {reason[-1]}")
         return done.stdout
 
@@ -1170,7 +1174,10 @@ class Journal:
         if self.size > JOURNAL_FILE_MAX:
             self.create(self.last + 1)
         data = b"\n".join(lines) + b"\n"
-        if os.fstat(self._descriptor).st_size != self.size:     # what a failed append could not take back
+        present = os.fstat(self._descriptor).st_size
+        if present < self.size:
+            raise OSError(errno.EIO, "somebody cut the journal; 'thrum daemon restart' mends it", self.directory)
+        if present > self.size:         # what a failed append could not take back
             os.ftruncate(self._descriptor, self.size)
         try:
             write_all(self._descriptor, data)
@@ -1185,9 +1192,9 @@ class Journal:
         """Undo the last append: the database could not be brought to the same state."""
         size = self.size - sum(map(len, lines)) - len(lines)
         os.ftruncate(self._descriptor, size)
-        durable_sync(self._descriptor)
         self.size = size
         self.last -= len(lines)
+        durable_sync(self._descriptor)
 
     def read(self, after: int = 0):
         """Pairs of sequence and line for all events later than `after`, damaged ones included."""
@@ -1445,9 +1452,20 @@ class Store:
             self.db.close()
             raise
         self._deadline = FAR
-        self.db.set_progress_handler(self._late_query, 20_000)
+        self.watch()
         self._late = FAR        # the earliest change of roster or groups that came after younger messages
         self.forget()
+
+    def watch(self) -> None:
+        """Look at the time now and then, as `limit` wants it."""
+        self.db.set_progress_handler(self._late_query, 20_000)
+
+    def meanwhile(self, progress) -> None:
+        """Call `progress()` now and then while a query runs, instead of limiting its time."""
+        def still() -> bool:
+            progress()
+            return False
+        self.db.set_progress_handler(still, 5_000_000)
 
     def limit(self, seconds: float) -> None:
         """Interrupt whatever runs longer than that from now on."""
@@ -1613,10 +1631,13 @@ class Store:
 
     def open_session(self, agent_id: str) -> dict | None:
         """The newest session of an agent that has not ended."""
-        if agent_id not in self._sessions:
-            self._sessions[agent_id] = self.row("select * from sessions where agent = ? and ended_at is null "
-                                                "order by started_at desc limit 1", self.key_of(agent_id))
-        return self._sessions[agent_id]
+        session = self._sessions.get(agent_id)
+        if not session:
+            session = self.row("select * from sessions where agent = ? and ended_at is null order by started_at desc limit 1",
+                               self.key_of(agent_id))
+            if session:         # anybody can make up agents that have none
+                self._sessions[agent_id] = session
+        return session
 
     def session(self, session_id: str) -> dict | None:
         return self.row("select s.*, a.agent_id from sessions s join agents a using(agent) where session_id = ?", session_id)
@@ -2258,8 +2279,11 @@ class Store:
                     ("git_updated_at", ("branch", "worktree_path", "unmerged_commits", "uncommitted_files", "changed_files",
                                         "file_changes")),
                     ("intent_updated_at", ("intent",)), ("task_updated_at", ("current_task",))):
-                stamp = context.get(at)
-                if type(stamp) is str:
+                try:
+                    stamp = stamp_of(ns_of(context.get(at)))
+                except ValueError:
+                    continue
+                if True:
                     values = [v if v is None or type(v) is str else canonical(v).decode() for v in map(context.get, fields)]
                     self.db.execute(f"update agent_work_contexts set {' = ?, '.join(fields)} = ?, {at} = ? where session_id = ? "
                                     f"and ifnull({at}, '') < ?", (*values, stamp, session_id, stamp))
@@ -2286,6 +2310,8 @@ class Store:
         self._roster_changed(ns)
 
     def _group_delete(self, event: dict, seq: int, ns: int) -> None:
+        if event["group_id"] == "grp_everyone":
+            return              # nobody deletes it
         self.db.execute("insert into groups(group_id, deleted_at) values(?, ?) on conflict(group_id) do update set "
                         "deleted_at = min(ifnull(deleted_at, excluded.deleted_at), excluded.deleted_at)", (event["group_id"], ns))
         self._roster_changed(ns)
@@ -2421,15 +2447,16 @@ class Ledger:
             self.journal.create()
             self.journal.mended = True
         self._read_ids(repo_id)
-        made_anew = self._open_store(clean)
-        if self.journal.mended or made_anew:
+        self._open_store(clean)
+        if self.journal.mended or not self.store.meta("imported"):
+            self.store.set_meta(imported=0)     # a crash before the end: the next start begins again
             self._import_files()
+            self.store.set_meta(imported=1)
         count, size = map(int, self.store.meta("branch_size", "0 0").split())
         present = self.branch.measure()
         if present[0] < count or present[1] < size:     # somebody removed files, or their ends
             self.store.set_meta(branch_seq=0)
-            clean = {}
-        self.incomplete = not clean
+            self.incomplete = True
         if not self.store.group(EVERYONE):
             self._create_everyone()
         self.flush(sync=True)
@@ -2455,6 +2482,7 @@ class Ledger:
             with open(path, "rb") as file:
                 mark = decode_object(file.read(4096))
             os.unlink(path)
+            sync_directory(self.places.var)
             return mark
         except (OSError, ValueError):
             return {}
@@ -2476,31 +2504,33 @@ class Ledger:
             atomic_write(path, canonical(ids) + b"\n")
         self.daemon_id, self.repo_id = ids["daemon_id"], repo_id or ids["repo_id"]
 
-    def _open_store(self, clean: dict) -> bool:
-        """Open the database if it agrees with the journal, else make it anew; then project what it lacks.
-
-        Whether it was made anew.
-        """
-        self.generation += 1
-        made_anew = False
+    def _open_store(self, clean: dict) -> None:
+        """Open the database if it agrees with the journal, else make it anew; then project what it lacks."""
+        trusted = False
         try:
             trusted = bool(clean) and clean == self._clean_mark()
             self.store = Store(self.places.database, self.world, writable=True)
+            self.store.meanwhile(self.progress)
             if not self._agrees(trusted):
                 raise sqlite3.DatabaseError("does not agree with the journal")
         except (sqlite3.Error, OSError):
-            if self.store:
-                self.store.close()
-            for suffix in ("", "-wal", "-shm"):
-                remove(self.places.database + suffix)
+            trusted = False
+            self._remove_database()
             self.store = Store(self.places.database, self.world, writable=True)
             self.store.create()
             self.store.set_meta(epoch=self.journal.epoch)
-            made_anew = True
         os.chmod(self.places.database, 0o600)
+        self.store.watch()
         self.rebuilt = self._project_from(self.store.reached()[0])
         self.world.seen(self.store.reached()[2])
-        return made_anew
+        self.incomplete = not trusted   # the branch files may lack lines
+        self.generation += 1            # only now: a reader that opens it reads all of it
+
+    def _remove_database(self) -> None:
+        if self.store:
+            self.store.close()
+        for suffix in ("", "-wal", "-shm"):
+            remove(self.places.database + suffix)
 
     def _agrees(self, trusted: bool) -> bool:
         store = self.store
@@ -2576,6 +2606,7 @@ class Ledger:
         found = {}              # event id -> (ns, line)
 
         def look(file, lines):
+            self.progress()
             ids = {}
             for line in lines:
                 match = re.search(rb'"event_id":"([^"\\]*)"', line)
@@ -2619,6 +2650,7 @@ class Ledger:
             if stem:
                 events.setdefault(stem, []).append((event["event_id"].encode(), line))
         for stem, lines in events.items():
+            self.progress()
             present = set()
             for path in self.branch.files(stem):
                 self._mend_tail(path)
@@ -2699,7 +2731,8 @@ class Ledger:
         except (OSError, sqlite3.Error) as error:
             self.batch = []
             if type(error) is sqlite3.DatabaseError and not again:      # malformed, or no database at all
-                self.heal()
+                if not self.heal():
+                    self.store.rollback()
                 return self.commit(requests, careful, again=True)
             self.store.rollback()
             problem = ThrumError(f"nothing was stored: {os_problem(error) if isinstance(error, OSError) else error}")
@@ -2707,10 +2740,11 @@ class Ledger:
                    [problem] * (len(requests) - len(outcomes)), []
         first = self.journal.last - len(self.batch) + 1
         events = [(first + i, event) for i, (_, event, _) in enumerate(self.batch)]
-        for line, event, _ in self.batch:
-            stem = self._stem(event)
-            if stem:
-                self.export.append((stem, line))
+        try:
+            stems = [(self._stem(event), line) for line, event, _ in self.batch]
+            self.export += [(stem, line) for stem, line in stems if stem]
+        except sqlite3.Error:   # it is stored; the files are completed from the journal
+            self.incomplete = True
         self.batch = []
         if len(self.export) > EXPORT_MAX:
             self.flush()
@@ -2774,9 +2808,7 @@ class Ledger:
                 fresh.close()
         except sqlite3.DatabaseError:
             pass
-        self.store.close()
-        for suffix in ("", "-wal", "-shm"):
-            remove(self.places.database + suffix)
+        self._remove_database()
         self._open_store({})
         return True
 
@@ -2821,10 +2853,27 @@ def ensure_branch(places: Places) -> None:
     Nothing of the user's is touched: not HEAD, not the index, not the hooks.  A branch that is known from the
     remote is continued; an existing one is never replaced.
     """
+    lock = os.open(places.common, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)    # agents that come at once; a lock on the directory leaves nothing behind
+        _ensure_branch(places)
+    finally:
+        os.close(lock)
+
+
+def _make_messages(places: Places) -> None:
+    """The folder for messages; a link in its place came from a remote, and what we write would go elsewhere."""
+    folder = places.sync + "/messages"
+    if os.path.islink(folder):
+        os.unlink(folder)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+
+
+def _ensure_branch(places: Places) -> None:
     git = Git(places.root)
     branch = "refs/heads/" + BRANCH
     if os.path.isfile(places.sync + "/.git") and git.run("rev-parse", "--verify", "-q", branch, check=False):
-        os.makedirs(places.sync + "/messages", mode=0o700, exist_ok=True)
+        _make_messages(places)
         return
     if not git.run("rev-parse", "--verify", "-q", branch, check=False):
         start = git.run("rev-parse", "--verify", "-q", "refs/remotes/origin/" + BRANCH, check=False).strip()
@@ -2839,13 +2888,13 @@ def ensure_branch(places: Places) -> None:
         os.rename(places.sync, aside)
     os.makedirs(os.path.dirname(places.sync), mode=0o700, exist_ok=True)
     git.run("worktree", "add", "-f", places.sync, BRANCH)
-    os.makedirs(places.sync + "/messages", mode=0o700, exist_ok=True)
+    _make_messages(places)
     events = places.sync + "/events.jsonl"
     if not os.path.exists(events):
         with open(events, "ab"):
             pass
         in_sync = Git(places.sync)
-        in_sync.run("add", "events.jsonl")
+        in_sync.run("add", "-f", "events.jsonl")       # *.jsonl may be ignored here
         in_sync.run("commit", "--no-verify", "-q", "-m", "Initialize Thrum sync data")
 
 
@@ -2981,6 +3030,7 @@ def add_ignore_lines(path: str) -> bool:
 # not be empty.  A method that writes runs in the ledger's batch and may use `context.append`; all others read.
 
 ACTIVE_S = 24 * 3600            # seconds after which somebody who was not seen is worth a warning
+WAIT_DEFAULT_MS = 30_000        # as the command waits when nobody says
 WAIT_MAX_MS = 600_000           # one `message.wait`; a caller that wants more asks again from where it was
 INTEGER_MAX = 1 << 53           # what every JSON reader keeps exactly (RFC 8259, section 6)
 PAIR = object()                 # {"type": …, "value": …}
@@ -4172,9 +4222,14 @@ async def reply(console: Console, args: Args) -> int:
     if author in gone:
         await console.note(f"  warning: {handle(author)} is not registered any more")
     names = [name for name in names if name not in gone] + groups
+    if gone and not names:      # without names it would go to everyone
+        raise ThrumError(f"nobody is left to answer: {', '.join(map(handle, gone))} is not registered any more")
     sent_ = await console.call("message.send", content=content, format=args.format, reply_to=parent["message_id"],
                                mentions=["@" + name for name in names], caller_agent_id=me, send_key=console.key)
-    await console.call("message.markRead", message_ids=[parent["message_id"]], caller_agent_id=me)
+    try:
+        await console.call("message.markRead", message_ids=[parent["message_id"]], caller_agent_id=me)
+    except ThrumError:
+        pass                    # the reply was sent, and that is what was asked for
     return await _report_send(console, sent_, "Reply sent")
 
 
@@ -4385,14 +4440,14 @@ async def agent_register_command(console: Console, args: Args) -> int:
     if name:
         check_name(name)
     repo_id = (await console.call("health"))["repo_id"]
-    display = f"{role.capitalize()} ({module})"
+    display = args.display or console.environ.get("THRUM_DISPLAY") or f"{role.capitalize()} ({module})"
     identity = Identity(name or unnamed_agent_id(repo_id, role, module), role, module, display)
     before = dict(console.identities).get(identity.name + ".json")
     if before is not None:
         identity = Identity(identity.name, role, module, display, data=parse_identity(identity.name + ".json", before).data)
 
     async def registered():
-        return await console.call("agent.register", name=name or None, role=role, module=module, display=args.display or display,
+        return await console.call("agent.register", name=name or None, role=role, module=module, display=display,
                                   force=args.force or None, re_register=args.re_register or None,
                                   worktree=console.worktree)
 
@@ -4478,6 +4533,8 @@ async def heartbeat(console: Console, args: Args) -> int:
 
 async def set_intent(console: Console, args: Args) -> int:
     identity = console.identity()
+    if identity.file:           # as it stands in the file, without what the environment says
+        identity = choose_identity(console.identities, console.environ, console.worktree)
     done = await console.call("session.setIntent", session_id=await console.session(), intent=args.text)
     if identity.file:
         await console.save(f".thrum/identities/{identity.file}", render_identity(
@@ -4679,6 +4736,7 @@ CALL_S = 10                     # seconds for one method
 IDLE_S = 300                    # seconds after which a connection that says nothing is closed, as in the reference
 WRITE_S = 10                    # seconds that a client may take to read what it asked for
 STOP_S = 5                      # seconds for what is in flight when the daemon stops
+LOCK_RETRY_S = 0.02             # seconds between tries: only a signal could end a blocking flock(2), and threads have none
 FLUSH_S = 0.05                  # seconds without a request before branch files are written: a burst goes together
 SYNC_S = 60                     # seconds between making the branch files durable, when something came
 CONNECTIONS_MAX = 2_000         # open at once; more are turned away
@@ -4809,8 +4867,8 @@ class RemoteConsole(Console):
     def __init__(self, daemon, connection: Connection, writer, call: bytes):
         fields = unpack(call)
         if len(fields) != 11:
-            raise InvalidRequest("the command record is damaged; is the client of another version?")
-        version, program, top, cwd, key, cursor, terminals, size, argv, environ, identities = fields
+            raise InvalidRequest("this program is older than the daemon; 'thrum init' with the newer one renews the launcher")
+        _, program, top, cwd, key, cursor, terminals, size, argv, environ, identities = fields
         words = [word.decode(errors="surrogateescape") for word in unpack(argv)]
         files = unpack(identities)
         variables = dict(item.decode(errors="replace").partition("=")[::2] for item in unpack(environ))
@@ -4823,7 +4881,6 @@ class RemoteConsole(Console):
             terminals=terminals.decode(errors="replace"), width=int(width) if width.isdecimal() else WIDTH_DEFAULT,
             program=_callable(os.fsdecode(program), os.fsdecode(top), os.fsdecode(cwd)), key=key.decode(errors="replace"),
             cursor=cursor.decode(errors="replace"))
-        self.version = version.decode(errors="replace")
         self.daemon, self.connection, self.writer = daemon, connection, writer
         self._shown = asyncio.Event()
         self._input = None
@@ -4940,12 +4997,15 @@ class Daemon:
             for connection in list(self.connections):
                 if not connection.busy and now - connection.since > IDLE_S:
                     connection.task.cancel()
-            if not os.path.exists(self.places.var + "/thrum.pid"):
-                self.log.warning("%s is gone: stopping", self.places.var)
+            if read_pid(self.places) != os.getpid():
+                self.log.warning("%s is gone, or another daemon's: stopping", self.places.var)
                 self.stopping.set()
                 return
             if self.ledger.unsynced():
-                await self._write(lambda context: self.ledger.flush(sync=True))
+                try:
+                    await self._write(lambda context: self.ledger.flush(sync=True))
+                except ThrumError as error:     # a full or slow disk: it is tried again
+                    self.log.warning("the branch files were not synced: %s", error)
 
     # ---- the writer
 
@@ -5042,10 +5102,10 @@ class Daemon:
 
     async def _wait(self, handler, params: dict, connection: Connection) -> dict:
         """Long-poll: ask, and ask again whenever something came, until there is an answer or the time is up."""
-        timeout_s = min(max(params.pop("timeout_ms", 30_000), 0), WAIT_MAX_MS) / 1000
+        timeout_s = min(max(params.pop("timeout_ms", WAIT_DEFAULT_MS), 0), WAIT_MAX_MS) / 1000
         deadline = self.world.monotonic() + timeout_s
         if "after_seq" not in params and not params.get("unread"):
-            params["after_seq"] = self.last_seq
+            params["after_seq"] = 0 if params.get("created_after") else self.last_seq
         wake = asyncio.Event()
         everything = params.get("all") or "caller_agent_id" not in params
         token = self.waiters.add("" if everything else params["caller_agent_id"], wake.set)
@@ -5164,16 +5224,19 @@ class Daemon:
             if not data:
                 return
             found = records.feed(data)
-        console = RemoteConsole(self, connection, writer, found[0][1])
-        if version_key(console.version) > version_key(__version__):
-            return await console.send("U")
-        running = self.loop.create_task(self._run_command(console))
+        version = b"".join(unpack(found[0][1])[:1])     # the first field for ever: the others may change
+        if version_key(version.decode(errors="replace")) > version_key(__version__):
+            return await send_bytes(writer, record("U"))
+        try:
+            console = RemoteConsole(self, connection, writer, found[0][1])
+        except InvalidRequest as error:
+            return await send_bytes(writer, record("E", error_line(error).encode()) + record("X", b"1"))
+        running, reading = self.loop.create_task(self._run_command(console)), None
         try:
             while not running.done():
                 reading = self.loop.create_task(reader.read(65536))
                 await asyncio.wait((reading, running), return_when=asyncio.FIRST_COMPLETED)
                 if not reading.done():
-                    reading.cancel()
                     break
                 data = reading.result()
                 if not data:
@@ -5184,6 +5247,8 @@ class Daemon:
                 await running
         finally:
             running.cancel()
+            if reading:
+                reading.cancel()
             writer.close()
 
     async def _run_command(self, console: RemoteConsole) -> None:
@@ -5220,30 +5285,19 @@ def take_lock(path: str, wait_s: float) -> int:
     The file stays: who unlinks it lets two processes hold "the" lock.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+    give_up_at = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(descriptor)
+                raise
+        if time.monotonic() >= give_up_at:
             os.close(descriptor)
-            raise
-    if wait_s <= 0:
-        os.close(descriptor)
-        return -1
-
-    def expired(number, frame):
-        raise TimeoutError
-    before = signal.signal(signal.SIGALRM, expired)
-    signal.setitimer(signal.ITIMER_REAL, wait_s)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        return descriptor
-    except TimeoutError:
-        os.close(descriptor)
-        return -1
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+            return -1
+        time.sleep(LOCK_RETRY_S)
 
 
 def daemon_process(places: Places, report) -> int:
@@ -5295,14 +5349,16 @@ def daemon_process(places: Places, report) -> int:
     except (ThrumError, OSError, sqlite3.Error) as error:
         report(os_problem(error) if isinstance(error, OSError) else str(error))
         return 1
+    except Exception as error:
+        logging.getLogger("thrum").exception("the start failed")
+        report(f"internal error at start: {error!r}; see 'thrum daemon logs'")
+        return 1
     try:
         asyncio.run(daemon.run(listener, lambda: report("")))
     finally:
-        for name in ("thrum.sock", "thrum.pid"):
-            try:
-                os.unlink(places.var + "/" + name)
-            except OSError:
-                pass
+        if read_pid(places) == os.getpid():     # not another daemon's, in a .thrum that was made anew
+            remove(places.var + "/thrum.sock")
+            remove(places.var + "/thrum.pid")
     daemon.log.info("stopped")
     return 0
 
@@ -5438,7 +5494,7 @@ def give_up(end, argv):
     """The exit status after `show` or `alive` has raised EOFError: a closed pipe is no failure, the rest is."""
     if not end.args:
         return 0
-    show(2, ("Error: " + end.args[0] + "\n").encode())
+    show(2, ("Error: " + end.args[0] + "\n").encode(errors="backslashreplace"))
     return 2 if argv[:1] == ["wait"] else 1
 
 
@@ -5493,7 +5549,7 @@ def answer_record(top: str, argv: list, kind: bytes, payload: bytes) -> bytes | 
         except OSError as error:
             return b"1cannot read the text: " + os_problem(error).encode(errors="replace")
         if len(data) > REQUEST_MAX:
-            return f"1{name} is larger than {REQUEST_MAX:,} bytes".encode()
+            return f"1{name} is larger than {REQUEST_MAX:,} bytes".encode(errors="replace")
         return b"0" + data
     if kind == b"W":
         name, data = unpack(payload)
@@ -5527,10 +5583,14 @@ class Client:
         """The result of a method; raises ThrumError with the daemon's words, Unreachable when it went away."""
         self._id += 1
         line = json.dumps({"jsonrpc": "2.0", "id": self._id, "method": method, "params": params}).encode() + b"\n"
-        self._sock.settimeout(self._answer_s + params.get("timeout_ms", 0) / 1000)
+        self._sock.settimeout(self._answer_s + params.get("timeout_ms", WAIT_DEFAULT_MS if method == "message.wait" else 0) / 1000)
+        reply = {}
         try:
             self._sock.sendall(line)
-            while not self._ready:
+            while reply.get("id") != self._id:      # another one answers a call that was given up
+                if self._ready:
+                    reply = json.loads(self._ready.pop(0))
+                    continue
                 data = self._sock.recv(65536)
                 if not data:
                     raise Unreachable("the daemon closed the connection")
@@ -5538,7 +5598,6 @@ class Client:
         except OSError as error:
             raise Unreachable(f"failed to read response (daemon may be unresponsive — try: thrum daemon restart): "
                               f"{os_problem(error)}") from None
-        reply = json.loads(self._ready.pop(0))
         if "error" in reply:
             kind = {MethodNotFound.code: MethodNotFound, InvalidParams.code: InvalidParams}.get(reply["error"]["code"], ThrumError)
             raise kind(reply["error"]["message"], reply["error"].get("data"))
@@ -5628,7 +5687,10 @@ def start_daemon(places: Places) -> bool:
                     told = True
                     show(2, b"thrum: the database is made anew from the log; this may take a moment\n")
         if said != "ok":
-            process.kill()
+            try:
+                os.killpg(process.pid, signal.SIGKILL)      # the daemon has detached itself from what we started
+            except ProcessLookupError:
+                pass
             process.wait()
             raise ThrumError(f"the daemon did not start: {said or 'it ended'}")
         process.wait()          # the one that detached itself
@@ -5752,7 +5814,7 @@ def whole():
 
 
 try:
-    home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(sys.argv[0]))))
+    home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(sys.argv[0]))))
 except OSError:         # the working directory has gone
     home = ""
 os._exit(launch(sys.argv[1:], home, sys.argv[0], {read_version(places.copy)!r}, {FORWARDED!r},
@@ -5787,7 +5849,7 @@ def initialize(start: str) -> tuple:
         if not os.access(folder, os.W_OK):
             raise ThrumError(f"cannot initialize thrum: {folder} is not writable")
     places = Places(top, top + "/.thrum", common)
-    fresh, done, undo = not os.path.isdir(places.thrum), [], []
+    fresh, done, undo = False, [], []
     had_branch = bool(Git(top).run("rev-parse", "--verify", "-q", "refs/heads/" + BRANCH, check=False))
     ignore = top + "/.gitignore"
     try:
@@ -5796,10 +5858,14 @@ def initialize(start: str) -> tuple:
     except FileNotFoundError:
         ignored = None
     try:
-        for folder in ("", "/identities", "/context", "/bin"):
-            if not os.path.isdir(places.thrum + folder):
-                undo.append(lambda: shutil.rmtree(places.thrum, ignore_errors=True))
-                os.makedirs(places.thrum + folder, mode=0o750)
+        try:
+            os.mkdir(places.thrum, 0o750)   # of several that come at once one is the first, and only that one may undo
+            fresh = True
+            undo.append(lambda: shutil.rmtree(places.thrum, ignore_errors=True))
+        except FileExistsError:
+            pass
+        for folder in ("/identities", "/context", "/bin"):
+            os.makedirs(places.thrum + folder, mode=0o750, exist_ok=True)
         os.makedirs(places.var, mode=0o700, exist_ok=True)
         if fresh:
             done.append("Created: .thrum/ directory structure")
@@ -6172,6 +6238,7 @@ def run_remote(console: LocalConsole, row: Command, state: dict) -> int:
                 raise
             time.sleep(RETRY_S)
             continue
+        began = time.monotonic()
         try:
             status = forward(sock, places.var, describe(argv, places.top, console.program, __version__, FORWARDED, state), state, other)
         except OSError:
@@ -6186,6 +6253,8 @@ def run_remote(console: LocalConsole, row: Command, state: dict) -> int:
             continue
         if b"H" in asked:
             raise ThrumError("the running daemon does not know this command; 'thrum daemon restart' renews it")
+        if time.monotonic() - began > START_S:
+            lost_at = None      # it was well in between
         if lost_at is None:
             lost_at = time.monotonic()
             if not console.args.quiet and not console.args.json and waits:
@@ -6215,8 +6284,7 @@ def main(argv: list | None = None, home: str = "", program: str = "", state: dic
         show(2, error_line(error).encode(errors="backslashreplace"))
         return error.status
     except OSError as error:
-        show(2, f"Error: {os_problem(error)}\n".encode(errors="backslashreplace"))
-        return 1
+        return give_up(EOFError(os_problem(error)), argv)
     except EOFError as end:
         return give_up(end, argv)
     except KeyboardInterrupt:
