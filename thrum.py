@@ -220,7 +220,7 @@ class ThrumError(Exception):
 
 
 class ParseError(ThrumError):
-    code = -32700               # JSON-RPC 2.0, section 5.1, as the three below
+    code = -32700               # JSON-RPC 2.0, section 5.1, as the four below
 
 
 class InvalidRequest(ThrumError):
@@ -449,7 +449,7 @@ def parse_duration(text: str) -> float:
         while end < len(rest) and rest[end] in "0123456789.":
             end += 1
         number, rest = rest[:end], rest[end:]
-        unit = next((u for u in ("ns", "us", "µs", "ms", "s", "m", "h") if rest.startswith(u)), "")
+        unit = next((unit for unit in DURATION_UNITS if rest.startswith(unit)), "")
         if not unit or number.strip("0123456789") not in ("", ".") or number in ("", "."):
             raise ValueError(f"invalid duration {text!r}; use for example 30s, 5m or 1h30m")
         total += float(number) * DURATION_UNITS[unit]
@@ -584,14 +584,14 @@ def file_stem(agent_id: str) -> str:
 
 # ================================================================== 5  Places
 #
-#     <top>/.thrum/                    never committed; in a linked worktree only the three with a *
+#     <top>/.thrum/                    never committed; in a linked worktree only what has a *
 #       config.json                    settings; unknown keys are kept
 #       redirect *                     in a linked worktree: the absolute path of the .thrum in effect
 #       identities/<name>.json *       who works in this worktree
 #       context/<name>.md *            what an agent wrote down for its successor
 #       bin/thrum, bin/thrum.py *      the launcher, and the copy that launcher and daemon run
 #       var/                           0700; runtime state, of this machine only
-#         thrum.sock  thrum.pid  thrum.lock  start.lock  stopped  daemon.json  daemon.log
+#         thrum.sock  thrum.pid  thrum.lock  start.lock  stopped  clean.json  daemon.json  daemon.log
 #         journal/<first>.jsonl        the log in the order of acceptance (section 8)
 #         messages.db                  the projection (section 9); disposable
 #         bad-lines.jsonl              lines of the log that could not be read
@@ -605,10 +605,9 @@ ENVIRONMENT = {
     "THRUM_ROLE": "* the role, over that of the identity file",
     "THRUM_MODULE": "* the module, over that of the identity file",
     "THRUM_DISPLAY": "* the display name, over that of the identity file",
-    "THRUM_HOSTNAME": "* the host name stored when an agent registers",
+    "THRUM_HOSTNAME": "of the daemon: the host name stored when an agent registers",
     "THRUM_SOCKET": "the daemon's socket, instead of the one under .thrum/var",
     "THRUM_AUTOSTART": "0: do not start the daemon when it is absent",
-    "THRUM_LOCAL": "1 or true, 0 or false: nothing leaves this machine; over daemon.local_only",
     "NO_COLOR": "* any value: no colour",
     "COLUMNS": "* the width of the output where it is not a terminal",
 }
@@ -805,7 +804,6 @@ def save_config(thrum: str, changes: dict) -> None:
 # ================================================================== 6  Git
 
 GIT_LOCAL_S = 5                 # seconds for a command that stays on this machine
-GIT_NETWORK_S = 10              # seconds for one that talks to a remote
 
 
 class Git:
@@ -853,7 +851,7 @@ class Git:
 
 IDENTITY_VERSION = 3
 IDENTITY_MAX = 65_536           # bytes; a file that is larger is not one of ours
-IDENTITIES_MAX = 64             # files that a client reads: one worktree, a handful of agents
+IDENTITIES_MAX = 64             # files that are read: one worktree, a handful of agents
 
 
 def normalize_origin(url: str) -> str:
@@ -954,6 +952,19 @@ def parse_identity(file: str, content: bytes) -> Identity:
     return Identity(**fields, file=file, data=data)
 
 
+def read_identities(local):
+    """The identity files below a `.thrum`, as pairs of name and bytes.  (The launcher carries this function.)"""
+    files = []
+    try:
+        for name in sorted(os.listdir(local + "/identities")):
+            if name.endswith(".json") and name[0] != "." and len(files) < 64:       # IDENTITIES_MAX
+                with open(local + "/identities/" + name, "rb") as file:
+                    files.append((name, file.read(65537)))                          # IDENTITY_MAX, and one more
+    except OSError:
+        pass
+    return files
+
+
 def render_identity(identity: Identity, stamp: str, **changes) -> bytes:
     """The bytes of an identity file; `changes` are keys of its top level, None removes one."""
     data = dict(identity.data)
@@ -1047,11 +1058,10 @@ def file_stem_or_refuse(agent_id: str) -> None:
 JOURNAL_FILE_MAX = 8 << 20      # bytes: the last file is read whole at each start
 BRANCH_FILE_MAX = 256 << 10     # bytes: each commit stores a changed file whole
 BAD_LINES_MAX = 4 << 20         # bytes of damaged lines kept for a look
-READ_BYTES = 1 << 20            # bytes read at once
 
 
 def read_lines(path: str, offset: int = 0):
-    """The complete lines of a file, without their newline, of any length, in bounded memory per line."""
+    """The complete lines of a file, without their newline; a line is held whole, however long."""
     with open(path, "rb") as file:
         file.seek(offset)
         for line in file:
@@ -1311,10 +1321,12 @@ class Branch:
 #
 # The projection of the log.  What it holds is a function of the *set* of events: they may come in any order and
 # any number of times.  Where two events disagree, the one with the greater (time, event id) wins, except that the
-# first deletion and the first end of a session count.  What needs a parent that has not come waits in `pending`.
+# first deletion, reading, creation and end of a thing count.  What needs a parent that has not come waits in `pending`.
 #
 # A message is known by `seq`, its number in the journal; lists are ordered by `at`, its time in ns.  Agents
-# have small integer keys, because most rows are deliveries.  `delivered` and `listed` hold such keys as text.
+# have small integer keys, because most rows are deliveries.  `delivered` (who got it) and `listed` (whom the event
+# names) hold such keys as text; `wide` is 2 for a message to everybody, 1 for one to groups, roles or names that the
+# list may lack, 0 for one that goes exactly to the list.
 # Page and counts of an inbox cost the same at a thousand and at a million messages: the rows of one agent lie
 # together, an index holds only the unread, and the counts are kept with the agent.
 
@@ -2283,10 +2295,9 @@ class Store:
                     stamp = stamp_of(ns_of(context.get(at)))
                 except ValueError:
                     continue
-                if True:
-                    values = [v if v is None or type(v) is str else canonical(v).decode() for v in map(context.get, fields)]
-                    self.db.execute(f"update agent_work_contexts set {' = ?, '.join(fields)} = ?, {at} = ? where session_id = ? "
-                                    f"and ifnull({at}, '') < ?", (*values, stamp, session_id, stamp))
+                values = [v if v is None or type(v) is str else canonical(v).decode() for v in map(context.get, fields)]
+                self.db.execute(f"update agent_work_contexts set {' = ?, '.join(fields)} = ?, {at} = ? where session_id = ? "
+                                f"and ifnull({at}, '') < ?", (*values, stamp, session_id, stamp))
 
     def _group_create(self, event: dict, seq: int, ns: int) -> None:
         self.db.execute(
@@ -2360,8 +2371,8 @@ _PROJECTIONS = {
 #
 # Everything that changes goes through `commit`, which takes the requests that have come meanwhile as one batch:
 #
-#     BEGIN; for each request, in a SAVEPOINT: decide, make events, apply them; append all lines to the journal;
-#     one sync; COMMIT with the sequence reached; then tell everybody.
+#     BEGIN; for each request: decide, make events, apply them; append all lines to the journal; one sync;
+#     COMMIT with the sequence reached; then tell everybody.
 #
 # What a crash leaves: before the sync, nothing that was promised; between sync and COMMIT, lines that the next
 # start applies; after COMMIT, lines that the branch files may lack, which the next start adds.
@@ -2373,15 +2384,17 @@ EXPORT_MAX = 512                # lines that may wait for their branch file
 class Context:
     """What a method may touch: the store, and for one that changes something, `append`."""
 
-    def __init__(self, world: World, store: Store, ledger: Ledger, facts: dict):
+    def __init__(self, world: World, store: Store, ledger: Ledger):
         self.world = world
         self.store = store
         self.ledger = ledger
-        self.facts = facts      # of the daemon: started_at (monotonic s), pid, log, …
         self.lines = []         # (line, event, ns) that this request has made
 
     def append(self, kind: str, /, *, after: int = 0, **fields) -> dict:
-        """Make an event, later than `after` (ns), and apply it; empty optional fields are left out."""
+        """Make an event, later than `after` (ns), and apply it; empty optional fields are left out.
+
+        Raises InvalidParams for what JSON in UTF-8 cannot hold, ThrumError for a line longer than LINE_MAX.
+        """
         row = EVENTS[kind]
         event = {k: v for k, v in fields.items()
                  if v is not None and (k in row.fields or row.empty or v not in ("", False, []))}
@@ -2396,7 +2409,7 @@ class Context:
         except ValueError as error:
             raise InvalidParams(f"this cannot be stored: {error}") from None
         if len(line) > LINE_MAX:
-            raise ThrumError(f"the message is too large: {len(line):,} bytes with its envelope, the limit is {LINE_MAX:,}; "
+            raise ThrumError(f"this is too large: {len(line):,} bytes with its envelope, the limit is {LINE_MAX:,}; "
                              "put the content into a file in the repository and send its path")
         self.store.apply(event, sequence, ns, fresh=True)
         self.lines.append((line, event, ns))
@@ -2418,7 +2431,7 @@ class Ledger:
     def __init__(self, places: Places, world: World):
         self.places = places
         self.world = world
-        self.facts = {}
+        self.facts = {}         # of the daemon: when it started (monotonic s), how to stop it
         self.progress = lambda: None
         self.batch = []         # (line, event, ns) of the batch in progress
         self.export = []        # (stem, line) that wait for their branch file
@@ -2429,7 +2442,7 @@ class Ledger:
         self.journal = Journal(places.journal, world, self.bad_lines)
         self.branch = Branch(places.sync)
         self.store = None
-        self.rebuilt = 0        # events that the last start had to project
+        self.rebuilt = 0        # events that the last opening of the database had to project
 
     # ---- opening and closing
 
@@ -2751,7 +2764,7 @@ class Ledger:
         return outcomes, events
 
     def _carry_out(self, request, careful: bool):
-        store, context = self.store, Context(self.world, self.store, self, self.facts)
+        store, context = self.store, Context(self.world, self.store, self)
         if careful:
             store.save_point()
         before = store.changes()
@@ -2792,6 +2805,11 @@ class Ledger:
         except (OSError, sqlite3.Error) as error:
             self.incomplete = True
             self.export_problem = os_problem(error) if isinstance(error, OSError) else str(error)
+            if type(error) is sqlite3.DatabaseError:
+                if self.store.db.in_transaction:
+                    raise       # `commit` heals it and comes again
+                if self.heal():
+                    self.flush(sync)
 
     def unsynced(self) -> bool:
         """Whether branch files were written that a power cut could still take back."""
@@ -2947,7 +2965,7 @@ def _decode_call(value) -> Call:
     if value.get("jsonrpc") != "2.0":
         return wrong("jsonrpc field must be '2.0'", id)
     method = value.get("method")
-    if "method" in value and method is not None and not isinstance(method, str):
+    if not (method is None or isinstance(method, str)):
         return wrong("method must be a string", id)
     if not method and "id" not in value:
         return wrong("method is missing")
@@ -3032,6 +3050,7 @@ def add_ignore_lines(path: str) -> bool:
 ACTIVE_S = 24 * 3600            # seconds after which somebody who was not seen is worth a warning
 WAIT_DEFAULT_MS = 30_000        # as the command waits when nobody says
 WAIT_MAX_MS = 600_000           # one `message.wait`; a caller that wants more asks again from where it was
+BATCH_READ_MAX = 5_000          # messages marked at once: bounds the transaction that others wait for
 INTEGER_MAX = 1 << 53           # what every JSON reader keeps exactly (RFC 8259, section 6)
 PAIR = object()                 # {"type": …, "value": …}
 
@@ -3044,7 +3063,6 @@ class Method(Record):
     help: str
     writes: bool = False
     waits: bool = False         # the handler gives None until there is something
-    unix_only: bool = False
     aliases: dict = {}          # other spellings of parameters (design, decision 23)
 
 
@@ -3110,19 +3128,6 @@ def caller_of(context: Context, params: dict) -> str:
         return given
     places = context.ledger.places
     return resolve_caller(read_identities(places.root + "/.thrum"), {}, printable(os.path.basename(places.root))).agent_id()
-
-
-def read_identities(local: str) -> list:
-    """The identity files of a worktree, as pairs of name and bytes, at most IDENTITIES_MAX."""
-    files = []
-    try:
-        for name in sorted(os.listdir(local + "/identities")):
-            if name.endswith(".json") and not name.startswith(".") and len(files) < IDENTITIES_MAX:
-                with open(f"{local}/identities/{name}", "rb") as file:
-                    files.append((name, file.read(IDENTITY_MAX + 1)))
-    except OSError:
-        pass
-    return files
 
 
 def session_of(context: Context, agent_id: str) -> dict:
@@ -3238,12 +3243,17 @@ def session_start(context: Context, params: dict) -> dict:
     return {"session_id": event["session_id"], "agent_id": agent_id, "started_at": event["timestamp"]}
 
 
-def session_end(context: Context, params: dict) -> dict:
-    session = context.store.session(params["session_id"])
+def _open_session(context: Context, session_id: str) -> dict:
+    session = context.store.session(session_id)
     if not session:
-        raise ThrumError(f"session not found: {params['session_id']}")
+        raise ThrumError(f"session not found: {session_id}")
     if session["ended_at"]:
-        raise ThrumError(f"session {session['session_id']} has already ended")
+        raise ThrumError(f"session {session_id} has already ended")
+    return session
+
+
+def session_end(context: Context, params: dict) -> dict:
+    session = _open_session(context, params["session_id"])
     reason = check_text(params.get("reason") or "normal", "reason", PAIR_MAX)
     event = context.append("agent.session.end", after=session["started_at"], session_id=session["session_id"], reason=reason)
     return {"session_id": session["session_id"], "ended_at": event["timestamp"],
@@ -3256,15 +3266,6 @@ def session_list(context: Context, params: dict) -> dict:
         "session_id": row["session_id"], "agent_id": row["agent_id"], "started_at": stamp_of(row["started_at"]),
         **compact(ended_at=_stamp(row["ended_at"]), end_reason=row["end_reason"]), "last_seen_at": stamp_of(row["last_seen_at"]),
         **compact(intent=row["intent"]), "status": "ended" if row["ended_at"] else "active"} for row in rows]}
-
-
-def _open_session(context: Context, session_id: str) -> dict:
-    session = context.store.session(session_id)
-    if not session:
-        raise ThrumError(f"session not found: {session_id}")
-    if session["ended_at"]:
-        raise ThrumError(f"session {session_id} has already ended")
-    return session
 
 
 def session_heartbeat(context: Context, params: dict) -> dict:
@@ -3398,7 +3399,7 @@ def message_send(context: Context, params: dict) -> dict:
         raise InvalidParams(f"send_key is longer than {PAIR_MAX} characters")
     before = store.message_by_key(author, key) if key else None
     if before:
-        return _send_reply(store, before, 0, [], repeated=True)
+        return _repeated(store, before)
     session = session_of(context, author)
     # Scopes and references of routing types are what they say, whether they come as mentions or not.
     given_scopes, given_refs = pairs_of(params.get("scopes")), pairs_of(params.get("refs"))
@@ -3431,7 +3432,7 @@ def message_send(context: Context, params: dict) -> dict:
         recipients = store.expand("group", EVERYONE)
     after, thread = session["started_at"], params.get("thread_id", "")
     if thread:
-        thread, newest = _thread_for(store, thread)
+        thread, newest = _thread_to_continue(store, thread)
         after = max(after, newest)
     reply_to = params.get("reply_to") or next((v for k, v in given_refs if k == "reply_to"), "")
     if reply_to:
@@ -3459,14 +3460,15 @@ def message_send(context: Context, params: dict) -> dict:
         recipients=[{"agent_id": agent_id, "delivered_at": event["timestamp"]} for agent_id in ids]) | {"resolved_to": resolved}
 
 
-def _send_reply(store: Store, row: dict, resolved: int, warnings: list, **more) -> dict:
+def _repeated(store: Store, row: dict) -> dict:
+    """The reply to a send whose key was used before: of the message that was made then."""
     audiences = [{**a, "type": "agent" if a["type"] == "mention" else a["type"]} for a in _audiences(row)]
     return {**compact(message_id=row["message_id"], thread_id=row["thread_id"], created_at=stamp_of(row["at"]), seq=row["seq"],
                       audiences=audiences, recipients=store.recipients(row)),
-            "resolved_to": sum(a["type"] != "broadcast" for a in audiences), **more}
+            "resolved_to": sum(a["type"] != "broadcast" for a in audiences), "repeated": True}
 
 
-def _thread_for(store: Store, thread_id: str) -> tuple:
+def _thread_to_continue(store: Store, thread_id: str) -> tuple:
     """The id that a thread goes by and the time of its newest message; a lone message has a thread of its own."""
     thread_id = store.thread(thread_id)
     newest = store.newest_in(thread_id)
@@ -3503,8 +3505,7 @@ def message_list(context: Context, params: dict) -> dict:
         raise ThrumError(f"invalid sort_by: {sort_by} (must be 'created_at' or 'updated_at')")
     if order not in ("asc", "desc"):
         raise ThrumError(f"invalid sort_order: {order} (must be 'asc' or 'desc')")
-    size = min(max(params.get("page_size") or 10, 1), PAGE_MAX)
-    page = max(params.get("page") or 1, 1)
+    size, page = _paging(params)
     caller, receiver = params.get("caller_agent_id", ""), params.get("for_agent", "")
     if params.get("exclude_self") or params.get("unread") or params.get("mentions"):
         caller = caller_of(context, params)
@@ -3512,10 +3513,7 @@ def message_list(context: Context, params: dict) -> dict:
     mention = params.get("mention_role", "")
     if params.get("mentions") and not mention:
         mention = caller        # decision 16: mail that names the caller itself
-    try:
-        after_ns = min(ns_of(params["created_after"]), FAR) if params.get("created_after") else 0
-    except ValueError as error:
-        raise InvalidParams(f"invalid params: created_after is {error}") from None
+    after_ns = _created_after(params)
     found = store.page(
         receiver=unread_for or receiver, unread=bool(unread_for), reader=unread_for or caller or receiver,
         author=params.get("author_id", ""), not_author=caller if params.get("exclude_self") else "",
@@ -3527,6 +3525,19 @@ def message_list(context: Context, params: dict) -> dict:
             "last_seq": store.reached()[0], "epoch": store.meta("epoch", "")}
 
 
+def _created_after(params: dict) -> int:
+    """The parameter of that name in ns, 0 without it."""
+    try:
+        return min(ns_of(params["created_after"]), FAR) if params.get("created_after") else 0
+    except ValueError as error:
+        raise InvalidParams(f"invalid params: created_after is {error}") from None
+
+
+def _paging(params: dict) -> tuple:
+    """The size and the number of the page that is asked for."""
+    return min(max(params.get("page_size") or 10, 1), PAGE_MAX), max(params.get("page") or 1, 1)
+
+
 def _pair(scope):
     return (scope["type"], scope["value"]) if scope else None
 
@@ -3536,8 +3547,7 @@ def message_outbox(context: Context, params: dict) -> dict:
     wanted = to.strip().lstrip("@").lower()
     if to and not wanted:
         raise ThrumError("invalid to filter")
-    size = min(max(params.get("page_size") or 10, 1), PAGE_MAX)
-    page = max(params.get("page") or 1, 1)
+    size, page = _paging(params)
     found = store.outbox(caller_of(context, params), wanted, params.get("unread", False), size, (page - 1) * size)
     messages = []
     for row in found["messages"]:
@@ -3582,7 +3592,7 @@ def message_delete(context: Context, params: dict) -> dict:
 
 
 def message_mark_read(context: Context, params: dict) -> dict:
-    """Marks what the caller received and has not read; `all` means everything up to `up_to_seq`."""
+    """Marks what the caller received and has not read; `all`: the newest BATCH_READ_MAX of it up to `up_to_seq`."""
     store, reader = context.store, caller_of(context, params)
     if params.get("all"):
         unread = store.page(receiver=reader, unread=True, limit=BATCH_READ_MAX)["messages"]
@@ -3608,20 +3618,14 @@ def message_mark_read(context: Context, params: dict) -> dict:
     return {"marked_count": marked, **compact(also_read_by=others), "remaining": left}
 
 
-BATCH_READ_MAX = 5_000          # messages marked at once: bounds the transaction that others wait for
-
-
 def message_wait(context: Context, params: dict) -> dict | None:
     """The messages after a point, oldest first, or None while there are none."""
-    store, limit = context.store, min(max(params.get("page_size") or 10, 1), PAGE_MAX)
+    store, (limit, _) = context.store, _paging(params)
     agent_id = "" if params.get("all") else caller_of(context, params)
     after, unread = params.get("after_seq", -1), params.get("unread", False)
     if params.get("epoch", store.meta("epoch")) != store.meta("epoch"):
         after, unread = -1, not params.get("all")      # numbers of another journal: begin at the oldest unread
-    try:
-        after_ns = min(ns_of(params["created_after"]), FAR) if params.get("created_after") else 0
-    except ValueError as error:
-        raise InvalidParams(f"invalid params: created_after is {error}") from None
+    after_ns = _created_after(params)
     found = store.page(
         receiver=agent_id, reader=params.get("caller_agent_id", ""), unread=unread, author=params.get("from", "").lstrip("@"),
         not_author=params.get("caller_agent_id", ""), scope=_pair(params.get("scope")),
@@ -3637,7 +3641,7 @@ CALLER = {"caller_agent_id": str}
 PAGING = {"page_size": int, "page": int}
 METHODS = {
     "health": Method(health, {}, "Whether the daemon is well, and how much it holds."),
-    "daemon.stop": Method(stop, {}, "Stop the daemon after what is in flight.", unix_only=True),
+    "daemon.stop": Method(stop, {}, "Stop the daemon after what is in flight."),
     "agent.register": Method(
         agent_register, {"role!": str, "module!": str, "name": str, "display": str, "force": bool, "re_register": bool,
                          "worktree": str}, "Register an agent, or report who holds its role and module.", writes=True),
@@ -3758,10 +3762,8 @@ def ago(stamp: str, now_ns: int) -> str:
         return plain(stamp)
     if seconds < 60:
         return "just now"
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
-        if seconds >= size:
-            return f"{int(seconds // size)}{unit} ago"
-    return ""
+    size, unit = next(step for step in ((86400, "d"), (3600, "h"), (60, "m")) if seconds >= step[0])
+    return f"{int(seconds // size)}{unit} ago"
 
 
 def when(stamp: str) -> str:
@@ -3772,8 +3774,8 @@ def when(stamp: str) -> str:
 def handle(agent_id: str) -> str:
     """How an agent is written: `@name`, and `@role` for the ids of old versions."""
     if agent_id.startswith("agent:"):
-        return "@" + plain(agent_id.split(":")[1])
-    return "@" + plain(agent_id)
+        agent_id = agent_id.split(":")[1]
+    return "@" + one_line(agent_id)
 
 
 def to_json(value) -> str:
@@ -3816,8 +3818,8 @@ class Argument(Record):
 class Command(Record):
     """One command.  `here`: it runs in the caller's process; `offline`: it has something to say without a daemon.
 
-    `failure` is the exit status of errors; `joins`: it initializes the repository first where needed; `tells` is
-    what it does: it reads, changes, or only tells.
+    `failure` is the exit status of errors; `joins`: it initializes the repository first where needed; `does` says
+    whether it reads, changes, or only tells, for whoever decides what an agent may call.
     """
 
     run: object
@@ -3943,7 +3945,10 @@ class Console:
         raise NotImplementedError
 
     async def end(self, status: int) -> None:
-        """Give the exit status and wait until all text has left the caller's process; what was shown can be marked."""
+        """Give the exit status and wait until all text has left the caller's process; what was shown can be marked.
+
+        Whatever is written after it is not shown.
+        """
 
     async def read(self, path: str) -> bytes:
         """The bytes of a file that the command line names, or of stdin for `-`."""
@@ -4026,9 +4031,9 @@ DEFAULT_INTENTS = {
     "tester": "Test and validate changes in {}"}
 
 
-async def quickstart(console: Console, args: Args) -> int:
-    environ = console.environ
-    name = environ.get("THRUM_NAME", "").strip() or args.name or ""
+async def _chosen_name(console: Console, args: Args) -> str:
+    """The name to register under, "" for none: THRUM_NAME counts more than --name (decision 5)."""
+    name = console.environ.get("THRUM_NAME", "").strip() or args.name or ""
     if args.name and name != args.name:
         await console.note(f"Note: THRUM_NAME is '{name}' and counts, not --name {args.name}")
     if name:
@@ -4036,6 +4041,17 @@ async def quickstart(console: Console, args: Args) -> int:
             check_name(name)
         except InvalidParams as error:
             raise InvalidParams(f"invalid agent name: {error}") from None
+    return name
+
+
+def _worktree_ref(console: Console) -> list:
+    """The references of a session: which worktree it works in."""
+    return [{"type": "worktree", "value": printable(console.top)[-PAIR_MAX:]}]
+
+
+async def quickstart(console: Console, args: Args) -> int:
+    environ = console.environ
+    name = await _chosen_name(console, args)
     old = Identity()
     if not args.force:
         files = [f for f in console.identities if not name or f[0] == name + ".json"]
@@ -4067,8 +4083,7 @@ async def quickstart(console: Console, args: Args) -> int:
 
     register = await _with_identity_file(console, identity, repo_id, registered)
     session = await console.call("session.start", agent_id=register["agent_id"],
-                                 refs=[{"type": "worktree", "value": printable(console.top)[-PAIR_MAX:]}])
-    await console.resume_at(session["session_id"])
+                                 refs=_worktree_ref(console))
     done = await console.call("session.setIntent", session_id=session["session_id"], intent=intent)
     await _save_identity(console, identity, repo_id, session_id=session["session_id"], intent=intent)
     unread = (await console.call("message.list", for_agent=register["agent_id"], page_size=1))["unread"]
@@ -4105,10 +4120,10 @@ def _who_text(who: dict, console: Console) -> str:
     """The agent summary: who somebody is, in a block."""
     session = f"{who['session_id']} ({console.ago(who.get('session_start', ''))})" if who.get("session_id") \
         else "none (use 'thrum session start' to begin)"
-    lines = [("Agent ID:", plain(who["agent_id"])), ("Role:", "@" + plain(who["role"])), ("Module:", plain(who["module"])),
-             ("Display:", plain(who.get("display", ""))), ("Branch:", plain(who.get("branch", ""))),
-             ("Intent:", one_line(who.get("intent", ""))), ("Session:", session), ("Worktree:", plain(who.get("worktree", ""))),
-             ("Identity:", plain(who.get("identity_file", "")))]
+    lines = [("Agent ID:", one_line(who["agent_id"])), ("Role:", "@" + one_line(who["role"])), ("Module:", one_line(who["module"])),
+             ("Display:", one_line(who.get("display", ""))), ("Branch:", one_line(who.get("branch", ""))),
+             ("Intent:", one_line(who.get("intent", ""))), ("Session:", session), ("Worktree:", one_line(who.get("worktree", ""))),
+             ("Identity:", one_line(who.get("identity_file", "")))]
     return "".join(f"{label:<10} {value}\n" for label, value in lines if value)
 
 
@@ -4267,10 +4282,7 @@ async def inbox(console: Console, args: Args) -> int:
     else:
         text = "No messages in inbox.\n" if args.all else \
             f"No {'unread ' if args.unread else ''}messages for {handle(me)}.\n"
-    if args.json:
-        await console.out(to_json(found))
-    else:
-        await console.out(text)
+    await console.answer(found, text)
     unread = [message["message_id"] for message in messages if not message["is_read"]]
     if unread and not args.unread:
         await console.end(0)    # mail that never left the process stays unread
@@ -4284,7 +4296,7 @@ async def sent(console: Console, args: Args) -> int:
     blocks = []
     for message in found["messages"]:
         states = message.get("recipients", [])
-        to = ", ".join(f"{a['type']}:{plain(a['value'])}" for a in message["audiences"])
+        to = ", ".join(f"{one_line(a['type'])}:{one_line(a['value'])}" for a in message["audiences"])
         deleted = "  DELETED" if message["deleted"] else ""
         block = f"{console.bold(plain(message['message_id']))}  {console.ago(message['created_at'])}  to {to}  " \
                 f"{message['read_count']}/{len(states)} read{deleted}\n  {one_line(message['body']['content'], console.width - 2)}\n"
@@ -4308,7 +4320,7 @@ def _state_text(state: dict) -> str:
 def _detail_text(message: dict) -> str:
     """One message with everything about it."""
     def pairs(name):
-        return ", ".join(f"{plain(pair['type'])}:{plain(pair['value'])}" for pair in message.get(name) or [])
+        return ", ".join(f"{one_line(pair['type'])}:{one_line(pair['value'])}" for pair in message.get(name) or [])
     lines = [("Message:", message["message_id"]), ("From:", handle(message["author"]["agent_id"])),
              ("Time:", when(message["created_at"])), ("Thread:", message.get("thread_id", "")), ("To:", pairs("audiences")),
              ("Scopes:", pairs("scopes")), ("Refs:", pairs("refs")), ("Edited:", when(message.get("updated_at", "")))]
@@ -4430,15 +4442,11 @@ async def wait(console: Console, args: Args) -> int:
 # ---- agents, sessions, groups
 
 async def agent_register_command(console: Console, args: Args) -> int:
-    name = console.environ.get("THRUM_NAME", "").strip() or args.name or ""
-    if args.name and name != args.name:
-        await console.note(f"Note: THRUM_NAME is '{name}' and counts, not --name {args.name}")
+    name = await _chosen_name(console, args)
     role, module = args.role or console.environ.get("THRUM_ROLE"), args.module or console.environ.get("THRUM_MODULE")
     if not role or not module:
         raise Usage("role and module are required (use --role and --module flags or THRUM_ROLE and THRUM_MODULE env vars)")
     check_word(role, "role")
-    if name:
-        check_name(name)
     repo_id = (await console.call("health"))["repo_id"]
     display = args.display or console.environ.get("THRUM_DISPLAY") or f"{role.capitalize()} ({module})"
     identity = Identity(name or unnamed_agent_id(repo_id, role, module), role, module, display)
@@ -4455,7 +4463,7 @@ async def agent_register_command(console: Console, args: Args) -> int:
     if done["status"] == "conflict":
         await console.save(f".thrum/identities/{identity.name}.json", before)
         other = done["conflict"]
-        text = (f"✗ Registration conflict\n  Agent ID:   {plain(other['existing_agent_id'])} has this role and module\n"
+        text = (f"✗ Registration conflict\n  Agent ID:   {one_line(other['existing_agent_id'])} has this role and module\n"
                 f"  Registered: {when(other['registered_at'])}\n  Last seen:  {when(other['last_seen_at'])}\n"
                 "  Use --force to register beside it, --re-register to return as this agent\n")
     else:
@@ -4473,8 +4481,8 @@ async def agent_list_command(console: Console, args: Args) -> int:
     text = f"Registered agents ({len(found['agents'])}):\n"
     for agent in found["agents"]:
         session = active.get(agent["agent_id"])
-        text += f"\n{'●' if session else '○'} {console.bold(handle(agent['agent_id']))}  @{plain(agent['role'])}  " \
-                f"{plain(agent['module'])}  ({'active' if session else 'offline'})\n"
+        text += f"\n{'●' if session else '○'} {console.bold(handle(agent['agent_id']))}  @{one_line(agent['role'])}  " \
+                f"{one_line(agent['module'])}  ({'active' if session else 'offline'})\n"
         if session and session.get("intent"):
             text += f"    Intent: {one_line(session['intent'], console.width - 14)}\n"
         if not session and agent.get("last_seen_at"):
@@ -4487,7 +4495,7 @@ async def agent_list_command(console: Console, args: Args) -> int:
 
 async def session_start_command(console: Console, args: Args) -> int:
     done = await console.call("session.start", agent_id=console.me(),
-                              refs=[{"type": "worktree", "value": printable(console.top)[-PAIR_MAX:]}])
+                              refs=_worktree_ref(console))
     await console.answer(done, f"✓ Session started: {done['session_id']}\n  Agent:   {handle(done['agent_id'])}\n"
                                f"  Started: {when(done['started_at'])}\n")
     return 0
@@ -4512,7 +4520,7 @@ async def session_list_command(console: Console, args: Args) -> int:
     for session in found["sessions"]:
         lines = [("Agent:", handle(session["agent_id"])), ("Started:", when(session["started_at"])),
                  ("Ended:", when(session.get("ended_at", ""))), ("Intent:", one_line(session.get("intent", ""))),
-                 ("Reason:", plain(session.get("end_reason", "")) if session.get("end_reason") != "normal" else "")]
+                 ("Reason:", one_line(session.get("end_reason", "")) if session.get("end_reason") != "normal" else "")]
         text += f"\n{session['session_id']} [{session['status']}]\n" + "".join(f"  {k:<9}{v}\n" for k, v in lines if v)
     await console.answer(found, text if found["sessions"] else "No sessions found.\n")
     return 0
@@ -4562,13 +4570,13 @@ async def group_add_command(console: Console, args: Args) -> int:
     caller = resolve_caller(console.identities, console.environ, console.worktree).agent_id()
     done = await console.call("group.member.add", group=args.group, member_type=kind, member_value=value, caller_agent_id=caller)
     shown = f"role:{plain(value)}" if kind == "role" else handle(value)
-    await console.answer(done, f"✓ Added {shown} to {plain(done['group'])}")
+    await console.answer(done, f"✓ Added {shown} to {one_line(done['group'])}")
     return 0
 
 
 async def group_list_command(console: Console, args: Args) -> int:
     found = await console.call("group.list")
-    table = [[plain(group["name"]), f"{group['member_count']} member{'' if group['member_count'] == 1 else 's'}",
+    table = [[one_line(group["name"]), f"{group['member_count']} member{'' if group['member_count'] == 1 else 's'}",
               one_line(group.get("description", "(no description)"))] for group in found["groups"]]
     await console.answer(found, rows_of(table) if table else "No groups found.\n")
     return 0
@@ -4818,7 +4826,7 @@ def dial(var, answer_s=15):
 
 
 def alive(var):
-    """Raise EOFError unless the daemon answers a simple question soon.  (The launcher carries this function.)"""
+    """Raise EOFError if the daemon accepts a connection, but no answer comes in 3 s.  (The launcher carries this function.)"""
     try:
         sock = dial(var, 3)
         sock.sendall(b'{"jsonrpc":"2.0","id":1,"method":"health"}\n')
@@ -5095,7 +5103,7 @@ class Daemon:
             if generation != self.ledger.generation:    # the database was replaced
                 store.close()
                 generation, store = self.ledger.generation, Store(self.places.database, self.world)
-            context = Context(self.world, store, self.ledger, self.ledger.facts)
+            context = Context(self.world, store, self.ledger)
             return store.within(QUERY_S, lambda: handler(context, params))
         finally:
             self._stores.put((generation, store))
@@ -5385,6 +5393,7 @@ def read_pid(places: Places) -> int:
 # LAUNCHER_FUNCTIONS and imports this file only when something else is to be done, because an agent calls it at every
 # turn: it takes one and a half times as long as an empty Python.  They use nothing but `os`, `sys` and each other.
 
+NOTICE_S = 2                    # seconds of rebuilding after which the person is told why it takes time
 START_S = 10                    # seconds that a daemon may take to start
 AWAY_S = 60                     # seconds for which a command waits for a daemon that went away
 RETRY_S = 0.1                   # seconds between looking for a daemon that somebody else is to start: nothing tells
@@ -5395,14 +5404,7 @@ STATE = {"key": b"", "cursor": b""}
 def describe(argv, top, program, version, forwarded, state):
     """The bytes that tell the daemon about this command: who calls from where, and what."""
     encode = os.fsencode
-    files = []
-    try:
-        for name in sorted(os.listdir(top + "/.thrum/identities"))[:64]:
-            if name.endswith(".json") and name[0] != ".":
-                with open(top + "/.thrum/identities/" + name, "rb") as file:
-                    files += [encode(name), file.read(65537)]
-    except OSError:
-        pass
+    files = [part for name, data in read_identities(top + "/.thrum") for part in (encode(name), data)]
     if not state["key"]:
         state["key"] = os.urandom(12).hex().encode()
     terminals = "".join(str(n) for n in (0, 1, 2) if os.isatty(n))
@@ -5445,7 +5447,8 @@ def show(descriptor, data):
 def forward(sock, var, call, state, other):
     """Run a command over a socket: its exit status, or None when the daemon went away or cannot do it.
 
-    Raises EOFError when the answer cannot be shown, or the daemon of `var` does not answer any more.
+    Raises EOFError when the answer cannot be shown, or the daemon of `var` does not answer any more: after ANSWER_S
+    without a word it is asked whether it lives, then once a minute.
     `other(kind, payload)` gives the answer to a record that only the whole program understands.
     """
     sock.sendall(b"C" + len(call).to_bytes(4, "big") + call)
@@ -5494,7 +5497,7 @@ def give_up(end, argv):
     """The exit status after `show` or `alive` has raised EOFError: a closed pipe is no failure, the rest is."""
     if not end.args:
         return 0
-    show(2, ("Error: " + end.args[0] + "\n").encode(errors="backslashreplace"))
+    show(2, ("Error: " + "".join(c if c.isprintable() else "?" for c in end.args[0]) + "\n").encode(errors="backslashreplace"))
     return 2 if argv[:1] == ["wait"] else 1
 
 
@@ -5521,7 +5524,7 @@ def launch(argv, home, program, version, forwarded, words, state, whole):
         return 130
 
 
-LAUNCHER_FUNCTIONS = (locate, pack, dial, alive, hold_streams, describe, show, forward, give_up, launch)
+LAUNCHER_FUNCTIONS = (locate, read_identities, pack, dial, alive, hold_streams, describe, show, forward, give_up, launch)
 
 
 _stdin = None                   # what was read from it
@@ -5561,8 +5564,8 @@ def answer_record(top: str, argv: list, kind: bytes, payload: bytes) -> bytes | 
             os.makedirs(os.path.dirname(path), mode=0o750, exist_ok=True)
             if data[:1] == b"1":
                 atomic_write(path, data[1:])
-            elif os.path.exists(path):
-                os.unlink(path)
+            else:
+                remove(path)
             return b"0"
         except OSError as error:
             return b"1cannot write: " + os_problem(error).encode(errors="replace")
@@ -5667,7 +5670,7 @@ def start_daemon(places: Places) -> bool:
         read_end, write_end = os.pipe()
         # Identity is the caller's, not the daemon's: a variable of this agent must not name all others.
         environ = {name: value for name, value in os.environ.items()
-                   if not name.startswith(("THRUM_", "GIT_")) or name in ("THRUM_HOSTNAME", "THRUM_LOCAL")}
+                   if not name.startswith(("THRUM_", "GIT_")) or name == "THRUM_HOSTNAME"}
         code = f"import sys; sys.path.insert(0, {os.path.dirname(places.copy)!r}); import thrum; thrum.main(sys.argv[1:])"
         try:
             process = subprocess.Popen(
@@ -5676,14 +5679,14 @@ def start_daemon(places: Places) -> bool:
                 start_new_session=True, cwd="/", env=environ)
         finally:
             os.close(write_end)
-        said, told = "...", False
+        said, told, began = "...", False, time.monotonic()
         with os.fdopen(read_end, "rb", 0) as pipe:
             while said == "...":        # it works on its database: as long as it says so, it is alive
                 if not select.select([pipe], [], [], START_S)[0]:
                     said = f"no answer within {START_S} s"
                     break
                 said = pipe.readline().decode(errors="replace").strip()
-                if said == "..." and not told:
+                if said == "..." and not told and time.monotonic() - began > NOTICE_S:
                     told = True
                     show(2, b"thrum: the database is made anew from the log; this may take a moment\n")
         if said != "ok":

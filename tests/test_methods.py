@@ -43,7 +43,7 @@ class Team:
             if isinstance(outcome, Exception):
                 raise outcome
             return json.loads(json.dumps(outcome))
-        context = thrum.Context(self.world, self.reading, self.ledger, self.ledger.facts)
+        context = thrum.Context(self.world, self.reading, self.ledger)
         return json.loads(json.dumps(self.reading.within(10, lambda: row.handler(context, checked))))
 
     def refused(self, method, **params):
