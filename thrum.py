@@ -2473,6 +2473,7 @@ class Ledger:
         if not self.store.group(EVERYONE):
             self._create_everyone()
         self.flush(sync=True)
+        self.progress = lambda: None    # whoever wanted to know has gone
 
     def close(self) -> None:
         """Write everything out and leave a mark that nothing needs to be checked at the next start."""
@@ -2805,6 +2806,7 @@ class Ledger:
         except (OSError, sqlite3.Error) as error:
             self.incomplete = True
             self.export_problem = os_problem(error) if isinstance(error, OSError) else str(error)
+            logging.getLogger("thrum").warning("the branch files are behind: %s", self.export_problem)
             if type(error) is sqlite3.DatabaseError:
                 if self.store.db.in_transaction:
                     raise       # `commit` heals it and comes again

@@ -19,6 +19,8 @@ import thrum
 from conftest import THRUM
 from team import END_S, Proxy, Team, confined, error_line, finish, one_document, start
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def team(tmp_path_factory):

@@ -13,6 +13,8 @@ import thrum
 from conftest import CLEAN, THRUM, Repo
 from team import Team, confined, error_line, finish, one_document, script, shaped, start
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def team(tmp_path_factory):

@@ -25,6 +25,8 @@ import pytest
 import thrum
 from conftest import CLEAN, THRUM, FakeWorld, Repo
 
+pytestmark = pytest.mark.slow
+
 LONG = 60           # seconds after which something that should have happened has not
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit or mount")
 

@@ -673,6 +673,7 @@ def everything(store, names):
     return found, threads
 
 
+@pytest.mark.slow
 def test_ten_thousand_messages_of_fifty_agents(tmp_path):
     """Inbox, unread, sent and threads of everybody are what stands in the log, live and after a rebuild."""
     places = places_in(tmp_path)
