@@ -120,21 +120,27 @@ class Field:
         with contextlib.suppress(OSError, ValueError, ProcessLookupError):
             os.kill(self.repo.pid(), signal.SIGKILL)
 
+    def client(self):
+        """A client of a daemon that has answered: a victim of the last kill may still accept connections for a moment."""
+        def answered():
+            with contextlib.suppress(thrum.ThrumError):
+                client = self.repo.client()
+                try:
+                    client.call("health")
+                    return client
+                except thrum.ThrumError:
+                    client.close()
+        return until(answered, "a daemon")
+
     def rest(self):
         """Wait until the branch files have what the journal has: written just after the reply, or at the next start."""
-        def answers():          # the last kill may have come after the last reply, and its victim still have accepted us
-            try:
-                with self.repo.client() as client:
-                    return client.call("health")
-            except thrum.ThrumError:
-                return None
-        until(answers, "a daemon")
+        self.client().close()           # the last kill may have come after the last reply
         last = max(self.acknowledged)
         until(lambda: any(last.encode() in path.read_bytes() for path in self.branch.glob("messages/*.jsonl")), "branch files")
 
     def inbox(self):
         """Everything in bob's inbox: (message id, text) pairs; starts the daemon if it is gone."""
-        with self.repo.client() as client:
+        with self.client() as client:
             found, page = [], 1
             while True:
                 reply = client.call("message.list", for_agent="bob", page=page, page_size=100, sort_order="asc")
