@@ -5007,7 +5007,7 @@ class Daemon:
             for connection in list(self.connections):
                 if not connection.busy and now - connection.since > IDLE_S:
                     connection.task.cancel()
-            if read_pid(self.places) != os.getpid():
+            if not os.path.exists(self.places.var + "/thrum.pid") or read_pid(self.places) not in (0, os.getpid()):
                 self.log.warning("%s is gone, or another daemon's: stopping", self.places.var)
                 self.stopping.set()
                 return
