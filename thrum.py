@@ -6017,10 +6017,13 @@ def stop_daemon(places: Places) -> int:
             raise ThrumError(f"the daemon does not answer, and {places.var}/thrum.pid does not name it; "
                              "find the process that holds thrum.lock and end it")
     for number in (signal.SIGKILL, 0):
-        lock = take_lock(lock_path, STOP_S + 2)
-        if lock >= 0:
-            os.close(lock)
-            return pid
+        give_up_at = time.monotonic() + STOP_S + 2
+        while time.monotonic() < give_up_at:
+            lock = take_lock(lock_path, RETRY_S)
+            if lock >= 0:
+                os.close(lock)
+            if lock >= 0 or read_pid(places) not in (0, pid):   # free, or the next one has it already
+                return pid
         if number and is_our_daemon(pid, places):
             os.kill(pid, number)
     raise ThrumError(f"timeout waiting for daemon to stop (PID {pid} still running)")
@@ -6272,7 +6275,13 @@ def run_remote(console: LocalConsole, row: Command, state: dict) -> int:
 def upgrade(places: Places) -> None:
     """This program is newer than the daemon: put it in its place.  Who comes second finds it done."""
     refresh(places)
-    stop_daemon(places)
+    try:
+        with Client(dial(places.var)) as client:
+            current = client.call("health")["version"]
+    except (OSError, ThrumError):
+        current = ""
+    if version_key(current) < version_key(__version__):
+        stop_daemon(places)
     start_daemon(places)
 
 
