@@ -5776,7 +5776,11 @@ def install_copy(places: Places, source: str = "", force: bool = False) -> bool:
     with open(source, "rb") as file:
         data = file.read()
     os.makedirs(os.path.dirname(places.copy), mode=0o750, exist_ok=True)
+    before = int(os.stat(places.copy).st_mtime) if present else 0
     atomic_write(places.copy, data, 0o644)
+    # Python takes cached bytecode for that of a source with the same size and the same second.
+    later = max(int(time.time()), before + 1)
+    os.utime(places.copy, (later, later))
     return True
 
 
@@ -6221,7 +6225,7 @@ def start_directory(args: Args) -> str:
 
 def run_remote(console: LocalConsole, row: Command, state: dict) -> int:
     """Run a command in the daemon, and again with the next daemon if this one goes away; its exit status."""
-    places, argv, lost_at, asked = console.places, console.argv, None, []
+    places, argv, lost_at, asked, upgraded = console.places, console.argv, None, [], False
     waits = row.run is wait
     patience_s = min(AWAY_S, max(console.args.timeout, 0)) if waits else AWAY_S
 
@@ -6256,6 +6260,10 @@ def run_remote(console: LocalConsole, row: Command, state: dict) -> int:
         if status is not None:
             return status
         if b"U" in asked:
+            if upgraded:
+                raise ThrumError("the running daemon is older than this program and could not be replaced; run "
+                                 "'thrum daemon restart --from <this thrum.py>'")
+            upgraded = True
             asked.clear()
             upgrade(places)
             continue
