@@ -418,8 +418,11 @@ def is_unicode(text: str) -> bool:
         return False
 
 
-def printable(text: str) -> str:
-    """`text` with `?` for what cannot be shown: names of directories, which may hold anything."""
+def printable(text):
+    """`text` with `?` for what cannot be shown: names of directories, which may hold anything.
+
+    (The launcher carries this function.)
+    """
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -713,8 +716,7 @@ def atomic_write(path: str, data: bytes, mode: int = 0o600) -> None:
         os.rename(temporary, path)
         sync_directory(folder)
     except OSError:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        remove(temporary)
         raise
 
 
@@ -5499,7 +5501,7 @@ def give_up(end, argv):
     """The exit status after `show` or `alive` has raised EOFError: a closed pipe is no failure, the rest is."""
     if not end.args:
         return 0
-    show(2, ("Error: " + "".join(c if c.isprintable() else "?" for c in end.args[0]) + "\n").encode(errors="backslashreplace"))
+    show(2, ("Error: " + printable(end.args[0]) + "\n").encode(errors="backslashreplace"))
     return 2 if argv[:1] == ["wait"] else 1
 
 
@@ -5526,7 +5528,8 @@ def launch(argv, home, program, version, forwarded, words, state, whole):
         return 130
 
 
-LAUNCHER_FUNCTIONS = (locate, read_identities, pack, dial, alive, hold_streams, describe, show, forward, give_up, launch)
+LAUNCHER_FUNCTIONS = (locate, read_identities, pack, dial, alive, hold_streams, describe, show, forward,
+                      printable, give_up, launch)
 
 
 _stdin = None                   # what was read from it
