@@ -44,7 +44,7 @@ __all__ = [
 TYPE_CHECKING = False           # type checkers read this name as True
 if TYPE_CHECKING:
     import asyncio, calendar, concurrent.futures, errno, fcntl, hashlib, json, logging, queue, re  # noqa: E401
-    import resource, select, shlex, shutil, signal, socket, sqlite3, struct, subprocess, threading  # noqa: E401
+    import resource, select, shlex, shutil, signal, socket, sqlite3, struct, subprocess, threading, unicodedata  # noqa: E401
 
 
 class _Lazy:
@@ -63,7 +63,7 @@ class _Lazy:
 
 LAZY_MODULES = (
     "asyncio calendar concurrent errno fcntl hashlib json logging queue re resource select shlex shutil signal "
-    "socket sqlite3 struct subprocess threading"
+    "socket sqlite3 struct subprocess threading unicodedata"
 ).split()
 globals().update((name, _Lazy(name)) for name in LAZY_MODULES)
 
@@ -434,7 +434,62 @@ def parse_pair(text: str, what: str) -> dict:
     return {"type": kind, "value": value}
 
 
+# Scripts that write without blanks, where each character counts as a word: Thai, Lao, Myanmar, Khmer, Kana, Han.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+
+
+def words_of(text: str):
+    """The words of a text as pairs of position and word, in the form in which words are compared.
+
+    That is without case and accents: `Éclair`, `ECLAIR` and `eclair` are one word; `parse_line` is two.
+    """
+    global _word
+    _word = _word or re.compile(f"[{UNSPACED}]|(?:(?![{UNSPACED}])[^\\W_])+")
+    for match in _word.finditer(text):
+        word = match[0]
+        if word.isascii():
+            yield match.span(), word.lower()
+        else:
+            bare = "".join(c for c in unicodedata.normalize("NFKD", word.casefold()) if not unicodedata.combining(c))
+            for part in _word.findall(bare):
+                yield match.span(), part
+
+
+_word = None
+
+
+def parse_query(text: str) -> list:
+    """What somebody searches for, as phrases that must all occur: pairs of words, and whether the last is a beginning.
+
+    `"two words"` is a phrase, `pars*` a beginning, everything else a word; whatever else is in it counts as a blank.
+    """
+    phrases = []
+    for match in re.finditer(r'"([^"]*)"?(\*?)|([^\s"]+)', text):
+        chunk = match[1] if match[3] is None else match[3]
+        words = [word for _, word in words_of(chunk)]
+        if words:
+            phrases.append((words, bool(match[2]) or chunk.endswith("*")))
+    return phrases
+
+
+def find_phrases(text: str, phrases: list) -> list:
+    """Where the phrases occur in a text, as (start, end) of each word in order; [] unless all of them occur."""
+    words, spans = list(words_of(text)), []
+    for phrase, beginning in phrases:
+        size, found = len(phrase), False
+        for i in range(len(words) - size + 1):
+            last = words[i + size - 1][1]
+            if all(words[i + n][1] == phrase[n] for n in range(size - 1)) and \
+                    (last.startswith(phrase[-1]) if beginning else last == phrase[-1]):
+                spans += [span for span, _ in words[i:i + size]]
+                found = True
+        if not found:
+            return []
+    return sorted(set(spans))
+
+
 DURATION_UNITS = {"ns": 1, "us": 1_000, "µs": 1_000, "ms": 1_000_000, "s": NS, "m": 60 * NS, "h": 3_600 * NS}
+DAYS_MAX = 36_500               # a century: before anything that there is
 DURATION_MAX_S = 366 * 86_400   # a year: what is longer is a slip of the finger
 
 
@@ -460,6 +515,39 @@ def parse_duration(text: str) -> float:
     if total / NS > DURATION_MAX_S:
         raise ValueError(f"duration {text!r} is longer than a year")
     return sign * total / NS
+
+
+def parse_moment(text: str, now_ns: int) -> int:
+    """A time in the past (ns): `2d`, `12h` (so long ago), `2026-03-15` (midnight UTC) or RFC 3339.  Raises ValueError."""
+    if text[-1:] == "d" and text[:-1].lstrip("-+").isdigit() and text.isascii():
+        if int(text[:-1]) <= 0:
+            raise ValueError(f"day count must be positive, got {text[:-1]}")
+        return max(0, now_ns - min(int(text[:-1]), DAYS_MAX) * 86_400 * NS)
+    if text[-1:] == "d" and text[:1].isdigit():
+        raise ValueError(f"invalid day count in {text!r}")
+    try:
+        seconds = parse_duration(text)
+    except ValueError:
+        for stamp in (text, text + "T00:00:00Z"):
+            try:
+                return ns_of(stamp)
+            except ValueError:
+                pass
+        raise ValueError(f'unrecognized time specification "{text}"; accepted formats: 2d, 12h, 2026-03-15, '
+                         "2026-03-15T09:00:00Z") from None
+    if seconds <= 0:
+        raise ValueError(f"duration must be positive, got {text}")
+    return now_ns - int(seconds * NS)
+
+
+def span(seconds: float) -> str:
+    """A length of time as people say it: `45s`, `5m`, `2h30m`, `3d5h`."""
+    seconds = max(0, int(seconds))
+    for size, unit, small, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m")):
+        if seconds >= size:
+            rest = seconds % size // small
+            return f"{seconds // size}{unit}" + (f"{rest}{small_unit}" if rest else "")
+    return f"{seconds // 60}m" if seconds >= 60 else f"{seconds}s"
 
 
 def version_key(version: str) -> tuple:
@@ -498,6 +586,8 @@ EVENTS = {
     "message.delete": EventType({"message_id": str, "reason?": str}, "author"),
     "message.receipt": EventType({
         "message_id": str, "agent_id": str, "receipt_type": str, "session_id?": str}, "author"),
+    # Messages that were archived or removed for good: their bytes are freed, on all machines.
+    "message.remove": EventType({"message_ids": list, "reason?": str, "removed_by?": str}),
     "thread.create": EventType({"thread_id": str, "title?": str, "created_by?": str}),
     "agent.register": EventType({
         "agent_id": str, "kind": str, "role": str, "module": str, "name?": str, "worktree?": str, "display?": str,
@@ -512,6 +602,8 @@ EVENTS = {
     "group.member.add": EventType({"group_id": str, "member_type": str, "member_value": str, "added_by?": str}),
     "group.member.remove": EventType({"group_id": str, "member_type": str, "member_value": str, "removed_by?": str}),
     "purge.executed": EventType({"cutoff": str}),
+    # How messages were pushed to somebody: what this machine can vouch for.
+    "message.route": EventType({"message_ids": list, "agent_id": str, "route": str}, shared=False),
     # Intent, task, scopes and references of a session: others learn of them by agent.update.
     "session.update": EventType({
         "session_id": str, "agent_id": str, "intent?": str, "current_task?": str, "scopes?": list, "refs?": list},
@@ -566,8 +658,9 @@ def check_event(event: dict) -> int:
         for pair in event.get(name, ()) if name + "?" in fields else ():
             if type(pair) is not dict or type(pair.get("type")) is not str or type(pair.get("value")) is not str:
                 raise ValueError(f"{name} holds what is not a pair of texts")
-    if "recipients?" in fields and any(type(agent) is not str for agent in event.get("recipients", ())):
-        raise ValueError("recipients holds what is not a text")
+    for name in ("recipients?", "message_ids"):
+        if name in fields and any(type(one) is not str for one in event.get(name.rstrip("?"), ())):
+            raise ValueError(f"{name.rstrip('?')} holds what is not a text")
     ns = ns_of(event["timestamp"])
     if ns >= FAR:
         raise ValueError("timestamp is later than 2116")
@@ -677,6 +770,24 @@ def git_common_dir(top: str) -> str:
             return path
     except OSError:
         return ""
+
+
+def worktrees_of(common: str) -> list:
+    """The roots of a repository's worktrees that are there: the main one first, that of the branch a-sync left out."""
+    found = [os.path.dirname(common)] if os.path.basename(common) == ".git" else []
+    try:
+        names = sorted(os.listdir(common + "/worktrees"))
+    except OSError:
+        names = []
+    for name in names:
+        try:
+            with open(f"{common}/worktrees/{name}/gitdir", encoding="utf-8", errors="surrogateescape") as file:
+                top = os.path.dirname(os.path.join(common, "worktrees", name, file.read(8192).strip()))
+        except OSError:
+            continue
+        if os.path.isdir(top) and not top.startswith(common + "/"):
+            found.append(os.path.normpath(top))
+    return found
 
 
 def find_places(start: str) -> Places:
@@ -1052,6 +1163,7 @@ def file_stem_or_refuse(agent_id: str) -> None:
 # sequences of before are no longer valid.  Lines are appended whole and synced before anybody is told, hence a
 # crash leaves at most an unfinished last line that nobody was promised; it is cut off and set aside.  A line that
 # is damaged later keeps its number, so that all others keep theirs.
+# A line that was removed on purpose (purge) is left empty.
 #
 # The branch files hold the same lines for the exchange with other machines, one file per author and one for
 # everything else.  They are written without sync, can be completed from the journal, and the journal can be
@@ -1144,7 +1256,7 @@ class Journal:
     def open(self) -> bool:
         """Open for appending, mending a torn tail.  False when there is no journal, or none that can be trusted."""
         os.makedirs(self.directory, mode=0o700, exist_ok=True)
-        firsts = self._firsts()
+        firsts = self.firsts()
         if not firsts:
             return False
         try:
@@ -1210,7 +1322,7 @@ class Journal:
 
     def read(self, after: int = 0):
         """Pairs of sequence and line for all events later than `after`, damaged ones included."""
-        firsts = self._firsts()
+        firsts = self.firsts()
         for index, first in enumerate(firsts):
             if index + 1 < len(firsts) and firsts[index + 1] <= after + 1:
                 continue
@@ -1222,6 +1334,18 @@ class Journal:
                     yield sequence, line
             if index + 1 < len(firsts) and sequence + 1 != firsts[index + 1]:
                 self.mended = True      # a file between is missing, or this one was cut
+
+    def rewrite(self, first: int, change) -> None:
+        """Replace the lines of one file by what `change(lines)` makes of them; an empty line keeps the place of a removed one."""
+        path = self._path(first)
+        header, *lines = read_lines(path)
+        changed = change(lines)
+        if changed != lines:
+            atomic_write(path, b"\n".join([header, *changed, b""]))
+            if first == self.firsts()[-1]:
+                os.close(self._descriptor)
+                self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+                self.size = os.fstat(self._descriptor).st_size
 
     def set_aside(self) -> None:
         """Move a journal that cannot be trusted out of the way; its readable lines are imported again."""
@@ -1235,7 +1359,8 @@ class Journal:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _firsts(self) -> list:
+    def firsts(self) -> list:
+        """The first sequence of each file."""
         names = (name[:-6] for name in os.listdir(self.directory) if name.endswith(".jsonl"))
         return sorted(int(name) for name in names if name.isdigit())
 
@@ -1296,10 +1421,23 @@ class Branch:
             sync_directory(folder)
         self.dirty.clear()
 
-    def measure(self) -> tuple:
-        """How many files there are, and their bytes."""
-        sizes = [os.stat(path).st_size for path in log_files(self.root)]
-        return len(sizes), sum(sizes)
+    def rewrite(self, path: str, change) -> None:
+        """Replace the lines of a file by what `change(lines)` makes of them; without any line the file goes."""
+        lines = list(read_lines(path))
+        changed = [line for line in change(lines) if line]
+        if changed != lines:
+            self._open.clear()
+            self.dirty.discard(path)
+            stem, _, number = path[:-6].rpartition(".")
+            followed = os.path.exists(f"{stem}.{int(number) + 1}.jsonl" if number.isdigit() else f"{path[:-6]}.2.jsonl")
+            if changed or followed or path == self.path("events"):     # a gap would hide the files after it
+                atomic_write(path, b"".join(line + b"\n" for line in changed))
+            else:
+                os.unlink(path)
+
+    def measure(self) -> dict:
+        """The files there are, and their bytes."""
+        return {path[len(self.root) + 1:]: os.stat(path).st_size for path in log_files(self.root)}
 
     def path(self, stem: str, number: int = 1) -> str:
         """The path of the `number`-th file of a stem; no agent name has a dot, so none collides."""
@@ -1332,10 +1470,13 @@ class Branch:
 # Page and counts of an inbox cost the same at a thousand and at a million messages: the rows of one agent lie
 # together, an index holds only the unread, and the counts are kept with the agent.
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 STORE_BATCH = 400               # events in a transaction of a rebuild; larger ones were slower
 REPLIES_MAX = 1_000             # answers kept for clients that ask again: more than run at once
 QUERY_S = 10                    # seconds for one query; then it is interrupted
+PRESENCE_GAP_S = 300            # seconds between two signs of life within which an agent counts as here: a long tool call
+PRESENCE_MAX = 64               # stretches of presence kept for an agent: more than a week of breaks
+SEARCH_TOTAL_MAX = 1_000        # hits that are counted: beyond, nobody reads on, and counting them all takes its time
 
 SCHEMA = """
 create table schema_version(version integer not null, applied_at text not null);
@@ -1348,6 +1489,8 @@ create table agents(
     display text, hostname text, worktree text, daemon text, registered_at integer, register_event text,
     removed_at integer not null default 0, last_seen_at integer not null default 0,
     inbox_total integer not null default 0, inbox_unread integer not null default 0);
+create table presence(
+    agent integer not null, began integer not null, ended integer not null, primary key(agent, began)) without rowid;
 create table roster(
     agent integer not null, at integer not null, event_id text not null, role text,
     primary key(agent, at, event_id)) without rowid;
@@ -1367,7 +1510,7 @@ create table agent_work_contexts(
 create index agent_work_contexts_of on agent_work_contexts(agent);
 create table messages(
     seq integer primary key, message_id text not null unique, at integer not null, author integer not null,
-    session_id text, thread_id text, reply_to text, format text not null, content text not null, structured text,
+    session_id text, thread_id text, given_thread text, reply_to text, format text not null, content text not null, structured text,
     scopes text, refs text, listed text not null, delivered text not null, wide integer not null,
     unread_by integer not null,
     updated_at integer, edit_event text, deleted_at integer, delete_reason text, delete_event text,
@@ -1375,6 +1518,8 @@ create table messages(
 create index messages_at on messages(at);
 create index messages_author on messages(author, at);
 create index messages_thread on messages(thread_id, at) where thread_id is not null;
+create index messages_reply on messages(reply_to) where reply_to is not null;
+create table removed_messages(message_id text primary key) without rowid;
 create index messages_key on messages(send_key) where send_key is not null;
 create index messages_wide on messages(at) where wide;
 create table message_scopes(
@@ -1387,7 +1532,7 @@ create table message_edits(
     primary key(seq, at, event_id)) without rowid;
 create table deliveries(
     agent integer, at integer, seq integer, read_at integer, seen_at integer, hidden integer not null default 0,
-    primary key(agent, at, seq)) without rowid;
+    pushed_at integer, route text, primary key(agent, at, seq)) without rowid;
 create index deliveries_unread on deliveries(agent, at, seq) where read_at is null and not hidden;
 create view message_reads as
     select m.message_id, a.agent_id, d.read_at from deliveries d join messages m on m.seq = d.seq
@@ -1422,6 +1567,11 @@ def _keys(text: str) -> list:
 
 def _text(keys) -> str:
     return ",".join(map(str, sorted(keys)))
+
+
+def _index_text(content: str) -> str:
+    """What the full-text index gets to see of a message."""
+    return " ".join([word for _, word in words_of(content)])
 
 
 def pairs_of(value) -> list:
@@ -1466,6 +1616,7 @@ class Store:
             self.db.close()
             raise
         self._deadline = FAR
+        self._full_text = None  # whether there is FTS5; None: not tried yet
         self.watch()
         self._late = FAR        # the earliest change of roster or groups that came after younger messages
         self.forget()
@@ -1501,6 +1652,8 @@ class Store:
         self._seen = {}         # key -> last_seen_at, until `flush`
         self._read_by = {}      # seq -> how many have read it now, until `flush`
         self._sessions = {}     # agent id -> its open session
+        self._removals = None   # whether messages were removed for good; None: not read yet
+        self._indexed = None    # the last message in the full-text index; None: not read yet
         self._rows = {sql: [] for sql in (_EVENT_ROW, _SCOPE_ROW, _REF_ROW, _DELIVERY_ROW)}     # until `flush`
         self._unwritten = set() # ids of messages whose rows are among them
 
@@ -1563,6 +1716,35 @@ class Store:
             self.db.executemany("update messages set unread_by = unread_by - ? where seq = ?",
                                 [(count, seq) for seq, count in self._read_by.items()])
         self._counts, self._seen, self._read_by = {}, {}, {}
+
+    def is_untidy(self) -> bool:
+        """Whether files may hold events that were purged, archived or deleted."""
+        return bool(self.meta("untidy", 0))
+
+    def obsolete(self, events: list) -> set:
+        """Those of some events (at most STORE_BATCH) that are about messages and sessions which were removed."""
+        about = {}              # the message or session -> event ids
+        for event in events:
+            about.setdefault(event.get("message_id") or event.get("session_id"), []).append(event["event_id"])
+        about.pop(None, None)
+        marks, ids = ", ".join("?" * len(about)), list(about)
+        kept = self.db.execute(f"select message_id from messages where message_id in ({marks}) union all "
+                               f"select session_id from sessions where session_id in ({marks}) union all "
+                               f"select parent from pending where parent in ({marks})", ids * 3)
+        for (parent,) in kept.fetchall():
+            about.pop(parent, None)
+        return {event_id for found in about.values() for event_id in found}
+
+    def forget_events(self, event_ids) -> None:
+        """Drop the ids of events that are no longer in the journal."""
+        self.db.executemany("delete from events where event_id = ?", [(event_id,) for event_id in event_ids])
+
+    def shrink(self) -> None:
+        """Give the space of removed rows back; what they held is no longer in the file."""
+        if self.full_text():
+            self.db.execute("insert into message_search(message_search) values('optimize')")
+        self.db.execute("vacuum")
+        self.checkpoint()
 
     def changes(self) -> int:
         """A number that rises with each row written."""
@@ -1682,11 +1864,67 @@ class Store:
         self.db.execute("update agents set last_seen_at = max(last_seen_at, ?) where agent = "
                         "(select agent from sessions where session_id = ?)", (ns, session_id))
 
+    def note_presence(self, seen: dict) -> None:
+        """Note when agents (id -> ns) gave a sign of life.  Of this machine only, like `touch`."""
+        for agent_id, ns in seen.items():
+            key = self.key_of(agent_id)
+            if not key:
+                continue
+            self._saw(key, ns)
+            last = self.row("select began, ended from presence where agent = ? order by began desc limit 1", key)
+            if last and ns - last["ended"] <= PRESENCE_GAP_S * NS:
+                self.db.execute("update presence set ended = max(ended, ?) where agent = ? and began = ?", (ns, key, last["began"]))
+            else:
+                self.db.execute("insert or ignore into presence values(?, ?, ?)", (key, ns, ns))
+                self.db.execute("delete from presence where agent = ? and began <= (select began from presence where agent = ? "
+                                "order by began desc limit 1 offset ?)", (key, key, PRESENCE_MAX))
+        self.flush()
+
+    def idle_since(self, active_s: int) -> dict:
+        """For each agent that was here for so long (seconds): its key -> the time (ns) after which it was."""
+        found, spent = {}, {}
+        for key, began, ended in self.db.execute("select agent, began, ended from presence order by agent, began desc"):
+            spent[key] = spent.get(key, 0) + ended - began
+            if key not in found and spent[key] >= active_s * NS:
+                found[key] = began + spent[key] - active_s * NS
+        return found
+
+    def overdue(self, author: str, late: dict, since_ns: int, limit: int) -> list:
+        """What an author wrote and nobody reads: {message_id, agent_id, at}, the newest first.
+
+        `late` says from `idle_since` up to when the mail of each reader is overdue; mail of readers that were deleted
+        always is.  What is older than `since_ns` is left out.
+        """
+        gone = self.db.execute("select agent from agents where registered_at is null and removed_at > 0 and inbox_unread > 0")
+        found, mine = [], self.key_of(author)
+        for key, until in {**late, **{key: FAR for (key,) in gone.fetchall()}}.items():
+            found += self.rows(
+                "select m.message_id, a.agent_id, m.at from deliveries d join messages m on m.seq = d.seq join agents a on "
+                "a.agent = d.agent where d.agent = ? and d.read_at is null and not d.hidden and d.at <= ? and d.at > ? and "
+                "m.author = ? order by d.at desc limit ?", key, until, since_ns, mine, limit)
+        return sorted(found, key=lambda row: -row["at"])[:limit]
+
+    def older_than(self, cutoff: int) -> dict:
+        """How much a purge would remove: messages, their authors, ended sessions, and the events about them."""
+        counts = self.row(
+            "select count(*) as messages, count(distinct author) as authors, count(deleted_at) as deleted, "
+            "(select count(*) from sessions where started_at < ? and ended_at is not null) as sessions, "
+            "(select count(read_at) + count(case when seen_at is not read_at then seen_at end) from deliveries where at < ?) as "
+            "receipts, (select count(*) from message_edits e join messages n using(seq) where n.at < ? and e.event_id != '') as edits "
+            "from messages where at < ?", cutoff, cutoff, cutoff, cutoff)
+        return {**counts, "events": counts["messages"] + counts["edits"] + counts["deleted"] + counts["receipts"] + 2 * counts["sessions"]}
+
     # ---- groups, roles, recipients
 
     def roles(self) -> set:
         return {row[0] for row in self.db.execute("select distinct role from agents where registered_at is not null "
                                                   "and kind = 'agent'")}
+
+    def role_group(self, role: str) -> dict | None:
+        """The group that each role is, as `group` gives stored ones; None when no agent has it."""
+        since = self.value("select min(registered_at) from agents where role = ? and kind = 'agent'", role)
+        return since and {"group_id": "grp_role_" + role, "name": role, "description": f"All agents of the role {role}",
+                          "created_by": "system", "created_at": since}
 
     def group(self, name: str) -> dict | None:
         """The group of that name; of several, the first created."""
@@ -1800,26 +2038,177 @@ class Store:
                         "a.agent_id = ?", send_key, agent_id)
 
     def recipients(self, message: dict) -> list:
-        """The recipients of a message with what they did: {agent_id, delivered_at, seen_at?, read_at?}, by id."""
+        """The recipients of a message with what they did, by id.
+
+        {agent_id, delivered_at: stored in the log, pushed_at? and route?: handed over by `wait` or a socket, seen_at?:
+        printed for it (also as shown_at?), read_at?, answered_at? and answer?: its reply}.
+        """
         self.flush()
         found, delivered_at = [], stamp_of(message["at"])
-        for agent_id, seen_at, read_at in self.db.execute(
-                "select a.agent_id, d.seen_at, d.read_at from agents a join deliveries d on d.agent = a.agent and d.at = ? and "
-                f"d.seq = ? where a.agent in ({message['delivered']}) order by a.agent_id", (message["at"], message["seq"])):
+        answers = {author: (at, answer) for author, at, answer in self.db.execute(
+            "select author, min(at), message_id from messages where reply_to = ? and deleted_at is null group by author",
+            (message["message_id"],))}
+        for key, agent_id, seen_at, read_at, pushed_at, route in self.db.execute(
+                "select a.agent, a.agent_id, d.seen_at, d.read_at, d.pushed_at, d.route from agents a join deliveries d on "
+                f"d.agent = a.agent and d.at = ? and d.seq = ? where a.agent in ({message['delivered']}) order by a.agent_id",
+                (message["at"], message["seq"])):
             state = {"agent_id": agent_id, "delivered_at": delivered_at}
+            if pushed_at:
+                state["pushed_at"], state["route"] = stamp_of(pushed_at), route
             if seen_at or read_at:
                 state["seen_at"] = stamp_of(seen_at or read_at)
+            if seen_at:
+                state["shown_at"] = stamp_of(seen_at)
             if read_at:
                 state["read_at"] = stamp_of(read_at)
+            if key in answers:
+                state["answered_at"], state["answer"] = stamp_of(answers[key][0]), answers[key][1]
             found.append(state)
         return found
+
+    def states(self, message: dict, reader: str) -> tuple:
+        """What one reader did with a message ({read, seen, pushed}, None when it was not sent to it), and who else has read it."""
+        self.flush()
+        own, others, key = None, [], self.key_of(reader)
+        for agent, agent_id, read_at, seen_at, pushed_at in self.db.execute(
+                "select a.agent, a.agent_id, d.read_at, d.seen_at, d.pushed_at from agents a join deliveries d on d.agent = a.agent "
+                f"and d.at = ? and d.seq = ? where a.agent in ({message['delivered']}) and (d.read_at is not null or a.agent = ?) "
+                "order by a.agent_id", (message["at"], message["seq"], key)):
+            if agent == key:
+                own = {"read": bool(read_at), "seen": bool(seen_at), "pushed": bool(pushed_at)}
+            elif read_at:
+                others.append(agent_id)
+        return own, others
 
     def edits(self, seq: int) -> int:
         """How often a message was edited."""
         return max(0, self.value("select count(*) from message_edits where seq = ?", seq) - 1)
 
+    def versions(self, seq: int) -> list:
+        """The versions of an edited message, the original first: {at, editor, content, structured}; [] without an edit."""
+        return self.rows("select at, editor, content, structured from message_edits where seq = ? order by at, event_id", seq)
+
+    def messages_with(self, *, author: str = "", scope=None, limit: int = LIST_MAX) -> list:
+        """Messages of an author or with a scope (a pair), deleted ones too, the oldest first."""
+        condition, args = ("m.author = ?", [self.key_of(author)]) if author else (
+            "m.seq in (select seq from message_scopes where scope_type = ? and scope_value = ?)", list(scope))
+        return self.rows(f"select {_MESSAGE} from messages m join agents a on a.agent = m.author where {condition} "
+                         "order by m.at, m.seq limit ?", *args, limit)
+
+    def newest_of(self, thread_id: str, lone: str = "") -> dict | None:
+        """The newest message of a thread that was not deleted; `lone` is a message that may have no thread yet."""
+        return self.row(f"select {_MESSAGE} from messages m join agents a on a.agent = m.author where (m.thread_id = ? or "
+                        "m.message_id = ?) and m.deleted_at is null order by m.at desc, m.seq desc limit 1", thread_id, lone)
+
+    def unseen(self, keys, since_ns: int) -> list:
+        """Those of some agent keys that were not seen since a time: (agent id, last_seen_at), the longest first."""
+        return self.db.execute(f"select agent_id, last_seen_at from agents where agent in ({_text(keys)}) and last_seen_at < ? "
+                               "order by last_seen_at, agent_id", (since_ns,)).fetchall()
+
+    # ---- search
+
+    def full_text(self) -> bool:
+        """Whether this SQLite can search the full-text index; without FTS5 the messages themselves are read."""
+        if self._full_text is None:
+            try:
+                self.db.execute("select rowid from message_search limit 0")
+                self._full_text = True
+            except sqlite3.OperationalError:
+                self._full_text = False
+        return self._full_text
+
+    def prepare_search(self) -> None:
+        """Make the full-text index where it is missing.  It holds no text, only `words_of` it, separated by blanks."""
+        try:
+            self.db.execute("create virtual table if not exists message_search using fts5(text, content='', tokenize='ascii')")
+        except sqlite3.OperationalError:
+            pass                # no FTS5
+        if not self.full_text():
+            self.set_meta(indexed=-1)       # whatever another SQLite has left there is out of date from now on
+
+    def index_messages(self, limit: int) -> bool:
+        """Bring so many messages into the full-text index; whether some are left.
+
+        Done when the writer has nothing else to do, and before each search: it would cost every send a fifth.
+        """
+        if not self.full_text():
+            return False
+        indexed = self._index_end()
+        if indexed < 0:
+            self._clear_index()
+            indexed = 0
+        found = self.db.execute("select seq, content, deleted_at from messages where seq > ? order by seq limit ?",
+                                (indexed, limit)).fetchall()
+        if found:
+            self.db.executemany("insert into message_search(rowid, text) values(?, ?)",
+                                [(seq, _index_text(content)) for seq, content, deleted_at in found if not deleted_at])
+            self._indexed = found[-1][0]
+            self.set_meta(indexed=self._indexed)
+        return len(found) == limit
+
+    def _index_end(self) -> int:
+        if self._indexed is None:
+            self._indexed = self.meta("indexed", 0)
+        return self._indexed
+
+    def _index(self, message: dict, content: str | None) -> None:
+        """Replace the words of a message in the index (None: it is found no more)."""
+        if not message["deleted_at"] and message["seq"] <= self._index_end() and self.full_text():
+            self.db.execute("insert into message_search(message_search, rowid, text) values('delete', ?, ?)",
+                            (message["seq"], _index_text(message["content"])))
+            if content is not None:
+                self.db.execute("insert into message_search(rowid, text) values(?, ?)", (message["seq"], _index_text(content)))
+
+    def _clear_index(self) -> None:
+        """Begin the index anew."""
+        self._indexed = 0
+        if self.full_text():
+            self.db.execute("insert into message_search(message_search) values('delete-all')")
+            self.set_meta(indexed=0)
+
+    def search(self, phrases: list, *, author: str = "", to: str = "", thread_id: str = "", scope=None, after_ns: int = 0,
+               limit: int = 10) -> dict:
+        """Messages that hold all phrases (`parse_query`), the best first: {messages, total}.
+
+        `total` counts no further than SEARCH_TOTAL_MAX.  Without FTS5 the newest come first, and it takes longer.
+        """
+        where, args = [], []
+        if author:
+            where.append("m.author = ?")
+            args.append(self.key_of(author))
+        if to:
+            condition, values = self._sent_to(to)
+            where.append(condition)
+            args += values
+        if thread_id:
+            where.append("m.thread_id = ?")
+            args.append(self.thread(thread_id))
+        if scope:
+            where.append("exists(select 1 from message_scopes x where x.scope_type = ? and x.scope_value = ? and x.at = m.at and "
+                         "x.seq = m.seq)")
+            args += scope
+        if after_ns:
+            where.append("m.at > ?")
+            args.append(after_ns)
+        if self.full_text():
+            tables = "message_search" + (" join messages m on m.seq = message_search.rowid" if where else "")
+            seq, order = "message_search.rowid", "rank"
+            where.insert(0, "message_search match ?")
+            args.insert(0, " ".join('"' + " ".join(words) + '"' + ("*" if beginning else "") for words, beginning in phrases))
+        else:
+            self.db.create_function("holds", 1, lambda content: bool(find_phrases(content, phrases)))
+            tables, seq, order = "messages m", "m.seq", "m.at desc"
+            where += ["m.deleted_at is null", "holds(m.content)"]
+        condition = " and ".join(where)
+        total = self.value(f"select count(*) from (select 1 from {tables} where {condition} limit ?)", *args, SEARCH_TOTAL_MAX)
+        best = [row[0] for row in self.db.execute(f"select {seq} from {tables} where {condition} order by {order} limit ?",
+                                                  (*args, limit))]
+        found = {row["seq"]: row for row in self.rows(
+            f"select {_MESSAGE} from messages m join agents a on a.agent = m.author where m.seq in ({', '.join(map(str, best))})")}
+        return {"messages": [found[seq] for seq in best if seq in found], "total": total}
+
     def page(self, *, receiver: str = "", unread: bool = False, reader: str = "", author: str = "", not_author: str = "",
-             scope=None, ref=None, mention: str = "", thread_id: str = "", after_ns: int = 0, after_seq: int = -1,
+             scope=None, ref=None, mention: str = "", thread_id: str = "", after_ns: int = 0, after_seq: int = -1, up_to_seq: int = FAR,
              by_update: bool = False, ascending: bool = False, limit: int = 10, offset: int = 0) -> dict:
         """Messages, newest first: {messages, total, unread}.
 
@@ -1830,7 +2219,7 @@ class Store:
         self.flush()
         key, reader_key = self.key_of(receiver), self.key_of(reader or receiver)
         tables, where, args = "messages m", ["m.deleted_at is null"], []
-        plain = not (unread or author or scope or ref or mention or thread_id or after_ns or after_seq >= 0)
+        plain = not (unread or author or scope or ref or mention or thread_id or after_ns or after_seq >= 0 or up_to_seq < FAR)
         if receiver and key:
             tables = "deliveries d join messages m on m.seq = d.seq"
             where = ["d.agent = ?", "not d.hidden"]
@@ -1847,7 +2236,8 @@ class Store:
                 ("m.author = ?", self.key_of(author) if author else None),
                 ("m.author != ?", self.key_of(not_author) if not_author and not key else None),
                 ("m.thread_id = ?", self.thread(thread_id) if thread_id else None),
-                ("m.at > ?", after_ns or None), ("m.seq > ?", after_seq if after_seq >= 0 else None)):
+                ("m.at > ?", after_ns or None), ("m.seq > ?", after_seq if after_seq >= 0 else None),
+                ("m.seq <= ?", up_to_seq if up_to_seq < FAR else None)):
             if value is not None:
                 filters.append(condition)
                 args.append(value)
@@ -1881,24 +2271,35 @@ class Store:
                 f"where {condition} and u.read_at is null and not u.hidden", reader_key, *args) if reader_key else 0
         return {"messages": found, "total": total, "unread": left}
 
-    def outbox(self, agent_id: str, to: str = "", unread: bool = False, limit: int = 10, offset: int = 0) -> dict:
-        """What an agent wrote, newest first: {messages, total}; `to` is an agent, role or group, or `everyone`."""
+    def outbox(self, agent_id: str, to: str = "", unread: bool = False, limit: int = 10, offset: int = 0, only=None) -> dict:
+        """What an agent wrote, newest first: {messages, total}; `to` is an agent, role or group, or `everyone`.
+
+        `only` is a list of message ids to choose from.
+        """
         self.flush()
         where, args = ["m.author = ?"], [self.key_of(agent_id)]
-        if to == EVERYONE:
-            where.append("(m.wide = 2 or exists(select 1 from message_refs r where r.ref_type = 'group' and "
-                         "r.ref_value = 'everyone' and r.at = m.at and r.seq = m.seq))")
-        elif to:
-            where.append("(exists(select 1 from deliveries d where d.agent = ? and d.at = m.at and d.seq = m.seq) or exists("
-                         "select 1 from message_refs r where r.ref_type in ('mention', 'group') and r.ref_value = ? and "
-                         "r.at = m.at and r.seq = m.seq))")
-            args += [self.key_of(to), to]
+        if to:
+            sent_to, values = self._sent_to(to)
+            where.append(sent_to)
+            args += values
         if unread:
             where.append("m.unread_by > 0")
+        if only is not None:
+            where.append(f"m.message_id in ({', '.join('?' * len(only))})")
+            args += only
         condition = " and ".join(where)
         found = self.rows(f"select {_MESSAGE} from messages m join agents a on a.agent = m.author where {condition} "
                           "order by m.at desc, m.seq desc limit ? offset ?", *args, limit, offset)
         return {"messages": found, "total": self.value(f"select count(*) from messages m where {condition}", *args)}
+
+    def _sent_to(self, to: str) -> tuple:
+        """The condition for messages to an agent, role or group, or to `everyone`, and its values."""
+        named = ("exists(select 1 from message_refs r where r.ref_type in ('mention', 'group') and r.ref_value = ? and "
+                 "r.at = m.at and r.seq = m.seq)")
+        if to == EVERYONE:
+            return f"(m.wide = 2 or {named})", [to]
+        return (f"(exists(select 1 from deliveries d where d.agent = ? and d.at = m.at and d.seq = m.seq) or {named})",
+                [self.key_of(to), to])
 
     def once(self, key: str, change):
         """What `change()` returns; with a key, what it returned the first time.  The latest REPLIES_MAX are kept."""
@@ -1975,7 +2376,15 @@ class Store:
         if project:
             project(self, event, seq, ns)
 
+    def _is_removed(self, message_id: str) -> bool:
+        """Whether a message was removed for good."""
+        if self._removals is None:
+            self._removals = self.value("select 1 from removed_messages limit 1") is not None
+        return self._removals and self.value("select 1 from removed_messages where message_id = ?", message_id) is not None
+
     def _wait_for(self, parent: str, event: dict) -> None:
+        if self._is_removed(parent):
+            return
         self._pending = True
         self.db.execute("insert or ignore into pending values(?, ?, ?)",
                         (parent, event["event_id"], canonical(event).decode()))
@@ -2056,15 +2465,23 @@ class Store:
     def _saw(self, key: int, ns: int) -> None:
         self._seen[key] = max(ns, self._seen.get(key, 0))
 
+    def _hide(self, message: dict) -> None:
+        """Take a message that is not deleted yet out of the counts and of the full-text index."""
+        delivered = self.db.execute(f"select agent, read_at is null from deliveries where agent in ({message['delivered']}) and "
+                                    "at = ? and seq = ?", (message["at"], message["seq"])).fetchall()
+        for unread in (0, 1):
+            self._count([key for key, is_unread in delivered if is_unread == unread], -1, -unread)
+        self._index(message, None)
+
     def _drop(self, message: dict) -> None:
-        """Remove a message and all that hangs on it."""
+        """Remove a message and all that hangs on it; its bytes are still to be freed."""
         self.flush()
-        for key in _keys(message["delivered"]):
-            which = (key, message["at"], message["seq"])
-            if not message["deleted_at"]:
-                read = self.value("select read_at from deliveries where agent = ? and at = ? and seq = ?", *which)
-                self._count([key], -1, 0 if read else -1)
-            self.db.execute("delete from deliveries where agent = ? and at = ? and seq = ?", which)
+        if not message["deleted_at"]:
+            self._hide(message)
+        self.db.execute(f"delete from deliveries where agent in ({message['delivered']}) and at = ? and seq = ?",
+                        (message["at"], message["seq"]))
+        self.db.execute("delete from pending where parent = ?", (message["message_id"],))
+        self.set_meta(untidy=1)
         for kind in ("scope", "ref"):
             for pair in pairs_of(json.loads(message[kind + "s"] or "[]")):
                 self.db.execute(f"delete from message_{kind}s where {kind}_type = ? and {kind}_value = ? and at = ? and seq = ?",
@@ -2107,16 +2524,33 @@ class Store:
                             [(thread, name) for name in sorted(named)])
         return thread
 
+    def _rethread(self, threads) -> None:
+        """Work out threads again, some of whose messages were removed: those that are left may no longer belong together."""
+        for thread in sorted(set(threads) - {None}):
+            left = self.db.execute("select seq, message_id, given_thread, reply_to from messages where thread_id = ? order by seq",
+                                   (thread,)).fetchall()
+            self.db.execute("update messages set thread_id = null where thread_id = ?", (thread,))
+            self.db.execute("delete from thread_aliases where into_id = ?", (thread,))
+            for seq, message_id, given, reply_to in left:
+                if given or reply_to:
+                    self.db.execute("update messages set thread_id = ? where seq = ?",
+                                    (self._thread_for(message_id, given, reply_to), seq))
+            for seq, message_id, given, reply_to in left:       # the others, once all labels are known
+                if not given and not reply_to:
+                    self.db.execute("update messages set thread_id = ? where seq = ?", (self._thread_for(message_id, None, None), seq))
+
     def _message_create(self, event: dict, seq: int, ns: int) -> None:
         db, message_id = self.db, event["message_id"]
         refs, scopes, body = pairs_of(event.get("refs")), pairs_of(event.get("scopes")), event["body"]
         reply_to = next((value for kind, value in refs if kind == "reply_to"), None)
-        thread = self._thread_for(message_id, event.get("thread_id"), reply_to)
         author, removed_at = self._agent(event["agent_id"])
+        self._saw(author, ns)
         if self._cutoff < 0:
             self._cutoff = self.meta("purge_cutoff", 0)
-        if ns <= removed_at or ns < self._cutoff:
-            return              # purged, or of an agent that was deleted later
+        if ns <= removed_at or ns < self._cutoff or self._is_removed(message_id):
+            self.set_meta(untidy=1)
+            return              # purged, removed, or of an agent that was deleted later
+        thread = self._thread_for(message_id, event.get("thread_id"), reply_to)
         ids, known = event.get("recipients") or (), self._known
         listed = {known[agent_id][0] if agent_id in known else self._agent(agent_id)[0] for agent_id in ids}
         listed.discard(author)
@@ -2132,11 +2566,11 @@ class Store:
         delivered_text = listed_text if delivered == listed else _text(delivered)
         structured = body.get("structured")
         done = db.execute(
-            "insert or ignore into messages(seq, message_id, at, author, session_id, thread_id, reply_to, format, content, "
+            "insert or ignore into messages(seq, message_id, at, author, session_id, thread_id, given_thread, reply_to, format, content, "
             "structured, scopes, refs, listed, delivered, wide, unread_by, authored_by, disclosed, send_key, daemon) "
-            "values(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (seq, message_id, ns, author, event.get("session_id"), thread, reply_to, str(body.get("format") or "markdown"),
-             body.get("content", ""), structured if type(structured) is str else None,
+            "values(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (seq, message_id, ns, author, event.get("session_id"), thread, event.get("thread_id"), reply_to,
+             str(body.get("format") or "markdown"), body.get("content", ""), structured if type(structured) is str else None,
              canonical(event["scopes"]).decode() if scopes else None, canonical(event["refs"]).decode() if refs else None,
              listed_text, delivered_text, wide, len(delivered), event.get("authored_by"), event.get("disclosed"),
              event.get("send_key"), event.get("origin_daemon")))
@@ -2146,7 +2580,6 @@ class Store:
         self._rows[_SCOPE_ROW] += [(kind, value, ns, seq) for kind, value in scopes]
         self._rows[_REF_ROW] += [(kind, value, ns, seq) for kind, value in refs]
         self._deliver(message_id, seq, ns, delivered)
-        self._saw(author, ns)
         self._parent_came(message_id)
 
     def _message_edit(self, event: dict, seq: int, ns: int) -> None:
@@ -2162,6 +2595,7 @@ class Store:
         self.db.execute(insert, (message["seq"], ns, event["event_id"], event.get("agent_id"), message["format"], content,
                                  structured))
         if (ns, event["event_id"]) > (message["updated_at"] or 0, message["edit_event"] or ""):
+            self._index(message, content)
             self.db.execute("update messages set content = ?, structured = ?, updated_at = ?, edit_event = ? where seq = ?",
                             (content, structured, ns, event["event_id"], message["seq"]))
 
@@ -2171,11 +2605,9 @@ class Store:
         if not message:
             return self._wait_for(event["message_id"], event)
         if not message["deleted_at"]:
-            for key in _keys(message["delivered"]):
-                which = (key, message["at"], message["seq"])
-                read = self.value("select read_at from deliveries where agent = ? and at = ? and seq = ?", *which)
-                self.db.execute("update deliveries set hidden = 1 where agent = ? and at = ? and seq = ?", which)
-                self._count([key], -1, 0 if read else -1)
+            self._hide(message)
+            self.db.execute(f"update deliveries set hidden = 1 where agent in ({message['delivered']}) and at = ? and seq = ?",
+                            (message["at"], message["seq"]))
         if (ns, event["event_id"]) < (message["deleted_at"] or FAR, message["delete_event"] or ""):
             self.db.execute("update messages set deleted_at = ?, delete_reason = ?, delete_event = ? where seq = ?",
                             (ns, event.get("reason"), event["event_id"], message["seq"]))
@@ -2199,6 +2631,25 @@ class Store:
             self._read_by[message] = self._read_by.get(message, 0) + 1
             if not hidden:
                 self._count((key,), 0, -1)
+
+    def _message_remove(self, event: dict, seq: int, ns: int) -> None:
+        threads = set()
+        for message_id in event["message_ids"]:
+            self.db.execute("insert or ignore into removed_messages values(?)", (message_id,))
+            self.db.execute("delete from pending where parent = ?", (message_id,))
+            message = self.row("select * from messages where message_id = ?", message_id)
+            if message:
+                self._drop(message)
+                threads.add(message["thread_id"])
+        self._removals = True
+        self._rethread(threads)
+
+    def _message_route(self, event: dict, seq: int, ns: int) -> None:
+        key = self._agent(event["agent_id"])[0]
+        self.flush()
+        for message_id in event["message_ids"]:
+            self.db.execute("update deliveries set pushed_at = ?, route = ? where pushed_at is null and (agent, at, seq) in "
+                            "(select ?, at, seq from messages where message_id = ?)", (ns, event["route"], key, message_id))
 
     def _thread_create(self, event: dict, seq: int, ns: int) -> None:
         self.db.execute("insert into threads values(?, ?, ?, ?, ?) on conflict(thread_id) do update set title = excluded.title, "
@@ -2225,8 +2676,11 @@ class Store:
         self.db.execute("update agents set removed_at = max(removed_at, ?), registered_at = case when registered_at > ? then "
                         "registered_at end where agent = ?", (ns, ns, key))
         self._known.pop(event["agent_id"], None)
+        threads = set()
         for message in self.rows("select * from messages where author = ? and at <= ?", key, ns):
             self._drop(message)
+            threads.add(message["thread_id"])
+        self._rethread(threads)
         for (session_id,) in self.db.execute("select session_id from sessions where agent = ? and started_at <= ?",
                                              (key, ns)).fetchall():
             self._drop_session(session_id)
@@ -2234,6 +2688,7 @@ class Store:
 
     def _drop_session(self, session_id: str) -> None:
         self._sessions.clear()
+        self.set_meta(untidy=1)
         for table in ("sessions", "session_scopes", "session_refs", "agent_work_contexts", "subscriptions"):
             self.db.execute(f"delete from {table} where session_id = ?", (session_id,))
 
@@ -2345,8 +2800,19 @@ class Store:
             return
         self.set_meta(purge_cutoff=cutoff)
         self._cutoff = cutoff
-        for message in self.rows("select * from messages where at < ?", cutoff):
-            self._drop(message)
+        self.flush()
+        for key, total, unread in self.db.execute("select agent, count(*), sum(read_at is null) from deliveries where at < ? and "
+                                                  "not hidden group by agent", (cutoff,)).fetchall():
+            self._count([key], -total, -unread)
+        self.db.execute("delete from pending where parent in (select message_id from messages where at < ?)", (cutoff,))
+        self.db.execute("delete from message_edits where seq in (select seq from messages where at < ?)", (cutoff,))
+        threads = {row[0] for row in self.db.execute("select distinct thread_id from messages where at < ?", (cutoff,))}
+        for table in ("deliveries", "message_scopes", "message_refs", "messages"):
+            dropped = self.db.execute(f"delete from {table} where at < ?", (cutoff,)).rowcount
+        if dropped:
+            self._rethread(threads)
+            self._clear_index()             # one by one would take longer than to index what is left
+            self.set_meta(untidy=1)
         for (session_id,) in self.db.execute("select session_id from sessions where started_at < ? and ended_at is not null",
                                              (cutoff,)).fetchall():
             self._drop_session(session_id)
@@ -2360,7 +2826,8 @@ _REF_ROW = "insert or ignore into message_refs values(?, ?, ?, ?)"
 _DELIVERY_ROW = "insert or ignore into deliveries(agent, at, seq, hidden) values(?, ?, ?, ?)"
 _PROJECTIONS = {
     "message.create": Store._message_create, "message.edit": Store._message_edit, "message.delete": Store._message_delete,
-    "message.receipt": Store._message_receipt, "thread.create": Store._thread_create,
+    "message.receipt": Store._message_receipt, "message.remove": Store._message_remove,
+    "message.route": Store._message_route, "thread.create": Store._thread_create,
     "agent.register": Store._agent_register, "agent.cleanup": Store._agent_cleanup, "agent.update": Store._agent_update,
     "agent.session.start": Store._session_start, "agent.session.end": Store._session_end,
     "session.update": Store._session_update, "group.create": Store._group_create, "group.update": Store._group_update,
@@ -2380,7 +2847,13 @@ _PROJECTIONS = {
 # start applies; after COMMIT, lines that the branch files may lack, which the next start adds.
 
 BATCH_MAX = 256                 # requests in one batch: bounds how long the first of them waits
+INDEX_STEP = 500                # messages brought into the full-text index at a time: others wait for some 20 ms
+OVERDUE_S = 15 * 60             # seconds for which a recipient was here without reading its mail, before the sender is told
 EXPORT_MAX = 512                # lines that may wait for their branch file
+TIDY_AT_ONCE_S = 2              # seconds that a purge may hold up others; the rest is done when nothing else is
+TOMBSTONES = ("purge.executed", "agent.cleanup", "message.remove")
+ABOUT_REMOVABLE = ("message.create", "message.edit", "message.delete", "message.receipt", "agent.session.start",
+                   "agent.session.end", "session.update")
 
 
 class Context:
@@ -2391,6 +2864,7 @@ class Context:
         self.store = store
         self.ledger = ledger
         self.lines = []         # (line, event, ns) that this request has made
+        self.afterwards = []    # what is to be done once that is durable
 
     def append(self, kind: str, /, *, after: int = 0, **fields) -> dict:
         """Make an event, later than `after` (ns), and apply it; empty optional fields are left out.
@@ -2436,9 +2910,15 @@ class Ledger:
         self.facts = {}         # of the daemon: when it started (monotonic s), how to stop it
         self.progress = lambda: None
         self.batch = []         # (line, event, ns) of the batch in progress
+        self.afterwards = []    # functions to call once it is durable
+        self.seen = {}          # agent id -> when it was heard of (ns), until `note_presence`
+        self.late = {}          # agent key -> the time (ns) up to which unread mail is overdue
         self.export = []        # (stem, line) that wait for their branch file
         self.incomplete = False # whether branch files lack lines since `branch_seq`
         self.export_problem = ""
+        self.unindexed = True   # whether messages may be missing in the full-text index
+        self.untidy = False     # whether bytes of removed messages are still to be freed
+        self._to_tidy = None    # the files that are still to be looked at for that
         self.generation = 0     # rises when the database was replaced: readers open it again
         self.bad_lines = BadLines(places.bad_lines)
         self.journal = Journal(places.journal, world, self.bad_lines)
@@ -2467,14 +2947,14 @@ class Ledger:
             self.store.set_meta(imported=0)     # a crash before the end: the next start begins again
             self._import_files()
             self.store.set_meta(imported=1)
-        count, size = map(int, self.store.meta("branch_size", "0 0").split())
         present = self.branch.measure()
-        if present[0] < count or present[1] < size:     # somebody removed files, or their ends
-            self.store.set_meta(branch_seq=0)
+        if any(present.get(path, -1) < size for path, size in json.loads(self.store.meta("branch_sizes", "{}")).items()):
+            self.store.set_meta(branch_seq=0)       # somebody removed files, or their ends
             self.incomplete = True
         if not self.store.group(EVERYONE):
             self._create_everyone()
         self.flush(sync=True)
+        self.untidy = self.store.is_untidy()
         self.progress = lambda: None    # whoever wanted to know has gone
 
     def close(self) -> None:
@@ -2537,6 +3017,7 @@ class Ledger:
             self.store.set_meta(epoch=self.journal.epoch)
         os.chmod(self.places.database, 0o600)
         self.store.watch()
+        self.store.prepare_search()
         self.rebuilt = self._project_from(self.store.reached()[0])
         self.world.seen(self.store.reached()[2])
         self.incomplete = not trusted   # the branch files may lack lines
@@ -2589,7 +3070,7 @@ class Ledger:
             try:
                 events.append((sequence, line, *parse_line(line)))
             except ValueError as error:
-                if not careful:
+                if line and not careful:
                     self.bad_lines.add(f"journal:{sequence}", line, str(error))
         store.begin()
         _, event_id, newest = store.reached()
@@ -2635,7 +3116,7 @@ class Ledger:
                     event, ns = parse_line(line)
                     found.setdefault(event["event_id"], (ns, line))
                 except ValueError as error:
-                    if not line.startswith(b'{"epoch"'):
+                    if line and not line.startswith(b'{"epoch"'):
                         self.bad_lines.add(file, line, str(error))
 
         for file in log_files(self.places.journal + ".damaged") + log_files(self.places.sync):
@@ -2723,7 +3204,7 @@ class Ledger:
         happened: the batch is then carried out once more, `careful`.  A damaged database is made anew, and the
         batch carried out `again`.
         """
-        self.batch, outcomes = [], []
+        self.batch, self.afterwards, outcomes = [], [], []
         try:
             self.store.begin()
             for request in requests:
@@ -2754,6 +3235,7 @@ class Ledger:
             problem = ThrumError(f"nothing was stored: {os_problem(error) if isinstance(error, OSError) else error}")
             return [o if isinstance(o, ThrumError) else problem for o in outcomes] + \
                    [problem] * (len(requests) - len(outcomes)), []
+        self.unindexed = self.unindexed or bool(self.batch)
         first = self.journal.last - len(self.batch) + 1
         events = [(first + i, event) for i, (_, event, _) in enumerate(self.batch)]
         try:
@@ -2764,6 +3246,11 @@ class Ledger:
         self.batch = []
         if len(self.export) > EXPORT_MAX:
             self.flush()
+        for function in self.afterwards:
+            function()
+        if any(event["type"] in TOMBSTONES for _, event in events) and self.store.is_untidy():
+            self.untidy = True
+            self.tidy(TIDY_AT_ONCE_S)   # so that whoever asked for it hears that it is done
         return outcomes, events
 
     def _carry_out(self, request, careful: bool):
@@ -2787,7 +3274,33 @@ class Ledger:
         if careful:
             store.keep()
         self.batch += context.lines
+        self.afterwards += context.afterwards
         return reply
+
+    def note_presence(self) -> None:
+        """Write down who was heard of, and work out whose unread mail is overdue.  In a transaction: a request calls it."""
+        seen, self.seen = self.seen, {}
+        self.store.note_presence(seen)
+        self.late = self.store.idle_since(OVERDUE_S)
+
+    def restless(self) -> bool:
+        """Whether `idle` has something to do."""
+        return bool(self.export or self.untidy or self.unindexed)
+
+    def idle(self) -> None:
+        """A little of what can wait until nothing else is to be done."""
+        self.flush()
+        if self.untidy:
+            self.tidy()
+        elif self.unindexed:
+            self.store.begin()
+            try:
+                self.unindexed = self.store.index_messages(INDEX_STEP)
+                self.store.commit()
+            except sqlite3.Error:
+                self.store.rollback()
+                self.unindexed = False      # until the next message; a search tries again too
+                raise
 
     def flush(self, sync: bool = False) -> None:
         """Write waiting lines to the branch files; with `sync`, make them durable and remember how far.
@@ -2804,7 +3317,7 @@ class Ledger:
             if sync:
                 self.branch.sync()
                 if self.store.meta("branch_seq", 0) != self.journal.last:
-                    self.store.set_meta(branch_seq=self.journal.last, branch_size="%d %d" % self.branch.measure())
+                    self.store.set_meta(branch_seq=self.journal.last, branch_sizes=canonical(self.branch.measure()).decode())
         except (OSError, sqlite3.Error) as error:
             self.incomplete = True
             self.export_problem = os_problem(error) if isinstance(error, OSError) else str(error)
@@ -2814,6 +3327,54 @@ class Ledger:
                     raise       # `commit` heals it and comes again
                 if self.heal():
                     self.flush(sync)
+
+    def tidy(self, seconds: float = 0) -> bool:
+        """Free the bytes of what was purged, archived or deleted: one file, and more for so long; whether some are left.
+
+        Each file is replaced whole, and what a crash leaves undone is done after the next start.
+        """
+        give_up_at = self.world.monotonic() + seconds
+        if self._to_tidy is None:
+            self.flush(sync=True)
+            shutil.rmtree(self.places.journal + ".damaged", ignore_errors=True)
+            files = [(self.branch.rewrite, path) for path in reversed(log_files(self.places.sync))]
+            self._to_tidy = files + [(self.journal.rewrite, first) for first in reversed(self.journal.firsts())]
+        try:
+            while self._to_tidy:
+                rewrite, which = self._to_tidy.pop()
+                rewrite(which, self._without_obsolete)
+                if self.world.monotonic() > give_up_at:
+                    return True
+            self._to_tidy = None
+            self.store.begin()
+            self.store.set_meta(untidy=0, branch_sizes=canonical(self.branch.measure()).decode())
+            self.store.commit()
+            self.store.shrink()
+            self.untidy = False
+        except (OSError, sqlite3.Error) as error:       # a full disk: what was removed is removed, the bytes can wait
+            self.store.rollback()
+            self._to_tidy, self.untidy = None, False    # until the next start, or the next purge
+            logging.getLogger("thrum").warning("the space of removed messages was not freed: %s", error)
+        return self.untidy
+
+    def _without_obsolete(self, lines: list) -> list:
+        """The lines of a file, those of removed messages and sessions empty."""
+        kept = []
+        self.store.begin()
+        for start in range(0, len(lines), STORE_BATCH):
+            chunk = lines[start:start + STORE_BATCH]
+            events = []
+            for line in chunk:
+                try:
+                    event = decode_object(line)
+                except ValueError:
+                    event = {}          # damaged: for a person to look at
+                events.append(event if event.get("type") in ABOUT_REMOVABLE and type(event.get("event_id")) is str else {})
+            gone = self.store.obsolete([event for event in events if event])
+            self.store.forget_events(gone)
+            kept += [b"" if event.get("event_id") in gone else line for line, event in zip(chunk, events)]
+        self.store.commit()
+        return kept
 
     def unsynced(self) -> bool:
         """Whether branch files were written that a power cut could still take back."""
@@ -3052,11 +3613,22 @@ def add_ignore_lines(path: str) -> bool:
 # not be empty.  A method that writes runs in the ledger's batch and may use `context.append`; all others read.
 
 ACTIVE_S = 24 * 3600            # seconds after which somebody who was not seen is worth a warning
+STALE_DAYS = 30                 # days after which an agent that was not seen counts as an orphan, as in the reference
+USER_MAX = 32                   # characters of a user name, as in the reference
+REMOVE_MAX = 20_000             # messages removed by one call: bounds the transaction that others wait for
+REMOVE_STEP = 1_000             # ids in one event: a line holds some 1,900
+OVERDUE_DAYS = 7                # days after which mail that nobody has read is no longer worth a notice
 WAIT_DEFAULT_MS = 30_000        # as the command waits when nobody says
 WAIT_MAX_MS = 600_000           # one `message.wait`; a caller that wants more asks again from where it was
 BATCH_READ_MAX = 5_000          # messages marked at once: bounds the transaction that others wait for
 INTEGER_MAX = 1 << 53           # what every JSON reader keeps exactly (RFC 8259, section 6)
 PAIR = object()                 # {"type": …, "value": …}
+PREVIEW_MAX = 200               # characters of a message in its trace
+SNIPPET = 160                   # characters of a message around what was searched for: two lines of a terminal
+SEARCH_WORDS_MAX = 32           # words and phrases of a query: more is a text, not a question
+AWAY_NAMES = 5                  # names in a warning
+DELIVERY_STATES = (("answered", "answered_at"), ("read", "read_at"), ("seen", "seen_at"), ("pushed", "pushed_at"),
+                   ("delivered", "delivered_at"))      # the furthest first
 
 
 class Method(Record):
@@ -3068,6 +3640,8 @@ class Method(Record):
     writes: bool = False
     waits: bool = False         # the handler gives None until there is something
     aliases: dict = {}          # other spellings of parameters (design, decision 23)
+    indexes: bool = False       # every message has to be in the full-text index first
+    elsewhere: str = ""         # it is for WebSocket clients only, and this is what others are told
 
 
 def check_params(method: Method, params) -> dict:
@@ -3209,10 +3783,138 @@ def agent_register(context: Context, params: dict) -> dict:
             return {"agent_id": "", "status": "conflict", "conflict": {
                 "existing_agent_id": info["agent_id"], "registered_at": info["registered_at"],
                 "last_seen_at": info.get("last_seen_at", "")}}
+    if known and known["daemon"] != context.ledger.daemon_id:
+        for session in store.sessions(agent_id, active=True):
+            context.append("agent.session.end", after=session["started_at"], session_id=session["session_id"], reason="superseded")
     context.append("agent.register", after=known["registered_at"] if known else 0, agent_id=agent_id, kind="agent", name=name,
                    role=role, module=module, display=display, worktree=params.get("worktree", ""),
                    hostname=context.world.hostname())
     return {"agent_id": agent_id, "status": status}
+
+
+def agent_delete(context: Context, params: dict) -> dict:
+    name = params["name"].lstrip("@")
+    try:
+        check_name(name)
+    except InvalidParams as error:
+        raise InvalidParams(f"invalid agent name: {error}") from None
+    _delete_agent(context, name, "manual", "manual deletion")
+    return {"agent_id": name, "deleted": True, "message": f"Agent {name} deleted successfully"}
+
+
+def _delete_agent(context: Context, agent_id: str, method: str, reason: str) -> None:
+    """Take an agent out, with everything that it wrote: a tombstone, so that it stays out on all machines."""
+    agent = context.store.agent(agent_id)
+    if not agent:
+        raise ThrumError(f"agent not found: {agent_id}")
+    newest = context.store.page(author=agent_id, limit=1)["messages"]
+    context.append("agent.cleanup", after=max([agent["registered_at"], *(m["at"] for m in newest)]), agent_id=agent_id,
+                   reason=reason, method=method)
+    tops = worktrees_of(context.ledger.places.common)
+
+    def remove_files():
+        for top in tops:
+            for file in ("identities/{}.json", "context/{}.md", "context/{}_preamble.md"):
+                try:
+                    remove(f"{top}/.thrum/{file.format(agent_id)}")
+                except OSError:
+                    pass        # it is out of the team; a file that cannot be removed is the worktree's owner's
+    context.afterwards.append(remove_files)
+
+
+def _identity_files(places: Places) -> dict:
+    """The identities in all worktrees of the repository: agent id -> the content of its file."""
+    found = {}
+    for top in worktrees_of(places.common) or [places.root]:
+        for file, content in read_identities(top + "/.thrum"):
+            try:
+                identity = parse_identity(file, content)
+            except NoIdentity:
+                continue
+            found.setdefault(identity.agent_id(), identity.data)
+    return found
+
+
+def _orphans(context: Context, threshold: int) -> list:
+    """The agents of this machine that nobody can be any more, each with the reason."""
+    ledger, now, orphans = context.ledger, context.world.now_ns(), []
+    files = _identity_files(ledger.places)
+    worktrees = {printable(os.path.basename(top)) for top in worktrees_of(ledger.places.common) or [ledger.places.root]}
+    branches = set(Git(ledger.places.root).run("for-each-ref", "--format=%(refname:short)", "refs/heads", check=False).decode(
+        errors="replace").split("\n"))
+    for agent in context.store.agents():
+        if agent["kind"] != "agent":
+            continue
+        seen = max(agent["last_seen_at"], ledger.seen.get(agent["agent_id"], 0))
+        days = (now - seen) // (ACTIVE_S * NS) if seen else 9999
+        data, reasons, missing = files.get(agent["agent_id"]), [], {"worktree_missing": False, "branch_missing": False}
+        worktree = (data or {}).get("worktree") or agent["worktree"] or ""
+        branch = (data or {}).get("branch") or ""
+        if agent["daemon"] == ledger.daemon_id:     # of others only their own machine can know
+            if data is None and agent["worktree"]:  # an agent that no worktree was named for never had a file
+                reasons.append("no identity file")
+                missing = {"worktree_missing": True, "branch_missing": True}
+            elif data and type(worktree) is str and worktree and worktree not in worktrees:
+                reasons.append(f"worktree {worktree} is gone")
+                missing["worktree_missing"] = True
+            if data and type(branch) is str and branch and branch not in branches:
+                reasons.append(f"branch {branch} is gone")
+                missing["branch_missing"] = True
+        if seen and days > threshold:
+            reasons.append(f"not seen for {days} days")
+        if reasons:
+            orphans.append({
+                "agent_id": agent["agent_id"], "name": agent["agent_id"], "role": agent["role"], "module": agent["module"],
+                "worktree": str(worktree), "branch": str(branch), "last_seen_at": _stamp(seen), **missing,
+                "days_since_last_seen": days, "reason": ", ".join(reasons),
+                "message_count": context.store.page(author=agent["agent_id"], limit=1)["total"]})
+    return orphans
+
+
+def agent_cleanup(context: Context, params: dict) -> dict:
+    dry_run, force = params.get("dry_run", False), params.get("force", False)
+    if dry_run and force:
+        raise InvalidParams("dry_run and force are mutually exclusive")
+    threshold = params.get("threshold", STALE_DAYS)
+    if threshold < 0:
+        raise InvalidParams("threshold must not be negative")
+    orphans, deleted = _orphans(context, threshold), []
+    for orphan in orphans if force else ():
+        _delete_agent(context, orphan["agent_id"], "cleanup", orphan["reason"])
+        deleted.append(orphan["agent_id"])
+    if not orphans:
+        message = ""
+    elif deleted:
+        message = f"Deleted {len(deleted)} orphaned agent(s)"
+    else:
+        message = f"Found {len(orphans)} orphaned agent(s)" if dry_run else "Use --force to delete all orphans without prompting"
+    return {"orphans": orphans, "deleted": deleted, "deleted_count": len(deleted), "dry_run": dry_run, **compact(message=message)}
+
+
+def user_identify(context: Context, params: dict) -> dict:
+    git = Git(context.ledger.places.root)
+    name, email = (git.run("config", "--get", key, check=False).decode(errors="replace").strip() for key in ("user.name", "user.email"))
+    if not name:
+        raise ThrumError("git config user.name not set: configure with 'git config user.name \"Your Name\"'")
+    return {"username": user_name_from_git(name), "email": email, "display": name}
+
+
+def user_register(context: Context, params: dict) -> dict:
+    """A person joins, as `user:<username>`; the token is for clients that expect one, and nothing rests on it."""
+    username, display = params["username"], params.get("display", "")
+    if username.startswith("agent:"):
+        raise InvalidParams("username cannot start with 'agent:' prefix")
+    if not WORD.issuperset(username) or len(username) > USER_MAX:
+        raise InvalidParams(f"invalid username format: must be alphanumeric, underscore, or hyphen (1-{USER_MAX} chars)")
+    if display and not is_label(display):
+        raise InvalidParams(f"display must be a text of at most {PAIR_MAX} printable characters")
+    user_id = "user:" + username
+    known = context.store.agent(user_id)
+    if not known or (display and display != known["display"]):
+        context.append("agent.register", after=known["registered_at"] if known else 0, agent_id=user_id, kind="user", role=username,
+                       module="ui", display=display, hostname=context.world.hostname())
+    return {"user_id": user_id, "username": username, **compact(display_name=display or (known or {}).get("display")),
+            "token": context.world.new_id("tok"), "status": "existing" if known else "registered"}
 
 
 def agent_list(context: Context, params: dict) -> dict:
@@ -3323,14 +4025,25 @@ def group_create(context: Context, params: dict) -> dict:
     return {"group_id": event["group_id"], "name": name, "created_at": event["timestamp"]}
 
 
-def _group_for_change(context: Context, name: str) -> dict:
-    name = name.lstrip("@")
-    group = context.store.group(name)
-    if name == EVERYONE:
-        raise ThrumError("cannot modify members of built-in @everyone group")
+def _group(store: Store, name: str) -> dict:
+    """A stored group, or the one that a role is (design, decision 3)."""
+    group = store.group(name) or store.role_group(name)
     if not group:
         raise ThrumError(f'group "{name}" not found')
     return group
+
+
+def _group_for_change(context: Context, name: str) -> dict:
+    name = name.lstrip("@")
+    if name == EVERYONE:
+        raise ThrumError("cannot modify members of built-in @everyone group")
+    return _stored_group(context.store, name)
+
+
+def _stored_group(store: Store, name: str) -> dict:
+    if not store.group(name) and store.role_group(name):
+        raise ThrumError(f'group "{name}" is made of the agents of that role; create a group of another name to choose its members')
+    return _group(store, name)
 
 
 def group_member_add(context: Context, params: dict) -> dict:
@@ -3367,10 +4080,59 @@ def _groups_inside(store: Store, name: str) -> set:
     return found
 
 
+def group_member_remove(context: Context, params: dict) -> dict:
+    store, kind = context.store, params.get("member_type") or "agent"
+    value, group = params["member_value"].lstrip("@"), _group_for_change(context, params["group"])
+    member = next((m for m in store.group_members(group["name"]) if (m["member_type"], m["member_value"]) == (kind, value)), None)
+    if member:
+        context.append("group.member.remove", after=max(group["created_at"], member["at"]), group_id=member["group_id"],
+                       member_type=kind, member_value=value, removed_by=params.get("caller_agent_id") or "system")
+    return {"group": group["name"], "member_type": kind, "member_value": value, "member": value, "removed": bool(member)}
+
+
+def group_delete(context: Context, params: dict) -> dict:
+    name, by = params["name"].lstrip("@"), params.get("caller_agent_id") or "system"
+    if name == EVERYONE:
+        raise ThrumError("cannot delete built-in @everyone group")
+    group = _stored_group(context.store, name)
+    members = context.store.group_members(name)
+    event = context.append("group.delete", after=max([group["created_at"], *(m["at"] for m in members)]),
+                           group_id=group["group_id"], deleted_by=by)
+    if params.get("delete_messages"):
+        _remove_messages(context, context.store.messages_with(scope=("group", name), limit=REMOVE_MAX), "group deleted", by)
+    return {"name": name, "deleted_at": event["timestamp"], "deleted": True}
+
+
+def _members(store: Store, name: str) -> list:
+    if not store.group(name):
+        return [{"member_type": "role", "member_value": name, "added_at": stamp_of(_group(store, name)["created_at"]),
+                 "added_by": "system"}]
+    return [{"member_type": row["member_type"], "member_value": row["member_value"], "added_at": stamp_of(row["at"]),
+             **compact(added_by=row["by"])} for row in store.group_members(name)]
+
+
+def group_info(context: Context, params: dict) -> dict:
+    group = _group(context.store, params["name"].lstrip("@"))
+    return {"group_id": group["group_id"], "name": group["name"], **compact(description=group["description"]),
+            "created_at": stamp_of(group["created_at"]), "created_by": group["created_by"] or "system",
+            "members": _members(context.store, group["name"])}
+
+
+def group_members(context: Context, params: dict) -> dict:
+    """The members as they were added; with `expand` also the agents that they come to now, by id."""
+    store, name = context.store, params["name"].lstrip("@")
+    _group(store, name)
+    reply = {"name": name, "members": _members(store, name)}
+    return {**reply, "expanded": store.agent_ids(store.expand("group", name))} if params.get("expand") else reply
+
+
 def group_list(context: Context, params: dict) -> dict:
+    store = context.store
+    found = store.groups()
+    found += [{**store.role_group(role), "member_count": 1} for role in store.roles() - {group["name"] for group in found}]
     return {"groups": [{"group_id": row["group_id"], "name": row["name"], **compact(description=row["description"]),
                         "member_count": row["member_count"], "created_at": stamp_of(row["created_at"])}
-                       for row in context.store.groups()]}
+                       for row in sorted(found, key=lambda row: row["name"])]}
 
 
 # ---- messages
@@ -3385,9 +4147,14 @@ def _audiences(row: dict) -> list:
     return found or [{"type": "broadcast", "value": EVERYONE}]
 
 
+def _via(row: dict) -> dict:
+    """The person who wrote in an agent's name and said so."""
+    return {"authored_by": row["authored_by"], "disclosed": True} if row["authored_by"] and row["disclosed"] else {}
+
+
 def _summary(row: dict, **more) -> dict:
     return {"message_id": row["message_id"], **compact(thread_id=row["thread_id"], reply_to=row["reply_to"]),
-            "agent_id": row["agent_id"], "body": _body(row), "created_at": stamp_of(row["at"]),
+            "agent_id": row["agent_id"], **_via(row), "body": _body(row), "created_at": stamp_of(row["at"]),
             **compact(updated_at=_stamp(row["updated_at"])), "deleted": bool(row["deleted_at"]),
             "is_read": row.get("is_read", False), "seq": row["seq"], **more}
 
@@ -3397,14 +4164,24 @@ def message_send(context: Context, params: dict) -> dict:
     form = params.get("format") or "markdown"
     if form not in ("markdown", "plain", "json"):
         raise ThrumError(f"invalid format: {form} (must be 'markdown', 'plain', or 'json')")
-    author = caller_of(context, params)
+    caller = author = caller_of(context, params)
+    target = params.get("acting_as", "")
+    if target:
+        author = target
     key = params.get("send_key", "")
     if key and len(key) > PAIR_MAX:
         raise InvalidParams(f"send_key is longer than {PAIR_MAX} characters")
     before = store.message_by_key(author, key) if key else None
     if before:
         return _repeated(store, before)
-    session = session_of(context, author)
+    session = session_of(context, caller)
+    if target:
+        if not caller.startswith("user:"):
+            raise ThrumError(f"only users can impersonate agents (caller: {caller})")
+        if target.startswith("user:"):
+            raise ThrumError(f"users can only impersonate agents, not other users (target: {target})")
+        if not store.agent(target):
+            raise ThrumError(f"target agent does not exist: {target}")
     # Scopes and references of routing types are what they say, whether they come as mentions or not.
     given_scopes, given_refs = pairs_of(params.get("scopes")), pairs_of(params.get("refs"))
     wanted = [*params.get("mentions", []), *(v for k, v in given_refs if k in ("mention", "group")),
@@ -3434,7 +4211,9 @@ def message_send(context: Context, params: dict) -> dict:
     if not audiences:
         audiences = [{"type": "broadcast", "value": EVERYONE}]
         recipients = store.expand("group", EVERYONE)
-    after, thread = session["started_at"], params.get("thread_id", "")
+    after, thread, if_last = session["started_at"], params.get("thread_id", ""), params.get("if_last", "")
+    if if_last:
+        thread = _unmoved_thread(store, if_last, thread)
     if thread:
         thread, newest = _thread_to_continue(store, thread)
         after = max(after, newest)
@@ -3455,13 +4234,42 @@ def message_send(context: Context, params: dict) -> dict:
         body={"format": form, "content": content,
               **({"structured": canonical(structured).decode()} if structured is not None else {})},
         thread_id=thread, scopes=[{"type": k, "value": v} for k, v in dict.fromkeys(scopes)],
-        refs=[{"type": k, "value": v} for k, v in dict.fromkeys(refs)], recipients=ids, send_key=key)
+        refs=[{"type": k, "value": v} for k, v in dict.fromkeys(refs)], recipients=ids, send_key=key,
+        authored_by=caller if target else "", disclosed=bool(target) and params.get("disclose", False))
     if not ids:
         warnings.append("nobody else is registered, so nobody received this")
+    warnings += _away(context, recipients - {store.key_of(author)})
     return compact(
         message_id=event["message_id"], thread_id=thread, created_at=event["timestamp"], seq=event["sequence"],
         warnings=warnings, audiences=audiences,
         recipients=[{"agent_id": agent_id, "delivered_at": event["timestamp"]} for agent_id in ids]) | {"resolved_to": resolved}
+
+
+def _away(context: Context, keys) -> list:
+    """A warning when recipients were not seen for a day: what is sent to them waits."""
+    now = context.world.now_ns()
+    seen = context.ledger.seen
+    away = [(agent_id, ns) for agent_id, ns in context.store.unseen(keys, now - ACTIVE_S * NS) if agent_id not in seen] if keys else []
+    if not away:
+        return []
+    if len(keys) == 1:
+        return [f"@{away[0][0]} was last seen {span((now - away[0][1]) / NS)} ago" if away[0][1] else f"@{away[0][0]} was never seen"]
+    more = f" and {len(away) - AWAY_NAMES} more" if len(away) > AWAY_NAMES else ""
+    return [f"{len(away)} of {len(keys)} recipients were not seen for 24 h: "
+            f"{', '.join('@' + agent_id for agent_id, _ in away[:AWAY_NAMES])}{more}"]
+
+
+def _unmoved_thread(store: Store, last: str, thread_id: str) -> str:
+    """The thread whose newest message is `last`; raises Conflict with the newer one when it has moved on."""
+    row = _message(store, last)
+    thread = row["thread_id"] or thread_of(last)
+    if thread_id and store.thread(thread_id) != thread:
+        raise ThrumError(f"{last} is in thread {thread}, not in {thread_id}")
+    newest = store.newest_of(thread, last)
+    if newest and newest["seq"] != row["seq"]:
+        raise Conflict(f"the thread has moved on: @{newest['agent_id']} wrote {newest['message_id']} after {last}; read it, then send "
+                       f"again with --if-last {newest['message_id']}", {"newer": _summary(newest)})
+    return thread
 
 
 def _repeated(store: Store, row: dict) -> dict:
@@ -3492,14 +4300,21 @@ def _message(store: Store, message_id: str) -> dict:
 
 
 def message_get(context: Context, params: dict) -> dict:
-    row = _message(context.store, params["message_id"])
+    store, row = context.store, _message(context.store, params["message_id"])
+    history = [{"at": stamp_of(edit["at"]), **compact(editor=edit["editor"]),
+                "body": _body({**edit, "format": row["format"]})} for edit in (store.versions(row["seq"]) if params.get("history") else ())]
     return {"message": {
         "message_id": row["message_id"], **compact(thread_id=row["thread_id"], reply_to=row["reply_to"]),
-        "author": {"agent_id": row["agent_id"], "session_id": row["session_id"] or ""}, "body": _body(row),
+        "author": {"agent_id": row["agent_id"], "session_id": row["session_id"] or ""}, **_via(row), "body": _body(row),
         "scopes": json.loads(row["scopes"] or "[]"), "refs": json.loads(row["refs"] or "[]"),
         "metadata": compact(deleted_at=_stamp(row["deleted_at"]), delete_reason=row["delete_reason"]),
         "created_at": stamp_of(row["at"]), **compact(updated_at=_stamp(row["updated_at"])), "deleted": bool(row["deleted_at"]),
-        **compact(audiences=_audiences(row), recipients=context.store.recipients(row)), "seq": row["seq"]}}
+        **compact(audiences=_audiences(row), recipients=store.recipients(row), history=history), "seq": row["seq"]}}
+
+
+def _overdue(context: Context, author: str) -> list:
+    """What an author wrote that its readers leave unread: for OVERDUE_S of their own presence, or for ever."""
+    return context.store.overdue(author, context.ledger.late, context.world.now_ns() - OVERDUE_DAYS * 24 * 3600 * NS, LIST_MAX)
 
 
 def message_list(context: Context, params: dict) -> dict:
@@ -3526,7 +4341,8 @@ def message_list(context: Context, params: dict) -> dict:
         by_update=sort_by == "updated_at", ascending=order == "asc", limit=size, offset=(page - 1) * size)
     return {"messages": [_summary(row) for row in found["messages"]], "total": found["total"], "unread": found["unread"],
             "page": page, "page_size": size, "total_pages": -(-found["total"] // size),
-            "last_seq": store.reached()[0], "epoch": store.meta("epoch", "")}
+            "last_seq": store.reached()[0], "epoch": store.meta("epoch", ""),
+            **compact(overdue=len(_overdue(context, receiver)) or None if receiver == caller else None)}
 
 
 def _created_after(params: dict) -> int:
@@ -3552,14 +4368,160 @@ def message_outbox(context: Context, params: dict) -> dict:
     if to and not wanted:
         raise ThrumError("invalid to filter")
     size, page = _paging(params)
-    found = store.outbox(caller_of(context, params), wanted, params.get("unread", False), size, (page - 1) * size)
+    author = caller_of(context, params)
+    late = {(row["message_id"], row["agent_id"]) for row in _overdue(context, author)}
+    found = store.outbox(author, wanted, params.get("unread", False), size, (page - 1) * size,
+                         only=sorted({message_id for message_id, _ in late}) if params.get("overdue") else None)
     messages = []
     for row in found["messages"]:
-        recipients = store.recipients(row)
+        recipients = _with_truth(context, row, late)
         messages.append(_summary(row, **compact(audiences=_audiences(row), recipients=recipients),
                                  read_count=sum("read_at" in state for state in recipients)))
     return {"messages": messages, "total": found["total"], "page": page, "page_size": size,
             "total_pages": -(-found["total"] // size)}
+
+
+def _with_truth(context: Context, row: dict, late: set) -> list:
+    """The states of a message's recipients, with `overdue` and `gone` where they are."""
+    states = context.store.recipients(row)
+    for state in states:
+        if "read_at" not in state:
+            if (row["message_id"], state["agent_id"]) in late:
+                state["overdue"] = True
+            if not context.store.agent(state["agent_id"]):
+                state["gone"] = True
+    return states
+
+
+def message_trace(context: Context, params: dict) -> dict:
+    """What became of a message, for each recipient in the order in which it happened."""
+    row = _message(context.store, params["message_id"])
+    late = {(found["message_id"], found["agent_id"]) for found in _overdue(context, row["agent_id"])}
+    recipients = _with_truth(context, row, late)
+    for state in recipients:
+        agent = context.store.agent(state["agent_id"]) or {}
+        seen = max(agent.get("last_seen_at") or 0, context.ledger.seen.get(state["agent_id"], 0))
+        state["state"] = next(name for name, field in DELIVERY_STATES if field in state)
+        state.update(compact(last_seen_at=_stamp(seen), host=agent.get("hostname") if agent.get("daemon") != context.ledger.daemon_id
+                             else ""))
+    return {"message_id": row["message_id"], **compact(thread_id=row["thread_id"]), "agent_id": row["agent_id"], **_via(row),
+            "created_at": stamp_of(row["at"]), "deleted": bool(row["deleted_at"]), "seq": row["seq"],
+            "content": row["content"][:PREVIEW_MAX], "audiences": _audiences(row), "recipients": recipients}
+
+
+def message_search(context: Context, params: dict) -> dict:
+    """Messages whose text holds all words of the query, the best first; see `parse_query`."""
+    store, phrases = context.store, parse_query(params["query"])
+    limit = min(max(params.get("limit") or 10, 1), PAGE_MAX)
+    if len(phrases) > SEARCH_WORDS_MAX:
+        raise InvalidParams(f"a query has at most {SEARCH_WORDS_MAX} words")
+    found = {"messages": [], "total": 0}
+    if phrases:
+        found = store.search(phrases, author=params.get("from", "").lstrip("@"), to=params.get("to", "").lstrip("@"),
+                             thread_id=params.get("thread_id", ""), scope=_pair(params.get("scope")),
+                             after_ns=_created_after(params), limit=limit)
+    messages = []
+    for row in found["messages"]:
+        text, spans = _snippet(row["content"], find_phrases(row["content"], phrases))
+        messages.append(_summary(row, snippet=text, hits=spans))
+    return {"messages": messages, "total": found["total"], "complete": found["total"] < SEARCH_TOTAL_MAX, "query": params["query"]}
+
+
+def _snippet(content: str, spans: list) -> tuple:
+    """The part of a text around its first hit, and where in it (start, end) the hits are."""
+    first = spans[0][0] if spans else 0
+    start = max(0, first - SNIPPET // 3)
+    if start:
+        blank = content.find(" ", start, first)
+        start = blank + 1 if blank >= 0 else start
+    end = start + SNIPPET
+    text = ("…" if start else "") + content[start:end] + ("…" if end < len(content) else "")
+    shift = start - bool(start)
+    return text, [[a - shift, b - shift] for a, b in spans if start <= a and b <= end]
+
+
+def _remove_messages(context: Context, rows: list, reason: str, by: str) -> int:
+    """Remove messages for good, on all machines; their number."""
+    for i in range(0, len(rows), REMOVE_STEP):
+        part = rows[i:i + REMOVE_STEP]
+        context.append("message.remove", after=max(row["at"] for row in part), message_ids=[row["message_id"] for row in part],
+                       reason=reason, removed_by=by)
+    return len(rows)
+
+
+def message_delete_by_scope(context: Context, params: dict) -> dict:
+    if not params.get("scope_type") or not params.get("scope_value"):
+        raise ThrumError("scope_type and scope_value are required")
+    rows = context.store.messages_with(scope=(params["scope_type"], params["scope_value"]), limit=REMOVE_MAX)
+    return {"deleted_count": _remove_messages(context, rows, "deleted by scope", params.get("caller_agent_id", ""))}
+
+
+def message_delete_by_agent(context: Context, params: dict) -> dict:
+    rows = context.store.messages_with(author=params["agent_id"], limit=REMOVE_MAX)
+    return {"deleted_count": _remove_messages(context, rows, "deleted by agent", params.get("caller_agent_id", ""))}
+
+
+def message_archive(context: Context, params: dict) -> dict:
+    """Moves messages of an agent, or to a group, into a file below `.thrum/archive`: with all that is known of them."""
+    store, kind, name = context.store, params.get("archive_type", ""), params.get("identifier", "")
+    if kind not in ("agent", "group"):
+        raise ThrumError(f'invalid archive_type: "{kind}" (must be "agent" or "group")')
+    if not name:
+        raise ThrumError("identifier is required")
+    name = name.lstrip("@")
+    try:
+        path = f"{context.ledger.places.thrum}/archive/{file_stem(name)}.jsonl"
+    except ValueError:
+        raise InvalidParams(f"identifier {name[:NAME_MAX]!r} cannot be a file name") from None
+    rows = store.messages_with(author=name, limit=REMOVE_MAX) if kind == "agent" else \
+        store.messages_with(scope=("group", name), limit=REMOVE_MAX)
+    if rows:
+        lines = [canonical({
+            **message_get(context, {"message_id": row["message_id"], "history": True})["message"], "agent_id": row["agent_id"]})
+            for row in rows]
+        try:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            with open(path, "ab") as file:      # a repetition after a crash adds lines twice, and loses none
+                os.fchmod(file.fileno(), 0o600)
+                file.write(b"".join(line + b"\n" for line in lines))
+                file.flush()
+                durable_sync(file.fileno())
+        except OSError as error:
+            raise ThrumError(f"cannot archive: {os_problem(error)}") from None
+        _remove_messages(context, rows, "archived", params.get("caller_agent_id", ""))
+    return {"archived_count": len(rows), "archive_path": path}
+
+
+def message_mark_shown(context: Context, params: dict) -> dict:
+    """Notes that messages were pushed to the caller (by `route`) and, unless `pushed` says no more, shown to it."""
+    store, reader, route = context.store, caller_of(context, params), check_text(params["route"], "route", PAIR_MAX)
+    session, pushed, marked = store.open_session(reader), [], 0
+    for row in [row for row in map(store.message, dict.fromkeys(params["message_ids"])) if row]:
+        own, _ = store.states(row, reader)
+        if own and not own["pushed"]:
+            pushed.append(row["message_id"])
+        if own and not own["seen"] and not own["read"] and not params.get("pushed"):
+            context.append("message.receipt", after=row["at"], message_id=row["message_id"], agent_id=reader, receipt_type="seen",
+                           session_id=session and session["session_id"])
+            marked += 1
+    if pushed:
+        context.append("message.route", message_ids=pushed, agent_id=reader, route=route)
+    return {"marked_count": marked, "pushed_count": len(pushed)}
+
+
+def purge_execute(context: Context, params: dict) -> dict:
+    """Removes messages, and sessions that have ended, from before a time: of this daemon at once, of others when they hear of it."""
+    before = params["before"]
+    try:
+        cutoff = min(ns_of(before), context.world.now_ns())
+    except ValueError:
+        raise InvalidParams(f'invalid before timestamp "{before[:64]}": must be RFC 3339') from None
+    counts = context.store.older_than(cutoff)
+    if not params.get("dry_run"):
+        context.append("purge.executed", cutoff=stamp_of(cutoff), after=cutoff - 1)
+    return {"before": before, "dry_run": params.get("dry_run", False), "messages_deleted": counts["messages"],
+            "sessions_deleted": counts["sessions"], "events_deleted": counts["events"], "sync_message_files": counts["authors"],
+            "sync_events_filtered": 2 * counts["sessions"]}
 
 
 def _may_change(row: dict, params: dict, verb: str) -> None:
@@ -3599,8 +4561,7 @@ def message_mark_read(context: Context, params: dict) -> dict:
     """Marks what the caller received and has not read; `all`: the newest BATCH_READ_MAX of it up to `up_to_seq`."""
     store, reader = context.store, caller_of(context, params)
     if params.get("all"):
-        unread = store.page(receiver=reader, unread=True, limit=BATCH_READ_MAX)["messages"]
-        rows = [row for row in unread if row["seq"] <= params.get("up_to_seq", FAR)]
+        rows = store.page(receiver=reader, unread=True, up_to_seq=params.get("up_to_seq", FAR), limit=BATCH_READ_MAX)["messages"]
     elif not params.get("message_ids"):
         raise ThrumError("message_ids is required and must not be empty")
     else:
@@ -3608,14 +4569,13 @@ def message_mark_read(context: Context, params: dict) -> dict:
     session = store.open_session(reader)
     marked, others = 0, {}
     for row in rows:
-        states = {state["agent_id"]: state for state in store.recipients(row)} if not params.get("all") else {reader: {}}
-        if reader not in states:
+        own, read_by = store.states(row, reader) if not params.get("all") else ({"read": False}, [])
+        if not own:
             continue
         marked += 1
-        if "read_at" not in states[reader]:
+        if not own["read"]:
             context.append("message.receipt", after=row["at"], message_id=row["message_id"], agent_id=reader,
                            receipt_type="read", session_id=session and session["session_id"])
-        read_by = [agent for agent, state in states.items() if "read_at" in state and agent != reader]
         if read_by:
             others[row["message_id"]] = read_by
     left = store.page(receiver=reader, limit=1)["unread"]
@@ -3649,6 +4609,13 @@ METHODS = {
     "agent.register": Method(
         agent_register, {"role!": str, "module!": str, "name": str, "display": str, "force": bool, "re_register": bool,
                          "worktree": str}, "Register an agent, or report who holds its role and module.", writes=True),
+    "agent.delete": Method(agent_delete, {"name!": str, **CALLER}, "Delete an agent with everything that it wrote.", writes=True,
+                           aliases={"agent_name": "name", "agent_id": "name"}),
+    "agent.cleanup": Method(agent_cleanup, {"dry_run": bool, "force": bool, "threshold": int, **CALLER},
+                            "Find agents that nobody can be any more; with force, delete them.", writes=True),
+    "user.register": Method(user_register, {"username!": str, "display": str}, "Join as a person.", writes=True,
+                            elsewhere="User registration only available via WebSocket"),
+    "user.identify": Method(user_identify, {}, "Who git says is working here."),
     "agent.list": Method(agent_list, {"role": str, "module": str}, "The registered agents, newest first."),
     "agent.whoami": Method(agent_whoami, {**CALLER}, "Who is calling, with session and intent."),
     "session.start": Method(session_start, {"agent_id!": str, "scopes": [PAIR], "refs": [PAIR]},
@@ -3665,18 +4632,38 @@ METHODS = {
     "group.member.add": Method(
         group_member_add, {"group!": str, "member_type": str, "member_value!": str, **CALLER},
         "Add an agent, a role or a group to a group.", writes=True, aliases={"member": "member_value"}),
+    "group.member.remove": Method(
+        group_member_remove, {"group!": str, "member_type": str, "member_value!": str, **CALLER},
+        "Take a member out of a group.", writes=True, aliases={"member": "member_value"}),
+    "group.delete": Method(group_delete, {"name!": str, "delete_messages": bool, **CALLER}, "Delete a group.", writes=True),
+    "group.info": Method(group_info, {"name!": str}, "One group with its members."),
+    "group.members": Method(group_members, {"name!": str, "expand": bool}, "The members of a group, and the agents they come to."),
     "group.list": Method(group_list, {}, "All groups with their size."),
     "message.send": Method(
         message_send, {"content!": str, "format": str, "structured": dict, "reply_to": str, "thread_id": str, "scopes": [PAIR],
-                       "refs": [PAIR], "mentions": [str], "tags": [str], "send_key": str, **CALLER},
+                       "refs": [PAIR], "mentions": [str], "tags": [str], "send_key": str, "if_last": str, "acting_as": str,
+                       "disclose": bool, **CALLER},
         "Send a message; the same send_key again gives the first one.", writes=True),
-    "message.get": Method(message_get, {"message_id!": str}, "One message with everything known of it."),
+    "message.get": Method(message_get, {"message_id!": str, "history": bool}, "One message with everything known of it."),
+    "message.trace": Method(message_trace, {"message_id!": str}, "What became of a message, recipient by recipient."),
+    "message.search": Method(
+        message_search, {"query!": str, "from": str, "to": str, "thread_id": str, "scope": PAIR, "created_after": str, "limit": int},
+        "Full text over everything said, the best hits first.", indexes=True),
+    "message.archive": Method(message_archive, {"archive_type": str, "identifier": str, **CALLER},
+                              "Move the messages of an agent or group into a file.", writes=True),
+    "message.deleteByScope": Method(message_delete_by_scope, {"scope_type": str, "scope_value": str, **CALLER},
+                                    "Remove the messages with a scope for good.", writes=True),
+    "message.deleteByAgent": Method(message_delete_by_agent, {"agent_id!": str, **CALLER},
+                                    "Remove the messages of an agent for good.", writes=True),
+    "message.markShown": Method(message_mark_shown, {"message_ids!": [str], "route!": str, "pushed": bool, **CALLER},
+                                "Note that messages were pushed or shown to the caller.", writes=True),
+    "purge.execute": Method(purge_execute, {"before!": str, "dry_run": bool}, "Remove everything from before a time.", writes=True),
     "message.list": Method(
         message_list, {"scope": PAIR, "ref": PAIR, "thread_id": str, "author_id": str, "mentions": bool, "mention_role": str,
                        "caller_mention_role": str, "unread": bool, "unread_for_agent": str, "exclude_self": bool,
                        "for_agent": str, "for_agent_role": str, "created_after": str, "after_seq": int, "sort_by": str,
                        "sort_order": str, **PAGING, **CALLER}, "Messages, newest first."),
-    "message.outbox": Method(message_outbox, {"to": str, "unread": bool, **PAGING, **CALLER},
+    "message.outbox": Method(message_outbox, {"to": str, "unread": bool, "overdue": bool, **PAGING, **CALLER},
                              "What the caller sent, with each recipient's state."),
     "message.edit": Method(message_edit, {"message_id!": str, "content": str, "structured": dict, **CALLER},
                            "Replace what one wrote.", writes=True),
@@ -3746,16 +4733,6 @@ def wrapped(text: str, width: int, indent: str) -> str:
                 current = f"{current} {word}" if current != lead else lead + word
         lines.append(current)
     return "\n".join((indent + line).rstrip() for line in lines)
-
-
-def span(seconds: float) -> str:
-    """A length of time as people say it: `45s`, `5m`, `2h30m`, `3d5h`."""
-    seconds = max(0, int(seconds))
-    for size, unit, small, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m")):
-        if seconds >= size:
-            rest = seconds % size // small
-            return f"{seconds // size}{unit}" + (f"{rest}{small_unit}" if rest else "")
-    return f"{seconds // 60}m" if seconds >= 60 else f"{seconds}s"
 
 
 def ago(stamp: str, now_ns: int) -> str:
@@ -3960,6 +4937,10 @@ class Console:
 
     async def save(self, path: str, data: bytes | None) -> None:
         """Write a file below the caller's worktree (None removes it); raises ThrumError."""
+        raise NotImplementedError
+
+    async def ask(self, question: str) -> str:
+        """What the person at the terminal answers; "" where there is none."""
         raise NotImplementedError
 
     async def resume_at(self, cursor: str) -> None:
@@ -4197,7 +5178,8 @@ async def send(console: Console, args: Args) -> int:
     mentions = ["@" + name.lstrip("@") for name in ([to] if to else []) + args.mention]
     content = await console.text(args.message, args.body_file)
     sent_ = await console.call("message.send", content=content, format=args.format, structured=structured, scopes=scopes,
-                               refs=refs, mentions=mentions, thread_id=args.thread, caller_agent_id=console.me(),
+                               refs=refs, mentions=mentions, thread_id=args.thread, if_last=args.if_last, caller_agent_id=console.me(),
+                               acting_as=args.acting_as and args.acting_as.lstrip("@"), disclose=args.disclose or None,
                                send_key=args.key or console.key)
     return await _report_send(console, sent_, "Message sent")
 
@@ -4244,7 +5226,7 @@ async def reply(console: Console, args: Args) -> int:
     if gone and not names:      # without names it would go to everyone
         raise ThrumError(f"nobody is left to answer: {', '.join(map(handle, gone))} is not registered any more")
     sent_ = await console.call("message.send", content=content, format=args.format, reply_to=parent["message_id"],
-                               mentions=["@" + name for name in names], caller_agent_id=me, send_key=console.key)
+                               if_last=args.if_last, mentions=["@" + name for name in names], caller_agent_id=me, send_key=console.key)
     try:
         await console.call("message.markRead", message_ids=[parent["message_id"]], caller_agent_id=me)
     except ThrumError:
@@ -4252,10 +5234,15 @@ async def reply(console: Console, args: Args) -> int:
     return await _report_send(console, sent_, "Reply sent")
 
 
+def _via_text(message: dict) -> str:
+    """The person behind a message, when it was written in an agent's name and says so."""
+    return f" (by {handle(message['authored_by'])})" if message.get("authored_by") else ""
+
+
 def _message_text(message: dict, console: Console, own: bool = False) -> str:
     """A message in a list: one line about it, then its text."""
     mark = "○" if message["is_read"] or own else console.bold("●")
-    facts = [console.bold(handle(message["agent_id"])), console.ago(message["created_at"])]
+    facts = [console.bold(handle(message["agent_id"])) + _via_text(message), console.ago(message["created_at"])]
     if message.get("updated_at"):
         facts.append("(edited)")
     if message.get("reply_to"):
@@ -4268,35 +5255,47 @@ async def inbox(console: Console, args: Args) -> int:
     me = console.me()
     page = max(args.page, 1)
     scope = _pair_or_usage(args.scope, "scope") if args.scope else None
+    base = {"caller_agent_id": me, "for_agent": None if args.all else me, "exclude_self": True, "unread": args.unread or None}
     found = await console.call(
-        "message.list", caller_agent_id=me, for_agent=None if args.all else me, exclude_self=True, unread=args.unread or None,
-        mentions=args.mentions or None, scope=scope, author_id=(args.from_ or "").lstrip("@") or None,
-        sort_order="asc" if args.oldest else None, page=page,
-        page_size=args.limit if args.limit is not None else args.page_size)
+        "message.list", **base, mentions=args.mentions or None, scope=scope, author_id=(args.from_ or "").lstrip("@") or None,
+        sort_order="asc" if args.oldest else None, page=page, page_size=args.limit if args.limit is not None else args.page_size)
+    filters = [f"scope={args.scope}"] * bool(args.scope) + [f"from={args.from_}"] * bool(args.from_) + ["mentions"] * args.mentions
+    if filters:
+        whole = await console.call("message.list", **base, page_size=1)
+        found["hidden"] = whole["total"] - found["total"]
     messages = found["messages"]
     text = "\n".join(_message_text(message, console) for message in messages)
     if messages:
         first = (page - 1) * found["page_size"] + 1
         text += f"\nShowing {first}-{first + len(messages) - 1} of {found['total']} messages ({found['unread']} unread)"
-        text += "\n" if args.all else f" for {handle(me)}\n"
-    elif args.scope:
-        text = f"No messages matching filter --scope {plain(args.scope)}\nShowing 0 of {found['total']} total messages\n"
+        text += "" if args.all else f" (filtered for {handle(me)})"
+        text += f"; {found['hidden']} more hidden by the filter {', '.join(filters)}\n" if found.get("hidden") else "\n"
+    elif filters and not found["total"]:
+        flags = [f"--scope {args.scope}"] * bool(args.scope) + [f"--from {args.from_}"] * bool(args.from_) + ["--mentions"] * args.mentions
+        text = f"No messages matching filter {plain(' '.join(flags))}\n" \
+               f"Showing 0 of {whole['total']} total messages (filter: {plain(', '.join(filters))})\n"
     elif found["total"]:
         text = f"No messages on page {page}; there are {found['total_pages']}.\n"
     else:
         text = "No messages in inbox.\n" if args.all else \
             f"No {'unread ' if args.unread else ''}messages for {handle(me)}.\n"
+    if found.get("overdue"):
+        text += f"{found['overdue']} of the messages that you sent wait too long: {console.program} sent --overdue\n"
     await console.answer(found, text)
     unread = [message["message_id"] for message in messages if not message["is_read"]]
-    if unread and not args.unread:
+    if unread:
         await console.end(0)    # mail that never left the process stays unread
-        await console.call("message.markRead", message_ids=unread, caller_agent_id=me)
+        if args.unread:
+            await console.call("message.markShown", message_ids=unread, route="inbox", caller_agent_id=me)
+        else:
+            await console.call("message.markRead", message_ids=unread, caller_agent_id=me)
     return 0
 
 
 async def sent(console: Console, args: Args) -> int:
     found = await console.call("message.outbox", caller_agent_id=console.me(), to=args.to, unread=args.unread or None,
-                               page=args.page, page_size=args.limit if args.limit is not None else args.page_size)
+                               overdue=args.overdue or None, page=args.page,
+                               page_size=args.limit if args.limit is not None else args.page_size)
     blocks = []
     for message in found["messages"]:
         states = message.get("recipients", [])
@@ -4312,20 +5311,21 @@ async def sent(console: Console, args: Args) -> int:
     if blocks:
         first = (found["page"] - 1) * found["page_size"] + 1
         text += f"\nShowing {first}-{first + len(blocks) - 1} of {found['total']} sent messages\n"
-    await console.answer(found, text or "No sent messages.\n")
+    await console.answer(found, text or ("No overdue messages.\n" if args.overdue else "No sent messages.\n"))
     return 0
 
 
 def _state_text(state: dict) -> str:
-    done = "read" if "read_at" in state else "seen" if "seen_at" in state else "delivered"
-    return f"{handle(state['agent_id'])}({done})"
+    done = next(name for name, field in DELIVERY_STATES if field in state)
+    trouble = ", gone" if state.get("gone") else ", overdue" if state.get("overdue") else ""
+    return f"{handle(state['agent_id'])}({done}{trouble})"
 
 
 def _detail_text(message: dict) -> str:
     """One message with everything about it."""
     def pairs(name):
         return ", ".join(f"{one_line(pair['type'])}:{one_line(pair['value'])}" for pair in message.get(name) or [])
-    lines = [("Message:", message["message_id"]), ("From:", handle(message["author"]["agent_id"])),
+    lines = [("Message:", message["message_id"]), ("From:", handle(message["author"]["agent_id"]) + _via_text(message)),
              ("Time:", when(message["created_at"])), ("Thread:", message.get("thread_id", "")), ("To:", pairs("audiences")),
              ("Scopes:", pairs("scopes")), ("Refs:", pairs("refs")), ("Edited:", when(message.get("updated_at", "")))]
     text = "".join(f"{label:<11} {plain(value)}\n" for label, value in lines if value)
@@ -4334,11 +5334,14 @@ def _detail_text(message: dict) -> str:
     if message["deleted"]:
         reason = message["metadata"].get("delete_reason")
         text += "Status:     DELETED" + (f" ({plain(reason)})" if reason else "") + "\n"
-    return text + "\n" + plain(message["body"]["content"]) + "\n"
+    for number, version in enumerate(message.get("history", ())):
+        by = f" by {handle(version['editor'])}" if version.get("editor") else ""
+        text += f"\nVersion {number}, {when(version['at'])}{by}:\n{plain(version['body']['content'])}\n"
+    return text if message.get("history") else text + "\n" + plain(message["body"]["content"]) + "\n"
 
 
 async def message_get_command(console: Console, args: Args) -> int:
-    found = await console.call("message.get", message_id=args.msg_id)
+    found = await console.call("message.get", message_id=args.msg_id, history=args.history or None)
     await console.answer(found, _detail_text(found["message"]))
     try:
         me = console.identity().agent_id()
@@ -4440,6 +5443,79 @@ async def wait(console: Console, args: Args) -> int:
         "status": "received", "count": count, "after_seq": found["after_seq"], "epoch": found["epoch"],
         "action": "ACTION REQUIRED: You have unread messages. Run `thrum inbox --unread` to read them, answer them, and then "
                   "wait again.", "messages": found["messages"], "remaining": found["remaining"]}, text)
+    await console.end(0)
+    await console.call("message.markShown", message_ids=[m["message_id"] for m in found["messages"]], route="wait", pushed=True,
+                       caller_agent_id=params["caller_agent_id"])
+    return 0
+
+
+async def search(console: Console, args: Args) -> int:
+    since = args.since and stamp_of(_moment(console, args.since, "since"))
+    found = await console.call("message.search", query=" ".join(args.query), **{"from": args.from_}, to=args.to, thread_id=args.thread,
+                               scope=_pair_or_usage(args.scope, "scope") if args.scope else None, created_after=since, limit=args.limit)
+    text = ""
+    for message in found["messages"]:
+        at, marked = 0, ""
+        for start, end in message["hits"]:
+            hit = message["snippet"][start:end]
+            marked += message["snippet"][at:start] + (console.bold(hit) if console.coloured() else f"[{hit}]")
+            at = end
+        text += f"{plain(message['message_id'])}  {console.bold(handle(message['agent_id']))}{_via_text(message)}  " \
+                f"{console.ago(message['created_at'])}\n  {' '.join((marked + message['snippet'][at:]).split())}\n"
+    count = f"{found['total']}" if found["complete"] else f"more than {found['total'] - 1}"
+    if found["messages"]:
+        text += f"\nShowing {len(found['messages'])} of {count} message{'' if count == '1' else 's'}\n"
+    await console.answer(found, text or f"No messages match {one_line(found['query'])!r}.\n")
+    return 0
+
+
+def _moment(console: Console, text: str, what: str) -> int:
+    try:
+        return parse_moment(text, console.world.now_ns())
+    except ValueError as error:
+        raise Usage(f"invalid --{what} value: {error}") from None
+
+
+STATE_WORDS = {"delivered": "stored", "seen": "shown"}      # what the words of the protocol mean
+
+
+async def trace(console: Console, args: Args) -> int:
+    found = await console.call("message.trace", message_id=args.msg_id)
+    to = ", ".join(f"{one_line(a['type'])}:{one_line(a['value'])}" for a in found["audiences"])
+    text = f"{console.bold(found['message_id'])} from {handle(found['agent_id'])}{_via_text(found)} to {to}, " \
+           f"{console.ago(found['created_at'])}{', DELETED' if found['deleted'] else ''}\n" \
+           f"  {one_line(found['content'], console.width - 2)}\n\n"
+    table = []
+    for state in found["recipients"]:
+        steps = sorted((state[field], name) for name, field in DELIVERY_STATES if field in state)
+        told = [f"{STATE_WORDS.get(name, name)} {when(at)[11:]}" + (f" by {one_line(state['route'])}" if name == "pushed" else "")
+                for at, name in steps]
+        if state.get("gone"):
+            told.append("GONE: it was deleted, and will not read this")
+        elif state.get("overdue"):
+            told.append("OVERDUE: it was here, and has not read this")
+        elif "read_at" not in state and state.get("last_seen_at"):
+            told.append(f"last seen {console.ago(state['last_seen_at'])}" + (f" on {one_line(state['host'])}" if state.get("host") else ""))
+        table.append(["  " + handle(state["agent_id"]), " → ".join(told)])
+    await console.answer(found, text + (rows_of(table, console.width) if table else "  nobody received it\n"))
+    return 0
+
+
+async def purge(console: Console, args: Args) -> int:
+    if not args.before and not args.all:
+        raise Usage("either --before or --all is required")
+    if args.before and args.all:
+        raise Usage("--before and --all are mutually exclusive")
+    now = console.world.now_ns()
+    before = stamp_of(_moment(console, args.before, "before") if args.before else now + 3600 * NS)
+    done = await console.call("purge.execute", before=before, dry_run=not args.confirm)
+    verb, gone = ("Purged", " deleted") if args.confirm else ("Purge preview", "")
+    text = f"{verb} (before {when(before)}):\n" + "".join(f"  {label:<11}{done[key]}{gone}\n" for label, key in (
+        ("Messages:", "messages_deleted"), ("Sessions:", "sessions_deleted"), ("Events:", "events_deleted")))
+    text += f"  Sync files: {done['sync_message_files']} message files, {1 if done['sync_events_filtered'] else 0} events file" \
+            f"{' filtered' if args.confirm else ''}\n"
+    text += "Done. Older commits of the branch a-sync still hold it.\n" if args.confirm else "Run with --confirm to execute.\n"
+    await console.answer(done, text)
     return 0
 
 
@@ -4474,6 +5550,53 @@ async def agent_register_command(console: Console, args: Args) -> int:
         text = f"✓ Agent {'re-registered' if done['status'] == 'updated' else 'registered'}: {done['agent_id']}"
     await console.answer(done, text)
     return done["status"] == "conflict"
+
+
+async def agent_delete_command(console: Console, args: Args) -> int:
+    name = args.name.lstrip("@")
+    if not args.force and (await console.ask(f"Delete agent '{name}' and all associated data? [y/N] ")).lower() != "y":
+        await console.answer({"agent_id": name, "deleted": False, "message": "Deletion canceled."},
+                             "Deletion canceled." + ("" if "0" in console.terminals else " (--force deletes without asking)"))
+        return 0
+    done = await console.call("agent.delete", name=name)
+    await console.answer(done, f"✓ Agent {done['agent_id']} deleted successfully")
+    return 0
+
+
+async def agent_cleanup_command(console: Console, args: Args) -> int:
+    if args.dry_run and args.force:
+        raise Usage("--dry-run and --force are mutually exclusive")
+    found = await console.call("agent.cleanup", dry_run=args.dry_run or None, force=args.force or None, threshold=args.threshold)
+    text = "Orphaned agents (dry-run mode):\n" if args.dry_run else "Agent cleanup results:\n"
+    for orphan in found["orphans"]:
+        lines = [("Why:", orphan["reason"]), ("Worktree:", f"{orphan['worktree']} [{'DELETED' if orphan['worktree_missing'] else 'exists'}]"
+                                                if orphan["worktree"] else ""),
+                 ("Last seen:", console.ago(orphan["last_seen_at"]) if orphan["last_seen_at"] else "never"),
+                 ("Messages:", str(orphan["message_count"]))]
+        text += f"\n  Agent: {one_line(orphan['agent_id'])} ({one_line(orphan['role'])}, module: {one_line(orphan['module'])})\n"
+        text += "".join(f"    {label:<11}{one_line(value)}\n" for label, value in lines if value)
+    if not found["orphans"]:
+        text = "No orphaned agents found.\n"
+    if found["deleted"]:
+        text += f"\n✓ Deleted {len(found['deleted'])} orphaned agent(s): {', '.join(found['deleted'])}\n"
+    elif found.get("message") and (args.dry_run or "0" not in console.terminals):
+        text += f"\n{found['message']}\n"
+    await console.answer(found, text)
+    if not found["orphans"] or args.force or args.dry_run or args.json or "0" not in console.terminals:
+        return 0
+    if (await console.ask("\nDelete these orphaned agents? [y/N] ")).lower() != "y":
+        await console.out("Cleanup canceled.\n")
+        return 0
+    count = 0
+    for orphan in found["orphans"]:
+        try:
+            await console.call("agent.delete", name=orphan["agent_id"])
+            count += 1
+            await console.out(f"✓ Deleted {orphan['agent_id']}\n")
+        except ThrumError as error:
+            await console.out(f"✗ Failed to delete {one_line(orphan['agent_id'])}: {one_line(str(error))}\n")
+    await console.out(f"✓ Deleted {count} orphaned agent(s)\n")
+    return count < len(found["orphans"])
 
 
 async def agent_list_command(console: Console, args: Args) -> int:
@@ -4567,14 +5690,60 @@ async def group_create_command(console: Console, args: Args) -> int:
     return 0
 
 
-async def group_add_command(console: Console, args: Args) -> int:
-    if not args.role and not args.member:
+def _member_argument(console: Console, args: Args) -> tuple:
+    """What kind of member a command names, its value, how it is written, and who calls; `--role` is the member's here."""
+    if not args.role and not args.member and not args.group_member:
         raise Usage("provide a member argument or --role flag")
-    kind, value = ("role", args.role) if args.role else ("agent", args.member.lstrip("@"))
+    kind, value = ("role", args.role) if args.role else ("group", args.group_member.lstrip("@")) if args.group_member else \
+        ("agent", args.member.lstrip("@"))
     caller = resolve_caller(console.identities, console.environ, console.worktree).agent_id()
+    return kind, value, _member_text(kind, value), caller
+
+
+def _member_text(kind: str, value: str) -> str:
+    return handle(value) if kind == "agent" else "role:* (all agents)" if value == "*" else f"{one_line(kind)}:{one_line(value)}"
+
+
+async def group_add_command(console: Console, args: Args) -> int:
+    kind, value, shown, caller = _member_argument(console, args)
     done = await console.call("group.member.add", group=args.group, member_type=kind, member_value=value, caller_agent_id=caller)
-    shown = f"role:{plain(value)}" if kind == "role" else handle(value)
     await console.answer(done, f"✓ Added {shown} to {one_line(done['group'])}")
+    return 0
+
+
+async def group_remove_command(console: Console, args: Args) -> int:
+    kind, value, shown, caller = _member_argument(console, args)
+    done = await console.call("group.member.remove", group=args.group, member_type=kind, member_value=value, caller_agent_id=caller)
+    await console.answer(done, f"✓ Removed {shown} from {one_line(done['group'])}" if done["removed"] else
+                         f"✓ {shown} was not a member of {one_line(done['group'])}")
+    return 0
+
+
+async def group_delete_command(console: Console, args: Args) -> int:
+    done = await console.call("group.delete", name=args.name, caller_agent_id=console.me())
+    await console.answer(done, f"✓ Group deleted: {done['name']}")
+    return 0
+
+
+def _members_text(members: list) -> str:
+    return f"Members ({len(members)}):\n" + "".join(
+        f"  {_member_text(m['member_type'], m['member_value'])}\n" for m in members)
+
+
+async def group_info_command(console: Console, args: Args) -> int:
+    found = await console.call("group.info", name=args.name)
+    lines = [("Group:", found["name"]), ("Description:", found.get("description", "(no description)")), ("ID:", found["group_id"]),
+             ("Created:", f"{when(found['created_at'])} by {handle(found['created_by'])}")]
+    await console.answer(found, "".join(f"{label:<13}{one_line(value)}\n" for label, value in lines) + _members_text(found["members"]))
+    return 0
+
+
+async def group_members_command(console: Console, args: Args) -> int:
+    found = await console.call("group.members", name=args.name, expand=args.expand or None)
+    text = _members_text(found["members"])
+    if args.expand:
+        text += f"Expanded ({len(found['expanded'])} agents):\n" + "".join(f"  {handle(agent)}\n" for agent in found["expanded"])
+    await console.answer(found, text)
     return 0
 
 
@@ -4588,9 +5757,11 @@ async def group_list_command(console: Console, args: Args) -> int:
 
 BODY_FILE = Argument("--body-file", "take the text from this file")
 MESSAGE_ID = Argument("MSG_ID", "the message")
+IF_LAST = Argument("--if-last", "only if this message is still the newest of its thread")
 FORMAT = Argument("--format", "markdown, plain or json", default="markdown")
 PAGES = (Argument("--page-size", "messages on a page, at most 100", int, 10), Argument("--limit", "the same", int),
          Argument("--page", "which page", int, 1))
+MEMBERS = (Argument("--role", "a role instead: all its agents"), Argument("--group-member", "a group instead"))
 COMMANDS = {
     "quickstart": Command(quickstart, "Join the team: register, start a session, say what you do.", (
         Argument("--name", "your name: a-z, 0-9, _ and -"), Argument("--display", "your name for people"),
@@ -4605,10 +5776,11 @@ COMMANDS = {
         Argument("--broadcast", "to everyone", bool, short="-b"), Argument("--scope", "type:value labels", list),
         Argument("--ref", "type:value references", list), Argument("--thread", "the thread to continue"), FORMAT,
         Argument("--structured", "a JSON object for programs"), BODY_FILE,
-        Argument("--key", "the same key again does not send again")),
+        IF_LAST, Argument("--key", "the same key again does not send again"),
+        Argument("--acting-as", "for people: write in the name of this agent"), Argument("--disclose", "and say who wrote it", bool)),
         'thrum send "Parser is ready for review" --to @bob', does="changes", hushed=True),
     "reply": Command(reply, "Answer a message, to everyone it concerns.", (
-        MESSAGE_ID, Argument("TEXT", "the answer; - reads it from stdin", required=False), FORMAT, BODY_FILE),
+        MESSAGE_ID, Argument("TEXT", "the answer; - reads it from stdin", required=False), FORMAT, IF_LAST, BODY_FILE),
         'thrum reply msg_01KABCDEFGHJKMNPQRSTVWXYZ0 "Looks good"', does="changes", hushed=True),
     "inbox": Command(inbox, "Messages for you, newest first; showing marks them as read.", (
         Argument("--unread", "only those you have not read, leaving them unread", bool),
@@ -4617,6 +5789,7 @@ COMMANDS = {
         Argument("--from", "only from this agent"), Argument("--oldest", "oldest first", bool), *PAGES), "thrum inbox --unread"),
     "sent": Command(sent, "What you sent, and who has read it.", (
         Argument("--to", "only to this agent, role or group"), Argument("--unread", "only what somebody has not read", bool),
+        Argument("--overdue", "only what waits although its reader is here, or gone", bool),
         *PAGES), "thrum sent --unread", hushed=True),
     "sent show": Command(sent_show, "One message that you sent.", (MESSAGE_ID,), "thrum sent show msg_01KABCDEFGHJKMNPQRSTVWXYZ0"),
     "wait": Command(wait, "Wait until a message comes. Exit status 0: one came, 1: timeout, 2: error.", (
@@ -4626,7 +5799,18 @@ COMMANDS = {
         Argument("--unread", "return at once when something is unread", bool),
         Argument("--after", "since then: -30s is half a minute ago", "duration"),
         Argument("--after-seq", "after this number of the journal", int)), "thrum wait --timeout 5m", failure=2, hushed=True),
-    "message get": Command(message_get_command, "One message with everything about it.", (MESSAGE_ID,)),
+    "search": Command(search, "Find messages by their words, the best hits first.", (
+        Argument("QUERY", 'words; "a phrase"; a beginning*', many=True), Argument("--from", "only from this agent"),
+        Argument("--to", "only to this agent, role or group"), Argument("--thread", "only in this thread"),
+        Argument("--scope", "only with this type:value"), Argument("--since", "only since then: 2d, 12h, 2026-03-15"),
+        Argument("--limit", "how many, at most 100", int, 10)), "thrum search parser gramm* --from @ada --since 2d"),
+    "trace": Command(trace, "What became of a message, recipient by recipient.", (MESSAGE_ID,),
+                     "thrum trace msg_01KABCDEFGHJKMNPQRSTVWXYZ0"),
+    "purge": Command(purge, "Remove old messages and ended sessions for good, here and on all machines.", (
+        Argument("--before", "older than 2d, 12h, 2026-03-15 or an RFC 3339 time"), Argument("--all", "everything", bool),
+        Argument("--confirm", "do it; without this, only a preview", bool)), "thrum purge --before 30d --confirm", does="changes"),
+    "message get": Command(message_get_command, "One message with everything about it.", (
+        MESSAGE_ID, Argument("--history", "with all versions of its text", bool))),
     "message edit": Command(message_edit_command, "Replace the text of a message that you wrote.", (
         MESSAGE_ID, Argument("TEXT", "the new text; - reads it from stdin", required=False), BODY_FILE), does="changes", hushed=True),
     "message delete": Command(message_delete_command, "Take back a message.", (
@@ -4638,6 +5822,11 @@ COMMANDS = {
         Argument("--force", "register although another has this role and module", bool),
         Argument("--re-register", "return as the same agent", bool)),
         "thrum agent register --name bob --role reviewer --module core", joins=True, does="changes"),
+    "agent delete": Command(agent_delete_command, "Delete an agent with everything that it wrote, on all machines.", (
+        Argument("NAME", "the agent"), Argument("--force", "without asking", bool)), "thrum agent delete bob --force", does="changes"),
+    "agent cleanup": Command(agent_cleanup_command, "Find agents that nobody can be any more, and delete them.", (
+        Argument("--dry-run", "only list them", bool), Argument("--force", "delete them without asking", bool),
+        Argument("--threshold", "days without a sign of life", int, STALE_DAYS)), "thrum agent cleanup --dry-run", does="changes"),
     "agent list": Command(agent_list_command, "Who is registered, and who is active.", ()),
     "session start": Command(session_start_command, "Start a session.", (), does="changes"),
     "session end": Command(session_end_command, "End your session.", (
@@ -4655,8 +5844,18 @@ COMMANDS = {
         Argument("NAME", "its name"), Argument("--description", "what it is for")), "thrum group create backend",
         does="changes", hushed=True),
     "group add": Command(group_add_command, "Add an agent or a role to a group.", (
-        Argument("GROUP", "the group"), Argument("MEMBER", "@agent", required=False)), "thrum group add backend @bob",
+        Argument("GROUP", "the group"), Argument("MEMBER", "@agent", required=False), *MEMBERS), "thrum group add backend @bob",
         does="changes", hushed=True),
+    "group remove": Command(group_remove_command, "Take a member out of a group.", (
+        Argument("GROUP", "the group"), Argument("MEMBER", "@agent", required=False), *MEMBERS), "thrum group remove backend @bob",
+        does="changes", hushed=True),
+    "group delete": Command(group_delete_command, "Delete a group.", (Argument("NAME", "its name"),), "thrum group delete backend",
+                            does="changes", hushed=True),
+    "group info": Command(group_info_command, "One group, and who is in it.", (Argument("NAME", "its name"),), "thrum group info backend",
+                          hushed=True),
+    "group members": Command(group_members_command, "Who is in a group.", (
+        Argument("NAME", "its name"), Argument("--expand", "down to the agents", bool)), "thrum group members backend --expand",
+        hushed=True),
     "group list": Command(group_list_command, "All groups.", hushed=True),
 }
 for _alias, _name in (("agent whoami", "whoami"), ("agent start", "session start"), ("agent end", "session end"),
@@ -4733,6 +5932,7 @@ def help_text(name: str, row: Command) -> str:
 #     C  a command line, see `describe`                   O E  text for stdout, stderr
 #     I  what was asked for: "0" + bytes, "1" + why not   N    send the file of this name, or stdin for "-"
 #     A  all text so far has left this process            W    write a file: path, "1" + bytes, or "0" to remove it
+#                                                         P    ask the person at the terminal
 #                                                         S    where to go on if the daemon goes away
 #                                                         U    the client is newer, H  it has to run this itself
 #                                                         X    exit status
@@ -4755,6 +5955,8 @@ CONNECTIONS_MAX = 2_000         # open at once; more are turned away
 OWN_FILES = 40                  # descriptors that the daemon needs itself: databases, log, journal, git
 BACKLOG = 512                   # of the listen queue
 ANSWERS_MAX = 16 << 20          # bytes of answers after which the rest of a batch is refused
+SEEN_MAX = 10_000               # agents whose presence is remembered until it is noted: anybody can make up names
+INDEX_AT_ONCE = 5_000           # messages indexed in one transaction before a search: others wait for some 200 ms
 LOG_BYTES, LOG_FILES = 1 << 20, 3       # the log is rotated at a size, and so many old ones are kept
 
 
@@ -4859,6 +6061,7 @@ class Connection:
         self.since = now        # when it was last heard of (monotonic s)
         self.busy = False       # a request is being answered
         self.waiting = 0        # it waits for a message, which it can do again with the next daemon
+        self.agent = ""         # who it called for last
 
 
 def _callable(program: str, top: str, cwd: str) -> str:
@@ -4935,6 +6138,9 @@ class RemoteConsole(Console):
     async def save(self, path: str, data: bytes | None) -> None:
         await self._ask("W", pack([os.fsencode(path), b"0" if data is None else b"1" + data]))
 
+    async def ask(self, question: str) -> str:
+        return (await self._ask("P", plain(question).encode())).decode(errors="replace").strip() if "0" in self.terminals else ""
+
     async def resume_at(self, cursor: str) -> None:
         self.cursor = cursor
         await self.send("S", cursor.encode())
@@ -4997,6 +6203,7 @@ class Daemon:
             _, late = await asyncio.wait(tasks, timeout=STOP_S)
             for task in late:
                 task.cancel()
+        await self._note_presence()
         self._writes.put(None)
         await self.loop.run_in_executor(None, writer.join)
         self._readers.shutdown()
@@ -5013,11 +6220,22 @@ class Daemon:
                 self.log.warning("%s is gone, or another daemon's: stopping", self.places.var)
                 self.stopping.set()
                 return
+            for connection in list(self.connections):
+                if connection.busy and connection.agent:        # whoever waits is here
+                    self.ledger.seen[connection.agent] = self.world.now_ns()
+            if self.ledger.seen:
+                await self._note_presence()
             if self.ledger.unsynced():
                 try:
                     await self._write(lambda context: self.ledger.flush(sync=True))
                 except ThrumError as error:     # a full or slow disk: it is tried again
                     self.log.warning("the branch files were not synced: %s", error)
+
+    async def _note_presence(self) -> None:
+        try:
+            await self._write(lambda context: self.ledger.note_presence())
+        except ThrumError as error:             # a full or slow disk: who was here is not worth more
+            self.log.warning("who was here was not noted: %s", error)
 
     # ---- the writer
 
@@ -5027,13 +6245,13 @@ class Daemon:
         while going or waiting:
             try:
                 while len(waiting) < BATCH_MAX:
-                    came = self._writes.get(not waiting and going, FLUSH_S if self.ledger.export else None)
+                    came = self._writes.get(not waiting and going, FLUSH_S if self.ledger.restless() else None)
                     going = going and came is not None
                     waiting += came or ()
             except queue.Empty:
                 pass
             if not waiting and going:
-                self._flush()
+                self._idle()
             batch, waiting = waiting[:BATCH_MAX], waiting[BATCH_MAX:]
             if batch:
                 try:
@@ -5049,11 +6267,11 @@ class Daemon:
         except Exception:       # the next start finds no mark of a clean end, and looks at everything
             self.log.exception("closing failed")
 
-    def _flush(self) -> None:
+    def _idle(self) -> None:
         try:
-            self.ledger.flush()
+            self.ledger.idle()
         except Exception:       # whatever it is, the writer must go on
-            self.log.exception("writing the branch files failed")
+            self.log.exception("what can wait has failed")
 
     def _committed(self, batch: list, outcomes: list, events: list) -> None:
         """Tell everybody, listeners before senders."""
@@ -5149,8 +6367,17 @@ class Daemon:
         method = METHODS.get(name)
         if not method:
             raise MethodNotFound("Method not found", f"method '{name}' is not registered")
+        if method.elsewhere:
+            raise ThrumError(method.elsewhere)
         checked = check_params(method, params)
+        caller = checked.get("caller_agent_id")
+        if caller and len(self.ledger.seen) < SEEN_MAX:
+            connection.agent = caller
+            self.ledger.seen[caller] = self.world.now_ns()
         try:
+            if method.indexes:
+                while await self._write(lambda context: context.store.index_messages(INDEX_AT_ONCE)):
+                    pass
             if method.waits:
                 return await self._wait(method.handler, checked, connection)
             if method.writes:
@@ -5202,8 +6429,10 @@ class Daemon:
                 if reply:
                     await send_bytes(writer, reply + b"\n")
                 connection.busy = False
-                if self.stopping.is_set():
+                if self.stopping.is_set() or writer.transport.is_closing():
                     return
+                if len(complete) > 1:
+                    await asyncio.sleep(0)      # who sends thousands of lines at once must not keep others waiting
             connection.since = self.world.monotonic()
             data = await reader.read(65536)
 
@@ -5574,6 +6803,12 @@ def answer_record(top: str, argv: list, kind: bytes, payload: bytes) -> bytes | 
             return b"0"
         except OSError as error:
             return b"1cannot write: " + os_problem(error).encode(errors="replace")
+    if kind == b"P":
+        show(2, payload)
+        try:
+            return b"0" + os.read(0, 1024)      # a terminal gives a line
+        except OSError as error:
+            return b"1cannot read the answer: " + os_problem(error).encode(errors="replace")
     return None                 # U and H: the whole program goes on
 
 
@@ -5729,11 +6964,20 @@ class LocalConsole(Console):
         encoding = (sys.stdout.encoding if sys.stdout else None) or "utf-8"
         show(1 if stream == "O" else 2, text.encode(encoding, "backslashreplace"))
 
-    async def read(self, path: str) -> bytes:
-        answer = answer_record(self.top, self.argv, b"N", os.fsencode(path))
+    def _ask(self, kind: bytes, payload: bytes) -> bytes:
+        answer = answer_record(self.top, self.argv, kind, payload)
         if answer[:1] != b"0":
             raise ThrumError(answer[1:].decode(errors="replace"))
         return answer[1:]
+
+    async def read(self, path: str) -> bytes:
+        return self._ask(b"N", os.fsencode(path))
+
+    async def save(self, path: str, data: bytes | None) -> None:
+        self._ask(b"W", pack([os.fsencode(path), b"0" if data is None else b"1" + data]))
+
+    async def ask(self, question: str) -> str:
+        return self._ask(b"P", plain(question).encode()).decode(errors="replace").strip() if "0" in self.terminals else ""
 
 
 def run_now(coroutine):

@@ -238,7 +238,10 @@ class History:
 
     def remove(self):
         rng, daemon = self.rng, self.rng.choice(self.daemons)
-        if self.chance(0.6):
+        if self.chance(0.3):
+            chosen = self.rng.sample(self.messages, min(len(self.messages), self.rng.randrange(1, 5)))
+            self.emit(daemon, "message.remove", message_ids=[message[0] for message in chosen], reason="archived")
+        elif self.chance(0.6):
             self.emit(daemon, "agent.cleanup", agent_id=rng.choice(sorted(self.agents)), method="manual")
         else:
             cutoff = START + rng.randrange(max(1, self.now - START)) + rng.choice((0, 0, 30 * DAY))

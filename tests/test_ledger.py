@@ -90,7 +90,7 @@ def journal_events(places):
     found = []
     for path in journal_files(places):
         with open(path, "rb") as file:
-            found += [json.loads(line) for line in file.read().split(b"\n")[1:-1]]
+            found += [json.loads(line) for line in file.read().split(b"\n")[1:-1] if line]      # empty: removed on purpose
     return found
 
 

@@ -181,6 +181,7 @@ class Model:
         self.removed, self.cutoff, self.names, self.deleted_groups = {}, 0, {}, {}
         for event in self.of("agent.cleanup"):
             self.removed[event["agent_id"]] = self.at(event)
+        self.archived = {message for event in self.of("message.remove") for message in event["message_ids"]}
         for event in self.of("purge.executed"):
             self.cutoff = max(self.cutoff, min(thrum.ns_of(event["cutoff"]), self.at(event)))
         for event in self.of("group.create"):
@@ -235,7 +236,7 @@ class Model:
         found = {}
         for event in self.of("message.create"):
             at, author = self.at(event), event["agent_id"]
-            if at < self.cutoff or at <= self.removed.get(author, -1):
+            if at < self.cutoff or at <= self.removed.get(author, -1) or event["message_id"] in self.archived:
                 continue
             listed = set(event.get("recipients", ()))
             groups = {pair["value"] for pair in event.get("refs", []) + event.get("scopes", []) if pair["type"] == "group"}
@@ -490,13 +491,18 @@ RULES = {
         .send(2, "bob", "msg_8", ["ada"], thread_id="thr_b", refs=[{"type": "reply_to", "value": "msg_7"}])
         .send(3, "bob", "msg_9", ["ada"], thread_id="thr_a", refs=[{"type": "reply_to", "value": "msg_7"}]),
         lambda s: ({s.message(m)["thread_id"] for m in ("msg_7", "msg_8", "msg_9")}, s.thread("thr_b")), ({"thr_a"}, "thr_a")),
-    "a thread stays joined when the message that joined it is removed": (
+    "a thread is none any more when the message that made it is removed": (     # its bytes are gone, and a rebuild must agree
         two().register(0, "eve").send(1, "ada", "msg_7", ["bob"], refs=mention("bob"))
         .send(2, "eve", "msg_8", ["ada"], refs=[{"type": "reply_to", "value": "msg_7"}])(5, "agent.cleanup", agent_id="eve"),
-        lambda s: s.message("msg_7")["thread_id"], "thr_7"),
-    "a reply keeps its parent's thread when the parent is purged": (
+        lambda s: s.message("msg_7")["thread_id"], None),
+    "a reply that does not name its thread goes by its purged parent": (
         two().send(1, "ada", "msg_7", ["bob"], thread_id="thr_z", refs=mention("bob"))
         .send(9, "bob", "msg_8", ["ada"], refs=[{"type": "reply_to", "value": "msg_7"}])
+        (20, "purge.executed", cutoff=thrum.stamp_of(START + 5 * thrum.NS)),
+        lambda s: s.message("msg_8")["thread_id"], "thr_7"),
+    "a reply that names its thread keeps it when the parent is purged": (
+        two().send(1, "ada", "msg_7", ["bob"], thread_id="thr_z", refs=mention("bob"))
+        .send(9, "bob", "msg_8", ["ada"], thread_id="thr_z", refs=[{"type": "reply_to", "value": "msg_7"}])
         (20, "purge.executed", cutoff=thrum.stamp_of(START + 5 * thrum.NS)),
         lambda s: s.message("msg_8")["thread_id"], "thr_z"),
     "the first title of a thread counts": (
