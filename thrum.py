@@ -5254,7 +5254,10 @@ def _message_text(message: dict, console: Console, own: bool = False) -> str:
 async def inbox(console: Console, args: Args) -> int:
     me = console.me()
     page = max(args.page, 1)
-    scope = _pair_or_usage(args.scope, "scope") if args.scope else None
+    try:
+        scope = parse_pair(args.scope, "scope") if args.scope else None
+    except InvalidParams as error:
+        raise Usage(str(error)) from None
     base = {"caller_agent_id": me, "for_agent": None if args.all else me, "exclude_self": True, "unread": args.unread or None}
     found = await console.call(
         "message.list", **base, mentions=args.mentions or None, scope=scope, author_id=(args.from_ or "").lstrip("@") or None,
@@ -5488,8 +5491,8 @@ async def trace(console: Console, args: Args) -> int:
     table = []
     for state in found["recipients"]:
         steps = sorted((state[field], name) for name, field in DELIVERY_STATES if field in state)
-        told = [f"{STATE_WORDS.get(name, name)} {when(at)[11:]}" + (f" by {one_line(state['route'])}" if name == "pushed" else "")
-                for at, name in steps]
+        told = [f"{STATE_WORDS.get(name, name)} {when(at)[11 if at[:10] == found['created_at'][:10] else 0:]}"
+                + (f" by {one_line(state['route'])}" if name == "pushed" else "") for at, name in steps]
         if state.get("gone"):
             told.append("GONE: it was deleted, and will not read this")
         elif state.get("overdue"):
@@ -5660,7 +5663,7 @@ async def heartbeat(console: Console, args: Args) -> int:
         try:
             changes[flag + "s"] = [parse_pair(text, kind) for text in getattr(args, flag)] or None
         except InvalidParams as error:
-            raise Usage(f"invalid {kind} format: {error}") from None
+            raise Usage(f'invalid {kind} format "{str(error).rpartition("got: ")[2]}", expected type:value') from None
     done = await console.call("session.heartbeat", session_id=await console.session(), **changes)
     await console.answer(done, f"✓ Heartbeat sent: {done['session_id']}")
     return 0
@@ -5749,8 +5752,8 @@ async def group_members_command(console: Console, args: Args) -> int:
 
 async def group_list_command(console: Console, args: Args) -> int:
     found = await console.call("group.list")
-    table = [[one_line(group["name"]), f"{group['member_count']} member{'' if group['member_count'] == 1 else 's'}",
-              one_line(group.get("description", "(no description)"))] for group in found["groups"]]
+    table = [[one_line(group["name"]), one_line(group.get("description", "(no description)"), console.width // 2),
+              f"{group['member_count']} member{'' if group['member_count'] == 1 else 's'}"] for group in found["groups"]]
     await console.answer(found, rows_of(table) if table else "No groups found.\n")
     return 0
 
@@ -6993,6 +6996,7 @@ def run_now(coroutine):
 
 REPOSITORY_URL = "https://github.com/leonletto/thrum"
 WEBSITE_URL = "https://leonletto.github.io/thrum"
+BUILD_DIGITS = 7                # of the file's SHA-256: tells one copy from another, as git's short ids do
 
 # ---- the private copy and the launcher
 
@@ -7395,9 +7399,11 @@ async def daemon_run(console: Console, args: Args) -> int:
 
 async def version(console: Console, args: Args) -> int:
     python = "python" + ".".join(map(str, sys.version_info[:3]))
-    await console.answer({"version": __version__, "build": os.path.abspath(__file__), "python_version": python,
-                          "repo_url": REPOSITORY_URL, "website_url": WEBSITE_URL},
-                         f"thrum v{__version__} ({python})\n{REPOSITORY_URL}\n{WEBSITE_URL}")
+    with open(__file__, "rb") as file:
+        build = hashlib.sha256(file.read()).hexdigest()[:BUILD_DIGITS]
+    await console.answer({"version": __version__, "build": build, "path": os.path.abspath(__file__), "python_version": python,
+                          "go_version": python, "repo_url": REPOSITORY_URL, "website_url": WEBSITE_URL},
+                         f"thrum v{__version__} (build: {build}, {python})\n{REPOSITORY_URL}\n{WEBSITE_URL}")
     return 0
 
 
