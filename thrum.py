@@ -299,6 +299,8 @@ class Record:
     def __init__(self, *args, **named):
         values = self.__dict__
         values.update(zip(self._fields, args))
+        if len(args) == len(self._fields) and not named:
+            return
         values.update(named)
         if len(args) + len(named) != len(values) or len(args) > len(self._fields):
             raise TypeError(f"{type(self).__name__}: too many or repeated values")
@@ -493,7 +495,17 @@ DAYS_MAX = 36_500               # a century: before anything that there is
 DURATION_MAX_S = 366 * 86_400   # a year: what is longer is a slip of the finger
 
 
-def parse_duration(text: str) -> float:
+def span(seconds: float) -> str:
+    """A length of time as people say it: `45s`, `5m`, `2h30m`, `3d5h`."""
+    seconds = max(0, int(seconds))
+    for size, unit, small, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m")):
+        if seconds >= size:
+            rest = seconds % size // small
+            return f"{seconds // size}{unit}" + (f"{rest}{small_unit}" if rest else "")
+    return f"{seconds // 60}m" if seconds >= 60 else f"{seconds}s"
+
+
+def parse_duration(text: str, limit_s: int = DURATION_MAX_S) -> float:
     """Seconds of a Go duration: `90s`, `1h30m`, `-250ms`, `0`.  Raises ValueError."""
     sign = -1 if text[:1] == "-" else 1
     rest = text[1:] if text[:1] in "+-" and text else text
@@ -512,8 +524,8 @@ def parse_duration(text: str) -> float:
             raise ValueError(f"invalid duration {text!r}; use for example 30s, 5m or 1h30m")
         total += float(number) * DURATION_UNITS[unit]
         rest = rest[len(unit):]
-    if total / NS > DURATION_MAX_S:
-        raise ValueError(f"duration {text!r} is longer than a year")
+    if total / NS > limit_s:
+        raise ValueError(f"duration {text!r} is longer than {span(limit_s)}")
     return sign * total / NS
 
 
@@ -526,7 +538,7 @@ def parse_moment(text: str, now_ns: int) -> int:
     if text[-1:] == "d" and text[:1].isdigit():
         raise ValueError(f"invalid day count in {text!r}")
     try:
-        seconds = parse_duration(text)
+        seconds = parse_duration(text, DAYS_MAX * 86_400)
     except ValueError:
         for stamp in (text, text + "T00:00:00Z"):
             try:
@@ -538,16 +550,6 @@ def parse_moment(text: str, now_ns: int) -> int:
     if seconds <= 0:
         raise ValueError(f"duration must be positive, got {text}")
     return now_ns - int(seconds * NS)
-
-
-def span(seconds: float) -> str:
-    """A length of time as people say it: `45s`, `5m`, `2h30m`, `3d5h`."""
-    seconds = max(0, int(seconds))
-    for size, unit, small, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m")):
-        if seconds >= size:
-            rest = seconds % size // small
-            return f"{seconds // size}{unit}" + (f"{rest}{small_unit}" if rest else "")
-    return f"{seconds // 60}m" if seconds >= 60 else f"{seconds}s"
 
 
 def version_key(version: str) -> tuple:
@@ -926,8 +928,9 @@ class Git:
     another repository), bytes in and out, one error.
     """
 
-    SETTINGS = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgsign=false", "-c", "core.fsmonitor=false",
-                "-c", "user.name=Thrum", "-c", "user.email=thrum@local")
+    SETTINGS = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgsign=false", "-c", "core.fsmonitor=false")
+    AUTHOR = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in (
+        ("NAME", "Thrum"), ("EMAIL", "thrum@local"))}
 
     def __init__(self, directory: str):
         self.directory = directory
@@ -935,7 +938,7 @@ class Git:
     def run(self, *args: str, input: bytes = b"", timeout_s: float = GIT_LOCAL_S, check: bool = True) -> bytes:
         """What git prints.  Raises GitError when it fails (unless `check` is False: then b""), is missing or too slow."""
         environ = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-        environ.update(GIT_TERMINAL_PROMPT="0", GIT_OPTIONAL_LOCKS="0", LC_ALL="C")
+        environ.update(self.AUTHOR, GIT_TERMINAL_PROMPT="0", GIT_OPTIONAL_LOCKS="0", LC_ALL="C")
         try:
             done = subprocess.run(["git", *self.SETTINGS, *args], cwd=self.directory, input=input, env=environ,
                                   capture_output=True, timeout=timeout_s, start_new_session=True)
@@ -1101,7 +1104,10 @@ def choose_identity(files: list, environ: dict, worktree: str) -> Identity:
     """
     wanted = environ.get("THRUM_NAME", "").strip()
     if wanted:
-        check_name(wanted, "THRUM_NAME")
+        try:
+            check_name(wanted)
+        except InvalidParams as error:
+            raise NoIdentity(f"invalid THRUM_NAME: {error}") from None
         for file, content in files:
             if file == wanted + ".json":
                 return parse_identity(file, content)
@@ -1516,7 +1522,7 @@ create table messages(
     updated_at integer, edit_event text, deleted_at integer, delete_reason text, delete_event text,
     authored_by text, disclosed integer, send_key text, daemon text);
 create index messages_at on messages(at);
-create index messages_author on messages(author, at);
+create index messages_author on messages(author, at, unread_by);
 create index messages_thread on messages(thread_id, at) where thread_id is not null;
 create index messages_reply on messages(reply_to) where reply_to is not null;
 create table removed_messages(message_id text primary key) without rowid;
@@ -1650,6 +1656,7 @@ class Store:
         self._pending = None    # whether anything waits for its parent; None: not read yet
         self._counts = {}       # key -> [change of inbox_total, change of inbox_unread], until `flush`
         self._seen = {}         # key -> last_seen_at, until `flush`
+        self._last_seen = {}    # key -> a last_seen_at that was read before
         self._read_by = {}      # seq -> how many have read it now, until `flush`
         self._sessions = {}     # agent id -> its open session
         self._removals = None   # whether messages were removed for good; None: not read yet
@@ -2102,8 +2109,13 @@ class Store:
 
     def unseen(self, keys, since_ns: int) -> list:
         """Those of some agent keys that were not seen since a time: (agent id, last_seen_at), the longest first."""
-        return self.db.execute(f"select agent_id, last_seen_at from agents where agent in ({_text(keys)}) and last_seen_at < ? "
-                               "order by last_seen_at, agent_id", (since_ns,)).fetchall()
+        doubtful = [key for key in keys if self._last_seen.get(key, 0) < since_ns]
+        if not doubtful:        # the common case, at every send
+            return []
+        found = self.db.execute(f"select agent_id, last_seen_at, agent from agents where agent in ({_text(doubtful)}) "
+                                "order by last_seen_at, agent_id").fetchall()
+        self._last_seen.update((key, ns) for _, ns, key in found)
+        return [(agent_id, ns) for agent_id, ns, _ in found if ns < since_ns]
 
     # ---- search
 
@@ -2200,9 +2212,10 @@ class Store:
             tables, seq, order = "messages m", "m.seq", "m.at desc"
             where += ["m.deleted_at is null", "holds(m.content)"]
         condition = " and ".join(where)
-        total = self.value(f"select count(*) from (select 1 from {tables} where {condition} limit ?)", *args, SEARCH_TOTAL_MAX)
         best = [row[0] for row in self.db.execute(f"select {seq} from {tables} where {condition} order by {order} limit ?",
                                                   (*args, limit))]
+        total = len(best) if len(best) < limit else self.value(f"select count(*) from (select 1 from {tables} where {condition} limit ?)",
+                                                               *args, SEARCH_TOTAL_MAX)
         found = {row["seq"]: row for row in self.rows(
             f"select {_MESSAGE} from messages m join agents a on a.agent = m.author where m.seq in ({', '.join(map(str, best))})")}
         return {"messages": [found[seq] for seq in best if seq in found], "total": total}
@@ -3293,14 +3306,14 @@ class Ledger:
         if self.untidy:
             self.tidy()
         elif self.unindexed:
-            self.store.begin()
-            try:
-                self.unindexed = self.store.index_messages(INDEX_STEP)
-                self.store.commit()
-            except sqlite3.Error:
-                self.store.rollback()
-                self.unindexed = False      # until the next message; a search tries again too
-                raise
+            (outcome,), _ = self.commit([lambda context: self.index(INDEX_STEP)])
+            if isinstance(outcome, Exception):
+                self.unindexed = False      # a full disk: until the next message
+                raise outcome
+
+    def index(self, limit: int) -> None:
+        """Bring so many messages into the full-text index.  In a transaction: a request calls it."""
+        self.unindexed = self.store.index_messages(limit)
 
     def flush(self, sync: bool = False) -> None:
         """Write waiting lines to the branch files; with `sync`, make them durable and remember how far.
@@ -3793,7 +3806,9 @@ def agent_register(context: Context, params: dict) -> dict:
 
 
 def agent_delete(context: Context, params: dict) -> dict:
-    name = params["name"].lstrip("@")
+    name = params.get("name", "").lstrip("@")
+    if not name:
+        raise ThrumError("agent name is required")
     try:
         check_name(name)
     except InvalidParams as error:
@@ -4012,7 +4027,7 @@ def session_set_task(context: Context, params: dict) -> dict:
 
 def group_create(context: Context, params: dict) -> dict:
     name, store = params["name"].lstrip("@"), context.store
-    if not (WORD | {"."}).issuperset(name) or len(name) > NAME_MAX or name in RESERVED_NAMES or not name:
+    if not (WORD | {"."}).issuperset(name) or len(name) > NAME_MAX or name in RESERVED_NAMES or not name.strip("."):
         raise InvalidParams(f"group name {name[:NAME_MAX]!r} is invalid or reserved; use up to {NAME_MAX} letters, digits, "
                             "'_', '-' and '.'")
     if store.group(name):
@@ -4609,7 +4624,7 @@ METHODS = {
     "agent.register": Method(
         agent_register, {"role!": str, "module!": str, "name": str, "display": str, "force": bool, "re_register": bool,
                          "worktree": str}, "Register an agent, or report who holds its role and module.", writes=True),
-    "agent.delete": Method(agent_delete, {"name!": str, **CALLER}, "Delete an agent with everything that it wrote.", writes=True,
+    "agent.delete": Method(agent_delete, {"name": str, **CALLER}, "Delete an agent with everything that it wrote.", writes=True,
                            aliases={"agent_name": "name", "agent_id": "name"}),
     "agent.cleanup": Method(agent_cleanup, {"dry_run": bool, "force": bool, "threshold": int, **CALLER},
                             "Find agents that nobody can be any more; with force, delete them.", writes=True),
@@ -4940,7 +4955,7 @@ class Console:
         raise NotImplementedError
 
     async def ask(self, question: str) -> str:
-        """What the person at the terminal answers; "" where there is none."""
+        """The line that the person at the terminal, or a pipe, gives as the answer; "" where there is none."""
         raise NotImplementedError
 
     async def resume_at(self, cursor: str) -> None:
@@ -5582,13 +5597,13 @@ async def agent_cleanup_command(console: Console, args: Args) -> int:
         text = "No orphaned agents found.\n"
     if found["deleted"]:
         text += f"\n✓ Deleted {len(found['deleted'])} orphaned agent(s): {', '.join(found['deleted'])}\n"
-    elif found.get("message") and (args.dry_run or "0" not in console.terminals):
+    elif found.get("message") and args.dry_run:
         text += f"\n{found['message']}\n"
     await console.answer(found, text)
-    if not found["orphans"] or args.force or args.dry_run or args.json or "0" not in console.terminals:
+    if not found["orphans"] or args.force or args.dry_run or args.json:
         return 0
     if (await console.ask("\nDelete these orphaned agents? [y/N] ")).lower() != "y":
-        await console.out("Cleanup canceled.\n")
+        await console.out("Cleanup canceled.\n" if "0" in console.terminals else f"Cleanup canceled. {found['message']}\n")
         return 0
     count = 0
     for orphan in found["orphans"]:
@@ -6142,7 +6157,7 @@ class RemoteConsole(Console):
         await self._ask("W", pack([os.fsencode(path), b"0" if data is None else b"1" + data]))
 
     async def ask(self, question: str) -> str:
-        return (await self._ask("P", plain(question).encode())).decode(errors="replace").strip() if "0" in self.terminals else ""
+        return (await self._ask("P", plain(question).encode())).decode(errors="replace").strip()
 
     async def resume_at(self, cursor: str) -> None:
         self.cursor = cursor
@@ -6378,9 +6393,8 @@ class Daemon:
             connection.agent = caller
             self.ledger.seen[caller] = self.world.now_ns()
         try:
-            if method.indexes:
-                while await self._write(lambda context: context.store.index_messages(INDEX_AT_ONCE)):
-                    pass
+            while method.indexes and self.ledger.unindexed:
+                await self._write(lambda context: self.ledger.index(INDEX_AT_ONCE))
             if method.waits:
                 return await self._wait(method.handler, checked, connection)
             if method.writes:
@@ -6632,6 +6646,7 @@ def read_pid(places: Places) -> int:
 NOTICE_S = 2                    # seconds of rebuilding after which the person is told why it takes time
 START_S = 10                    # seconds that a daemon may take to start
 AWAY_S = 60                     # seconds for which a command waits for a daemon that went away
+ASK_PIPE_S = 1                  # seconds for which a pipe may take to answer a question
 RETRY_S = 0.1                   # seconds between looking for a daemon that somebody else is to start: nothing tells
                                 # a waiting process that a file was removed, without a dependency
 STATE = {"key": b"", "cursor": b""}
@@ -6809,7 +6824,9 @@ def answer_record(top: str, argv: list, kind: bytes, payload: bytes) -> bytes | 
     if kind == b"P":
         show(2, payload)
         try:
-            return b"0" + os.read(0, 1024)      # a terminal gives a line
+            if not os.isatty(0) and not select.select([0], [], [], ASK_PIPE_S)[0]:
+                return b"0"                     # a harness that leaves the pipe open will not answer
+            return b"0" + os.read(0, 1024).partition(b"\n")[0]
         except OSError as error:
             return b"1cannot read the answer: " + os_problem(error).encode(errors="replace")
     return None                 # U and H: the whole program goes on
@@ -6980,7 +6997,7 @@ class LocalConsole(Console):
         self._ask(b"W", pack([os.fsencode(path), b"0" if data is None else b"1" + data]))
 
     async def ask(self, question: str) -> str:
-        return self._ask(b"P", plain(question).encode()).decode(errors="replace").strip() if "0" in self.terminals else ""
+        return self._ask(b"P", plain(question).encode()).decode(errors="replace").strip()
 
 
 def run_now(coroutine):

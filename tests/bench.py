@@ -4,8 +4,8 @@
 
 Figure and floor are taken in turns in one run, so that noise hits both; what is printed are medians.  A budget is a
 ratio to the floor, so it holds on any machine.  `--large` adds the rows for 1,000,000 messages (some minutes and 3 GB),
-`--quick` takes fewer rounds.  `--only` names a group: command, parallel, send, clients, broadcast, inbox, start,
-rebuild, memory.  The exit status is 1 when a budget is missed.
+`--quick` takes fewer rounds.  `--only` names a group: command, surface, parallel, send, clients, broadcast, crowd, inbox,
+outbox, search, start, rebuild, memory.  The exit status is 1 when a budget is missed.
 """
 
 import argparse
@@ -38,6 +38,13 @@ CONNECTIONS = 64                # clients at once
 EPOCH = "be7c4be7c4be7c40"
 DAEMON_ID = "d_bench0000000"
 FILE_BYTES = 8 << 20            # of one journal file
+SURFACE = (
+    "inbox --all", "inbox --from agent2", "inbox --scope module:core", "sent", "sent --unread", "sent --to @agent2", "search parser",
+    "trace MSG", "message get MSG", "message read --all", "reply MSG yes", "wait --unread --timeout 0s --all", "status", "overview",
+    "prime", "whoami", "ping agent2", "agent list", "agent list --context", "agent context", "session list", "session heartbeat",
+    "group list", "group info everyone", "group members everyone --expand", "purge --before 1d", "agent cleanup --dry-run", "context show",
+    "config show", "version", "help")
+SEARCHES = {"rare": "Message 4711", "common": "parser", "three words": "parser module pass"}
 thrum = None                    # the module that is measured; see `load`
 
 
@@ -508,6 +515,24 @@ class Bench:
         self.row("… with -IS, as the floor is", bare_script * 1e3, floor * 1e3)
         self.row("send by the launcher / empty Python", send * 1e3, empty * 1e3, "ms", TIMES, 2)
 
+    def surface(self):
+        """Every other command, by the launcher, on a store of 100,000 messages."""
+        repo = self.repo(10_000 if self.quick else 100_000)
+        repo.start()
+        os.chdir(repo.path)
+        env = {**CLEAN, "THRUM_AGENT_ID": "agent1"}
+        with repo.client() as client:
+            sent = client.call("message.outbox", caller_agent_id="agent1", page_size=1)["messages"][0]["message_id"]
+            client.call("session.start", agent_id="agent1")
+        commands = [line.replace("MSG", sent).split() for line in SURFACE]
+        for command in commands:
+            run([repo.launcher, *command], env)
+        spent = self.in_turns(self.rounds(12), lambda: run(EMPTY),
+                              *(lambda command=command: run([repo.launcher, *command], env) for command in commands), warm_up=1)
+        for command, seconds in zip(SURFACE, spent[1:]):
+            self.row(f"{command} / empty Python", seconds * 1e3, spent[0] * 1e3, "ms", TIMES, 3)
+        repo.stop()
+
     def parallel(self):
         """Eight senders at once, each send a process."""
         repo = self.repo("empty")
@@ -619,6 +644,71 @@ class Bench:
         repo.stop()
         self.row("broadcast to 1,000 agents / the same rows inserted", statistics.median(spent) * 1e3, statistics.median(floors) * 1e3,
                  "ms", TIMES, 2)
+
+    def crowd(self):
+        """1,000 agents in 50 groups: a broadcast to all of them, one group, and one agent."""
+        repo = Repo(self.scratch + "/crowd").fill(0, 1_000)
+        self.repos["crowd"] = repo
+        repo.start()
+        with repo.client() as client:
+            for group in range(50):
+                client.call("group.create", name=f"group{group}")
+                for agent in range(20):
+                    client.call("group.member.add", group=f"group{group}", member_value=f"agent{group * 20 + agent}")
+            ways = [["@agent7"], ["@group3"], ["@everyone"], []]
+            one, group, everyone, nobody = self.in_turns(
+                self.rounds(100), *(lambda to=to: client.call("message.send", caller_agent_id="agent0", mentions=to, content="green")
+                                    for to in ways), warm_up=5)
+        repo.stop()
+        for what, seconds in (("to a group of 20", group), ("to @everyone", everyone), ("without a name", nobody)):
+            self.row(f"1,000 agents, 50 groups: {what} / to one agent", seconds * 1e3, one * 1e3)
+
+    def outbox(self):
+        """A page of what an agent sent, of much and of little."""
+        repo = Repo(self.scratch + "/outbox")
+        self.repos["outbox"] = repo
+        repo.start()
+        with repo.client() as client:
+            repo.join(client, "little", "much", "reader")
+            for sender, count in (("little", 100), ("much", 10_000)):
+                line = b"".join(json.dumps({"jsonrpc": "2.0", "method": "message.send", "params": {
+                    "caller_agent_id": sender, "mentions": ["@reader"], "content": f"report {n}"}}).encode() + b"\n" for n in range(count))
+                sock = thrum.dial(repo.places.var)
+                sock.sendall(line)
+                sock.shutdown(socket.SHUT_WR)
+                while sock.recv(1):             # notifications are not answered: the end says that all are done
+                    pass
+                sock.close()
+                assert client.call("message.outbox", caller_agent_id=sender)["total"] == count
+            for what, more in (("page", {}), ("unread only", {"unread": True})):
+                few, many = self.in_turns(self.rounds(300), *(
+                    lambda sender=sender, more=more: client.call("message.outbox", caller_agent_id=sender, **more)
+                    for sender in ("little", "much")), warm_up=10)
+                self.row(f"outbox, {what}: 10,000 sent messages / 100", many * 1e3, few * 1e3, "ms", TIMES, 2)
+        repo.stop()
+
+    def search(self):
+        """Full text over 100,000 messages, beside the same query in the sqlite3 module."""
+        size = 10_000 if self.quick else 100_000
+        repo = self.repo(size)
+        repo.start()
+        with repo.client() as client:
+            begin = time.perf_counter()
+            client.call("message.search", query="parser")
+            self.row(f"first search in {size:,} messages that are not indexed yet", time.perf_counter() - begin, 0, "s")
+            db = sqlite3.connect(repo.places.database)
+            for what, query in SEARCHES.items():
+                match = " ".join(f'"{word}"' for word in query.split())
+
+                def floor(match=match):
+                    return db.execute("select rowid from message_search where message_search match ? order by rank limit 10",
+                                      (match,)).fetchall()
+
+                assert len(client.call("message.search", query=query)["messages"]) == len(floor()) > 0, query
+                asked, floored = self.in_turns(self.rounds(40), lambda query=query: client.call("message.search", query=query), floor)
+                self.row(f"search, {what} / the same FTS5 query", asked * 1e3, floored * 1e3, "ms", TIMES_PLUS, 1.5, 3)
+            db.close()
+        repo.stop()
 
     def inbox(self):
         """A page and the unread count of stores of different sizes."""
@@ -737,7 +827,8 @@ def number(value, unit):
     return f"{value:,.{digits}f} {unit}".rstrip()
 
 
-GROUPS = ("command", "parallel", "send", "clients", "broadcast", "inbox", "start", "rebuild", "memory")
+GROUPS = ("command", "surface", "parallel", "send", "clients", "broadcast", "crowd", "inbox", "outbox", "search", "start", "rebuild",
+          "memory")
 
 
 def main():
