@@ -43,7 +43,7 @@ __all__ = [
 
 TYPE_CHECKING = False           # type checkers read this name as True
 if TYPE_CHECKING:
-    import asyncio, calendar, concurrent.futures, errno, fcntl, hashlib, json, logging, queue, re  # noqa: E401
+    import asyncio, base64, calendar, concurrent.futures, errno, fcntl, hashlib, json, logging, queue, re  # noqa: E401
     import resource, select, shlex, shutil, signal, socket, sqlite3, struct, subprocess, threading, unicodedata  # noqa: E401
 
 
@@ -62,7 +62,7 @@ class _Lazy:
 
 
 LAZY_MODULES = (
-    "asyncio calendar concurrent errno fcntl hashlib json logging queue re resource select shlex shutil signal "
+    "asyncio base64 calendar concurrent errno fcntl hashlib json logging queue re resource select shlex shutil signal "
     "socket sqlite3 struct subprocess threading unicodedata"
 ).split()
 globals().update((name, _Lazy(name)) for name in LAZY_MODULES)
@@ -686,7 +686,8 @@ def file_stem(agent_id: str) -> str:
 #       config.json                    settings; unknown keys are kept
 #       redirect *                     in a linked worktree: the absolute path of the .thrum in effect
 #       identities/<name>.json *       who works in this worktree
-#       context/<name>.md *            what an agent wrote down for its successor
+#       context/<name>.md *            what an agent wrote down for its successor; before it is shown
+#       context/<name>_preamble.md *   what changes little: who the agent is, and how to work here
 #       bin/thrum, bin/thrum.py *      the launcher, and the copy that launcher and daemon run
 #       var/                           0700; runtime state, of this machine only
 #         thrum.sock  thrum.pid  thrum.lock  start.lock  stopped  clean.json  daemon.json  daemon.log
@@ -784,11 +785,11 @@ def worktrees_of(common: str) -> list:
     for name in names:
         try:
             with open(f"{common}/worktrees/{name}/gitdir", encoding="utf-8", errors="surrogateescape") as file:
-                top = os.path.dirname(os.path.join(common, "worktrees", name, file.read(8192).strip()))
+                top = os.path.dirname(os.path.normpath(os.path.join(common, "worktrees", name, file.read(8192).strip())))
         except OSError:
             continue
         if os.path.isdir(top) and not top.startswith(common + "/"):
-            found.append(os.path.normpath(top))
+            found.append(top)
     return found
 
 
@@ -814,10 +815,56 @@ def find_places(start: str) -> Places:
     return Places(top, thrum, common or git_common_dir(os.path.dirname(thrum)))
 
 
+CONTEXT_MAX = 256 << 10         # bytes of a saved context or preamble: as much as a model's context window holds
+
+
+def context_files(agent_id: str) -> tuple:
+    """The names of an agent's context, its preamble, and the preamble's old name, below `.thrum/context/`.
+
+    The context of an agent called `x_preamble` has a name of its own, lest it be the preamble of `x`.  Raises
+    InvalidParams for what is not an agent's id.
+    """
+    try:
+        stem = file_stem(agent_id)
+    except ValueError:
+        raise InvalidParams(f"invalid agent name: {agent_id[:80]!r}") from None
+    return stem + (".context.md" if stem.endswith("_preamble") else ".md"), stem + "_preamble.md", stem + ".preamble.md"
+
+
+def context_path(top: str, file: str) -> str:
+    """The path of a file below `.thrum/context/` of a worktree.  Raises ThrumError for one that lies elsewhere."""
+    folder = os.path.realpath(top + "/.thrum") + "/context"
+    path = f"{folder}/{file}"
+    if not file.endswith(".md") or "/" in file or os.path.realpath(path) != path:
+        raise ThrumError(f"{top}/.thrum/context/{file} is a link, or no file of a context")
+    return path
+
+
+def read_context(top: str, file: str) -> tuple | None:
+    """The bytes of a file below `.thrum/context/` and the time of its last change (ns); None without one.
+
+    Raises ThrumError for a link, a file that is too large, and what cannot be read.
+    """
+    path = context_path(top, file)
+    try:
+        # Non-blocking, so that a FIFO of that name stops nobody.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file_:
+            data = file_.read(CONTEXT_MAX + 1) or b""
+            changed_ns = os.fstat(file_.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ThrumError(f"cannot read the context: {os_problem(error)}") from None
+    if len(data) > CONTEXT_MAX:
+        raise ThrumError(f"{path} is larger than {CONTEXT_MAX:,} bytes")
+    return data, changed_ns
+
+
 def atomic_write(path: str, data: bytes, mode: int = 0o600) -> None:
     """Replace the file at `path`: whoever reads it sees the old or the new bytes, also after a power cut."""
     folder = os.path.dirname(path)
-    temporary = f"{folder}/.{os.path.basename(path)}.{os.getpid()}.tmp"
+    # Of this call alone: two threads of the daemon may write the same file.
+    temporary = f"{folder}/.{os.path.basename(path)}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
     try:
         try:
@@ -1854,6 +1901,19 @@ class Store:
 
     def work_context(self, session_id: str) -> dict | None:
         return self.row("select * from agent_work_contexts where session_id = ?", session_id)
+
+    def work_contexts(self, agent_id: str = "", role: str = "", branch: str = "", file: str = "") -> list:
+        """What is known of the work of each open session, the newest git facts first, then the newest session.
+
+        `file` leaves out most of those that have not changed that path, given from the top of the repository.
+        """
+        path = canonical(file).decode() if file else ""     # as it stands in the lists: in quotes
+        return self.rows(
+            "select c.*, s.session_id, a.agent_id from sessions s join agents a using(agent) left join agent_work_contexts c "
+            "on c.session_id = s.session_id where s.ended_at is null and (? = '' or a.agent_id = ?) and (? = '' or a.role = ?) "
+            "and (? = '' or c.branch = ?) and (? = '' or instr(ifnull(c.changed_files, '') || ifnull(c.uncommitted_files, ''), ?)) "
+            "order by ifnull(c.git_updated_at, '') desc, s.started_at desc limit ?",
+            agent_id, agent_id, role, role, branch, branch, path, path, LIST_MAX)
 
     def newest_intent(self, agent_id: str) -> dict | None:
         """The agent's work context with the newest intent, of ended sessions too."""
@@ -3620,6 +3680,55 @@ def add_ignore_lines(path: str) -> bool:
     return True
 
 
+LAUNCHER = ".thrum/bin/thrum"   # how generated instructions call us, from the top of a worktree
+
+ROLE_DUTIES = {                 # what an agent of a well-known role does for its team
+    "coordinator": "You divide the work, give it to agents by name, answer their questions and bring results together.",
+    "implementer": "You build what you were given, say when it is done or stuck, and leave the rest to its owners.",
+    "planner": "You turn goals into pieces of work that others can take, and write down what was decided and why.",
+    "researcher": "You find out what others need to know and report it with sources, without changing the code.",
+    "reviewer": "You read what others have finished and send them what has to change, most important first.",
+    "tester": "You try what others have finished, report failures with the way to repeat them, and keep the tests true.",
+    "deployer": "You bring out what was released, watch it, and tell the team at once when something breaks.",
+    "documenter": "You keep what users and agents read in step with the code, and ask its authors where it is unclear.",
+    "monitor": "You watch builds, services and messages, and tell whom it concerns as soon as something is wrong.",
+}
+
+
+def default_preamble(name: str, role: str = "") -> str:
+    """What an agent of a role finds before its saved context, until somebody writes something better."""
+    duties = f"## Your Role: {role}\n\n{ROLE_DUTIES[role]}\n\n---\n\n" if role in ROLE_DUTIES else ""
+    who = f"You are @{name}" + (f" ({role})" if role else "")
+    return duties + f"""# Working with your team through thrum
+
+{who}. Other agents work on this repository too; thrum carries your messages.
+Call it as `{LAUNCHER}` from the top of the worktree.
+
+## When you begin
+
+1. `{LAUNCHER} prime`: who you are, who is here, what is unread
+2. `{LAUNCHER} inbox`: read your messages, and answer those that ask something
+3. `{LAUNCHER} session set-intent "…"`: say what you are going to do
+
+## While you work
+
+- Look for messages between two steps: `{LAUNCHER} inbox --unread`
+- Write to an agent by its name; a role or a group reaches all of its members
+- Say when you are done or stuck; silence helps nobody
+- With nothing left to do, wait for the next message: `{LAUNCHER} wait --timeout 5m`
+- Before your context runs out, write down where you are: `{LAUNCHER} context save --file NOTES.md`
+
+## Commands
+
+    {LAUNCHER} send "…" --to @NAME        write to an agent, a role or a group
+    {LAUNCHER} reply MSG_ID "…"           answer, in the same thread
+    {LAUNCHER} sent                       what you sent, and who has read it
+    {LAUNCHER} agent list                 who is here
+    {LAUNCHER} status                     you, your inbox and the daemon
+    {LAUNCHER} context show               what you saved
+"""
+
+
 # ================================================================== 20  Methods
 #
 # A row says what may be asked, and dispatch holds callers to it.  Names end in `!` when a value must be given and
@@ -3829,9 +3938,9 @@ def _delete_agent(context: Context, agent_id: str, method: str, reason: str) -> 
 
     def remove_files():
         for top in tops:
-            for file in ("identities/{}.json", "context/{}.md", "context/{}_preamble.md"):
+            for file in (f"identities/{agent_id}.json", *("context/" + name for name in context_files(agent_id))):
                 try:
-                    remove(f"{top}/.thrum/{file.format(agent_id)}")
+                    remove(f"{top}/.thrum/{file}")
                 except OSError:
                     pass        # it is out of the team; a file that cannot be removed is the worktree's owner's
     context.afterwards.append(remove_files)
@@ -3947,6 +4056,28 @@ def agent_whoami(context: Context, params: dict) -> dict:
     return {**reply, **compact(branch=work.get("branch"), intent=work.get("intent"))}
 
 
+def _work_context(row: dict) -> dict:
+    """What is known of the work of a session, from a row of the store."""
+    lists = {}
+    for field, kind in (("unmerged_commits", dict), ("uncommitted_files", str), ("changed_files", str), ("file_changes", dict)):
+        try:                    # another machine's, so it may be anything
+            found = decode(row.get(field) or "[]")
+        except ValueError:
+            continue
+        lists[field] = [item for item in found if type(item) is kind] if isinstance(found, list) else []
+    return {"session_id": row["session_id"], "agent_id": row["agent_id"], **compact(
+        branch=row.get("branch"), worktree_path=row.get("worktree_path"), **lists,
+        **{field: row.get(field) for field in ("git_updated_at", "current_task", "task_updated_at", "intent", "intent_updated_at")})}
+
+
+def agent_list_context(context: Context, params: dict) -> dict:
+    """What agents with an open session do; `agent_id` is exact, `role` is additive to the reference."""
+    file = params.get("file", "")
+    rows = context.store.work_contexts(params.get("agent_id", ""), params.get("role", ""), params.get("branch", ""), file)
+    return {"contexts": [work for work in map(_work_context, rows)
+                         if not file or file in work.get("changed_files", []) + work.get("uncommitted_files", [])]}
+
+
 def session_start(context: Context, params: dict) -> dict:
     store, agent_id = context.store, params["agent_id"]
     agent = store.agent(agent_id)
@@ -4003,8 +4134,10 @@ def session_heartbeat(context: Context, params: dict) -> dict:
                        agent_id=session["agent_id"], **changed)
     now = context.world.now_ns()
     context.store.touch(session["session_id"], now)
-    work = context.store.work_context(session["session_id"]) or {}
-    return {"session_id": session["session_id"], "last_seen_at": stamp_of(now), **compact(branch=work.get("branch"))}
+    work = _work_context({"agent_id": "", **(context.store.work_context(session["session_id"]) or session)})
+    git = {"unmerged_commits": len(work.get("unmerged_commits", [])), "file_changes": work.get("file_changes", [])}
+    return {"session_id": session["session_id"], "last_seen_at": stamp_of(now), **compact(branch=work.get("branch")),
+            **(git if "git_updated_at" in work else {})}
 
 
 def _session_text(context: Context, params: dict, field: str, at: str) -> dict:
@@ -4616,7 +4749,149 @@ def message_wait(context: Context, params: dict) -> dict | None:
             "epoch": store.meta("epoch"), "remaining": found["total"] - len(found["messages"])}
 
 
+# ---- worktrees and the files of agents
+
+WORKTREE_GIT_S = 2              # seconds for git to look at a worktree: an agent that starts does not wait longer
+WORKTREE_FILES = 200            # changed files that are listed: more are not work, but a forgotten ignore line
+MAIN_BRANCHES = ("refs/remotes/origin/main", "refs/remotes/origin/master", "refs/heads/main", "refs/heads/master")
+
+
+def _worktree(context: Context, params: dict) -> str:
+    """The root of the worktree that a call is about, one of this repository; without `repo_path` the daemon's own."""
+    places, path = context.ledger.places, params.get("repo_path") or ""
+    if not path:
+        return places.root
+    real = os.path.realpath(path) if os.path.isabs(path) else ""
+    if real not in map(os.path.realpath, [places.root, *worktrees_of(places.common)]):
+        raise InvalidParams(f"repo_path {path} is not a worktree of this repository; 'git worktree list' shows them")
+    return real
+
+
+def worktree_status(context: Context, params: dict) -> dict:
+    """The branch of a worktree, its uncommitted files, and how many commits its main branch lacks; `error` if git cannot tell."""
+    top = _worktree(context, params)
+    try:
+        return _git_status(Git(top))
+    except GitError as error:
+        return {"unmerged_commits": 0, "error": str(error)}
+
+
+def _git_status(git: Git) -> dict:
+    branch, head, files = "", "", []
+    entries = iter(git.run("status", "--porcelain=v2", "--branch", "-z", timeout_s=WORKTREE_GIT_S).split(b"\0"))
+    for entry in map(os.fsdecode, entries):
+        if entry.startswith("# branch.head "):
+            branch = printable(entry[14:])
+        elif entry.startswith("# branch.oid "):
+            head = entry[13:]
+        elif entry[:1] in _FIELDS_BEFORE_PATH:
+            files.append(printable(entry.split(" ", _FIELDS_BEFORE_PATH[entry[0]])[-1]))
+            if entry[0] == "2":
+                next(entries, None)         # the path that it had
+    known = git.run("for-each-ref", "--format=%(refname) %(objectname)", *MAIN_BRANCHES, timeout_s=WORKTREE_GIT_S).decode()
+    commits = dict(line.split(" ") for line in known.splitlines())
+    base = next((commits[name] for name in MAIN_BRANCHES if name in commits), head)
+    ahead = git.run("rev-list", "--count", f"{base}..{head}", timeout_s=WORKTREE_GIT_S, check=False) if base != head else b""
+    return {"branch": branch, "uncommitted_files": files[:WORKTREE_FILES], "uncommitted_total": len(files),
+            "unmerged_commits": int(ahead or 0)}
+
+
+# git-status(1), "Porcelain Format Version 2": changed, renamed, unmerged, untracked
+_FIELDS_BEFORE_PATH = {"1": 8, "2": 9, "u": 10, "?": 1}
+
+
+def _content(params: dict, what: str) -> bytes:
+    """The bytes of a request's `content`: base64, or plain with `text` (design, decision 23)."""
+    content = params.get("content", "")
+    if not params.get("text"):
+        try:
+            content = base64.b64decode(content, validate=True).decode(errors="surrogateescape")
+        except ValueError:
+            raise InvalidParams("invalid params: content must be base64; send plain text with text: true") from None
+    return check_text(content, what, CONTEXT_MAX).encode()
+
+
+def _coded(data: bytes, params: dict) -> str:
+    """As `_content` takes it."""
+    return data.decode(errors="replace") if params.get("text") else base64.b64encode(data).decode()
+
+
+def _agent_and_worktree(context: Context, params: dict) -> tuple:
+    """Whom a call is about, and in which worktree."""
+    agent_id = params["agent_name"] if params.get("agent_name") else caller_of(context, params)
+    context_files(agent_id)     # refuses what is not an id
+    return agent_id, _worktree(context, params)
+
+
+def _write_context(top: str, file: str, data: bytes) -> None:
+    if not os.path.isdir(top + "/.thrum"):      # made by the way, it would hide the one of the main worktree
+        raise ThrumError(f"{top} is not set up; run 'thrum setup' there first")
+    try:
+        os.makedirs(top + "/.thrum/context", mode=0o750, exist_ok=True)
+        atomic_write(context_path(top, file), data)
+    except OSError as error:
+        raise ThrumError(f"cannot write the context: {os_problem(error)}") from None
+
+
+def _read_preamble(top: str, agent_id: str) -> tuple | None:
+    """As `read_context`; under its old name too."""
+    _, new, old = context_files(agent_id)
+    return read_context(top, new) or read_context(top, old)
+
+
+def _saved(context: Context, what: str, agent_id: str, data: bytes) -> dict:
+    return {"agent_name": agent_id, "message": f"{what} saved for {agent_id} ({len(data)} bytes)",
+            "saved_at": stamp_of(context.world.now_ns()), "size": len(data)}
+
+
+def context_save(context: Context, params: dict) -> dict:
+    agent_id, top = _agent_and_worktree(context, params)
+    data = _content(params, "the context")
+    _write_context(top, context_files(agent_id)[0], data)
+    if not _read_preamble(top, agent_id):
+        role = (context.store.agent(agent_id) or {}).get("role") or ""
+        _write_context(top, context_files(agent_id)[1], default_preamble(agent_id, role).encode())
+    return _saved(context, "Context", agent_id, data)
+
+
+def context_show(context: Context, params: dict) -> dict:
+    agent_id, top = _agent_and_worktree(context, params)
+    data, changed_ns = read_context(top, context_files(agent_id)[0]) or (b"", 0)
+    wanted = params.get("include_preamble", True) and not params.get("no_preamble")
+    preamble = (_read_preamble(top, agent_id) or (b"", 0))[0] if wanted else b""
+    reply = {"agent_name": agent_id, "content": _coded(data, params) if data else None, "has_context": bool(data),
+             "has_preamble": bool(preamble)}
+    if preamble:
+        reply.update(preamble=_coded(preamble, params), preamble_size=len(preamble))
+    if data:
+        reply.update(size=len(data), updated_at=stamp_of(changed_ns))
+    return reply
+
+
+def context_clear(context: Context, params: dict) -> dict:
+    agent_id, top = _agent_and_worktree(context, params)
+    try:
+        remove(context_path(top, context_files(agent_id)[0]))
+    except OSError as error:
+        raise ThrumError(f"cannot remove the context: {os_problem(error)}") from None
+    return {"agent_name": agent_id, "message": f"Context cleared for {agent_id}", "cleared": True}
+
+
+def context_preamble_show(context: Context, params: dict) -> dict:
+    agent_id, top = _agent_and_worktree(context, params)
+    data = (_read_preamble(top, agent_id) or (b"", 0))[0]
+    return {"agent_name": agent_id, "content": _coded(data, params) if data else None, "has_preamble": bool(data)}
+
+
+def context_preamble_save(context: Context, params: dict) -> dict:
+    agent_id, top = _agent_and_worktree(context, params)
+    data = _content(params, "the preamble")
+    _write_context(top, context_files(agent_id)[1], data)
+    return _saved(context, "Preamble", agent_id, data)
+
+
 CALLER = {"caller_agent_id": str}
+CONTEXT = {"agent_name": str, "repo_path": str, "text": bool, **CALLER}
 PAGING = {"page_size": int, "page": int}
 METHODS = {
     "health": Method(health, {}, "Whether the daemon is well, and how much it holds."),
@@ -4633,6 +4908,15 @@ METHODS = {
     "user.identify": Method(user_identify, {}, "Who git says is working here."),
     "agent.list": Method(agent_list, {"role": str, "module": str}, "The registered agents, newest first."),
     "agent.whoami": Method(agent_whoami, {**CALLER}, "Who is calling, with session and intent."),
+    "agent.listContext": Method(agent_list_context, {"agent_id": str, "role": str, "branch": str, "file": str},
+                                "What the agents with an open session are working on."),
+    "worktree.status": Method(worktree_status, {"repo_path": str}, "Branch and uncommitted files of a worktree of this repository."),
+    # These write files of the caller's worktree, not events, so they are no changes to the ledger.
+    "context.save": Method(context_save, {"content": str, **CONTEXT}, "Save what an agent wants its successor to know."),
+    "context.show": Method(context_show, {"include_preamble": bool, "no_preamble": bool, **CONTEXT}, "What an agent has saved."),
+    "context.clear": Method(context_clear, CONTEXT, "Remove what an agent has saved; its preamble stays."),
+    "context.preamble.show": Method(context_preamble_show, CONTEXT, "What stands before an agent's context."),
+    "context.preamble.save": Method(context_preamble_save, {"content": str, **CONTEXT}, "Replace what stands before it."),
     "session.start": Method(session_start, {"agent_id!": str, "scopes": [PAIR], "refs": [PAIR]},
                             "Start a session; ends what a crash left open.", writes=True),
     "session.end": Method(session_end, {"session_id!": str, "reason": str}, "End a session.", writes=True),
@@ -4954,6 +5238,10 @@ class Console:
         """Write a file below the caller's worktree (None removes it); raises ThrumError."""
         raise NotImplementedError
 
+    async def load(self, file: str) -> tuple | None:
+        """A file of the worktree's `.thrum/context/` and the time of its last change (ns); None without one."""
+        raise NotImplementedError
+
     async def ask(self, question: str) -> str:
         """The line that the person at the terminal, or a pipe, gives as the answer; "" where there is none."""
         raise NotImplementedError
@@ -5007,9 +5295,9 @@ class Console:
         if file is not None:
             if given is not None:
                 raise Usage("give the text or --body-file, not both")
-            given = (await self.read(file)).decode(errors="surrogateescape")
+            given = await _given(self, file, "cannot read the text")
         elif given == "-":
-            given = (await self.read("-")).decode(errors="surrogateescape")
+            given = await _given(self, "-", "cannot read the text")
         elif given is None:
             places = sum(argument.name[0] != "-" for argument in self.row.arguments)
             raise Usage(f"accepts {places} arg(s), received {places - 1}")
@@ -5021,6 +5309,14 @@ class Console:
         if "session_id" not in who:
             raise ThrumError("no active session - start one with 'thrum session start'")
         return who["session_id"]
+
+
+async def _given(console: Console, file: str, problem: str) -> str:
+    """The text in a file that the command line names, or in stdin for `-`; it may hold what is not UTF-8."""
+    try:
+        return (await console.read(file)).decode(errors="surrogateescape")
+    except ThrumError as error:
+        raise ThrumError(f"{problem}: {error}") from None
 
 
 # ---- orientation
@@ -5065,6 +5361,10 @@ async def quickstart(console: Console, args: Args) -> int:
     module = args.module or environ.get("THRUM_MODULE") or old.module
     if not role or not module:
         raise Usage("--role and --module are required (or set THRUM_ROLE and THRUM_MODULE env vars)")
+    own_words = None
+    if args.preamble_file is not None:
+        own_words = check_text(await _given(console, args.preamble_file, f'failed to read preamble file "{args.preamble_file}"'),
+                               "the preamble", PREAMBLE_MAX)
     name = name or old.name
     display = args.display or environ.get("THRUM_DISPLAY") or old.display or f"{role.capitalize()} ({module})"
     repository = console.worktree
@@ -5085,7 +5385,9 @@ async def quickstart(console: Console, args: Args) -> int:
     session = await console.call("session.start", agent_id=register["agent_id"],
                                  refs=_worktree_ref(console))
     done = await console.call("session.setIntent", session_id=session["session_id"], intent=intent)
-    await _save_identity(console, identity, repo_id, session_id=session["session_id"], intent=intent)
+    await _save_identity(console, identity, repo_id, session_id=session["session_id"], intent=intent,
+                         context_file="context/" + context_files(identity.name)[0])
+    await _lay_out_context(console, identity.name, role, own_words)
     unread = (await console.call("message.list", for_agent=register["agent_id"], page_size=1))["unread"]
     thrum = console.program
     await console.answer(
@@ -5108,6 +5410,23 @@ async def _with_identity_file(console: Console, identity: Identity, repo_id: str
     except ThrumError:
         await console.save(f".thrum/identities/{identity.name}.json", before)
         raise
+
+
+async def _lay_out_context(console: Console, agent_id: str, role: str, own_words: str | None = None) -> None:
+    """Make the files that an agent keeps its context in, where they are missing; `own_words` follow the preamble of everybody.
+
+    The agent is registered by now, so what fails is a warning.
+    """
+    try:
+        context, preamble, _ = context_files(agent_id)
+        if not await console.load(context):
+            await console.save(CONTEXT_FOLDER + context, b"")
+        if own_words is not None:
+            await console.save(CONTEXT_FOLDER + preamble, f"{default_preamble(agent_id, role)}\n---\n\n{own_words}".encode())
+        elif not await _preamble_of(console, agent_id):
+            await console.save(CONTEXT_FOLDER + preamble, default_preamble(agent_id, role).encode())
+    except ThrumError as error:
+        await console.write("E", f"Warning: {plain(str(error))}\n")
 
 
 async def _save_identity(console: Console, identity: Identity, repo_id: str, **changes) -> None:
@@ -5146,31 +5465,351 @@ async def whoami(console: Console, args: Args) -> int:
     return 0
 
 
-async def status(console: Console, args: Args) -> int:
-    report = {"health": await console.call("health")}
+def _caller_or_nobody(console: Console) -> str:
+    """The caller's agent id, "" where nobody has registered; an identity that cannot be used is an error all the same."""
     try:
-        me = console.identity().agent_id()
+        return console.identity().agent_id()
     except NoIdentity:
-        if console.identities:  # there is one, but it cannot be used: that has to be said
+        if console.identities:
             raise
-        me = ""
-    text = "Agent:     not registered (use 'thrum quickstart')\n"
+        return ""
+
+
+async def _standing(console: Console) -> dict:
+    """How the daemon is, and of the caller, if there is one: who, at what work, with how much mail."""
+    report = {"health": await console.call("health")}
+    me = _caller_or_nobody(console)
     if me:
         report["agent"] = await console.call("agent.whoami", caller_agent_id=me)
+        work = (await console.call("agent.listContext", agent_id=me))["contexts"]
+        if work:
+            report["work_context"] = work[0]
         counts = await console.call("message.list", for_agent=me, page_size=1)
         report["inbox"] = {"total": counts["total"], "unread": counts["unread"]}
-        if report["agent"]["role"]:
-            text = _who_text(report["agent"], console)
-        else:
-            text = f"Agent:     {handle(me)} is not registered (use 'thrum quickstart')\n"
-        text += f"Inbox:     {counts['total']} messages ({counts['unread']} unread)\n"
-    state = report["health"]
-    text += "Sync:      local (not shared yet)\n" if state["sync_state"] == "ok" else f"Sync:      {state['sync_state']}\n"
+    return report
+
+
+def _standing_text(report: dict, console: Console, nobody: str) -> str:
+    """The agent summary and the task; `nobody` stands for an agent that is not registered."""
+    agent = report.get("agent")
+    if not agent:
+        return nobody
+    if not agent["role"]:
+        return f"Agent:     {handle(agent['agent_id'])} is not registered (use 'thrum quickstart')\n"
+    task = report.get("work_context", {}).get("current_task")
+    return _who_text(agent, console) + (f"Task:      {one_line(task)}\n" if task else "")
+
+
+def _sync_text(health: dict) -> str:
+    return "local (not shared yet)" if health["sync_state"] == "ok" else one_line(health["sync_state"])
+
+
+async def status(console: Console, args: Args) -> int:
+    report = await _standing(console)
+    state, work, inbox = report["health"], report.get("work_context", {}), report.get("inbox")
+    text = _standing_text(report, console, "Agent:     not registered (use 'thrum quickstart')\n")
+    if "git_updated_at" in work:
+        text += f"Commits:   {len(work.get('unmerged_commits', []))} ahead\n" \
+                f"Files:     {len(work.get('changed_files', []))} changed, {len(work.get('uncommitted_files', []))} uncommitted\n"
+    saved = await _saved_context(console, report["agent"]["agent_id"]) if inbox else None
+    if saved:
+        report["context"] = saved
+        text += f"Context:   {saved['size']} bytes (updated {console.ago(saved['updated_at'])})\n"
+    if inbox:
+        text += f"Inbox:     {inbox['total']} messages ({inbox['unread']} unread)\n"
+    text += f"Sync:      {_sync_text(state)}\n"
     text += f"Daemon:    running ({span(state['uptime_ms'] / 1000)} uptime, v{state['version']}), {state['agents']} agents, " \
             f"{state['messages']} messages\n"
     if state["bad_lines"]:
         text += f"Warning:   {state['bad_lines']} damaged lines were set aside in .thrum/var/bad-lines.jsonl\n"
     await console.answer(report, text)
+    return 0
+
+
+TEAM_ROWS = 10                  # agents that a view lists before it says how many more there are
+
+
+def _team_rows(console: Console, rows: list) -> str:
+    """Lines of a table, the last column cut to the screen, and how many were left out."""
+    more = f"  … and {len(rows) - TEAM_ROWS} more ('{console.program} agent list' shows all)\n" if len(rows) > TEAM_ROWS else ""
+    rows = rows[:TEAM_ROWS]
+    left = console.width - sum(max(len(row[i]) for row in rows) + 2 for i in range(len(rows[0]) - 1)) if rows else 0
+    return (rows_of([[*row[:-1], one_line(row[-1], max(left, 20))] for row in rows]) if rows else "") + more
+
+
+async def overview(console: Console, args: Args) -> int:
+    report = await _standing(console)
+    me = report.get("agent", {}).get("agent_id")
+    others = [work for work in (await console.call("agent.listContext"))["contexts"] if work["agent_id"] != me]
+    report["team"] = others
+    text = _standing_text(report, console, "Not registered (use 'thrum quickstart' or 'thrum agent register')\n")
+    work, inbox = report.get("work_context", {}), report.get("inbox")
+    if "git_updated_at" in work:
+        text += f"Branch info: {len(work.get('unmerged_commits', []))} commits, {len(_files_of(work))} files\n"
+    text += "\nTeam:\n" if others else "\nTeam: nobody else is active\n"
+    text += _team_rows(console, [[f"  ● {handle(work['agent_id'])}", one_line(work.get("branch", ""), 30), _age_of(work, console),
+                                 one_line(work.get("intent", ""))] for work in others])
+    if inbox:
+        text += f"\nInbox: {_inbox_text(inbox)}\n"
+    await console.answer(report, text + f"Sync: {_sync_text(report['health'])}\n")
+    return 0
+
+
+def _inbox_text(inbox: dict) -> str:
+    if inbox["unread"]:
+        return f"{inbox['unread']} unread ({inbox['total']} total)"
+    return f"{inbox['total']} messages (all read)" if inbox["total"] else "empty"
+
+
+def _files_of(work: dict) -> list:
+    """The files that somebody has changed, committed or not."""
+    return sorted({*work.get("changed_files", []), *work.get("uncommitted_files", [])})
+
+
+def _age_of(work: dict, console: Console) -> str:
+    """When a work context last changed."""
+    stamps = [work[field] for field in ("git_updated_at", "intent_updated_at", "task_updated_at") if field in work]
+    return console.ago(max(stamps)) if stamps else "-"
+
+
+async def prime(console: Console, args: Args) -> int:
+    """Everything that an agent needs when it begins, or when its context was lost."""
+    health = await console.call("health")
+    me = _caller_or_nobody(console)
+    report = {"repo_path": console.top, "sync_state": {
+        "daemon_status": health["status"], **{key: health[key] for key in ("uptime_ms", "sync_state", "version")}}}
+    contexts = {}
+    for work in (await console.call("agent.listContext"))["contexts"]:
+        contexts.setdefault(work["agent_id"], work)
+    agents = (await console.call("agent.list"))["agents"]
+    report["agents"] = {"total": len(agents), "active": sum(agent["agent_id"] in contexts for agent in agents), "list": agents}
+    if me:
+        who = report["identity"] = await console.call("agent.whoami", caller_agent_id=me)
+        if "session_id" in who:
+            report["session"] = {"session_id": who["session_id"],
+                                 **compact(started_at=who.get("session_start"), intent=who.get("intent"))}
+        found = await console.call("message.list", for_agent=me, caller_agent_id=me, exclude_self=True, page_size=PRIME_MESSAGES)
+        counts = {"unread": found["unread"], "total": found["total"]}
+        if found["unread"]:
+            found = await console.call("message.list", caller_agent_id=me, exclude_self=True, unread=True, page_size=PRIME_MESSAGES)
+        report["messages"] = {**counts, "recent": found["messages"]}
+        saved = await _saved_context(console, me)
+        if saved:
+            report["context"] = saved
+    try:
+        report["work_context"] = await console.call("worktree.status", repo_path=console.top)
+    except InvalidParams as error:
+        report["work_context"] = {"unmerged_commits": 0, "error": str(error)}
+    await console.answer(report, _prime_text(report, contexts, console))
+    return 0
+
+
+PRIME_MESSAGES = 5              # of the newest messages, a line each
+PRIME_FILES = 8                 # uncommitted files that are named
+
+
+def _prime_text(report: dict, contexts: dict, console: Console) -> str:
+    """What `prime` says: less than a screen and a half, for an agent that knows nothing yet."""
+    thrum, who, session = console.program, report.get("identity"), report.get("session")
+    if who and who["role"]:
+        text = f"Agent: {handle(who['agent_id'])} ({one_line(who['role'])})\nModule: {one_line(who['module'])}\n"
+    else:
+        text = f"Agent: not registered\n  Register: {thrum} quickstart --name NAME --role ROLE --module MODULE\n"
+    if who:
+        text += f"Session: {session['session_id']} ({console.ago(session['started_at'])})\n" if session else \
+            f"Session: none (begin one: {thrum} session start)\n"
+    if session and "intent" in session:
+        text += f"Intent: {one_line(session['intent'])}\n"
+    task = contexts.get(who["agent_id"], {}).get("current_task") if who else ""
+    text += f"Task: {one_line(task)}\n" if task else ""
+    if "context" in report:
+        text += f"Saved context: {report['context']['size']} bytes ({console.ago(report['context']['updated_at'])}); " \
+                f"read it now: {thrum} context show\n"
+
+    team = report["agents"]
+    rows = [[f"  {'●' if agent['agent_id'] in contexts else '○'} {handle(agent['agent_id'])}", one_line(agent["role"], 20),
+             one_line(agent["module"], 20), one_line(contexts.get(agent["agent_id"], {}).get("intent", ""))]
+            for agent in sorted(team["list"], key=lambda agent: agent["agent_id"] not in contexts)
+            if not who or agent["agent_id"] != who["agent_id"]]
+    text += f"\nTeam: {team['total']} agents ({team['active']} active)\n" + _team_rows(console, rows)
+
+    messages = report.get("messages")
+    if messages:
+        text += f"\nInbox: {_inbox_text(messages)}" + (f" — read them: {thrum} inbox\n" if messages["unread"] else "\n")
+        text += "".join(f"  {handle(m['agent_id'])}: {one_line(m['body']['content'], 60)}  [{m['message_id']}]\n"
+                        for m in messages["recent"])
+
+    work = report["work_context"]
+    if "error" in work:
+        text += f"\nGit: {one_line(work['error'])}\n"
+    else:
+        files, total = work["uncommitted_files"], work["uncommitted_total"]
+        text += f"\nBranch: {one_line(work['branch'])}\n"
+        if work["unmerged_commits"]:
+            text += f"Unmerged commits: {work['unmerged_commits']}\n"
+        text += f"Uncommitted files: {total}\n" + "".join(f"  {one_line(file)}\n" for file in files[:PRIME_FILES])
+        text += f"  … and {total - PRIME_FILES} more\n" if total > PRIME_FILES else ""
+
+    state = report["sync_state"]
+    text += f"Daemon: {state['daemon_status']} (v{state['version']}), up {span(state['uptime_ms'] / 1000)}\nSync: {_sync_text(state)}\n"
+    return text + "\nCommands:\n" + rows_of([
+        [f'  {thrum} send "…" --to @NAME', "write to an agent, a role or a group"],
+        [f"  {thrum} inbox --unread", "what you have not read"],
+        [f'  {thrum} reply MSG_ID "…"', "answer, in the same thread"],
+        [f"  {thrum} message read --all", "mark everything as read"],
+        [f"  {thrum} sent", "what you sent, and who has read it"],
+        [f"  {thrum} wait --timeout 5m", "wait for the next message"],
+        [f"  {thrum} status", "you, your inbox and the daemon"],
+        [f"  {thrum} agent list", "who is here, and at what"],
+        [f"  {thrum} context save --file F", "keep what you know for later"],
+        [f"  {thrum} <cmd> --help", "more about a command"]])
+
+
+async def prime_without_daemon(console: Console, problem: str) -> int:
+    """What `prime` says where nobody answers: a hook that calls it at each start must not fail."""
+    thrum = console.program
+    text = "Thrum not initialized (run: thrum init && thrum daemon start)\n" + wrapped(problem, console.width, "  ") + "\n\n" + rows_of([
+        [f"  {thrum} init", "set thrum up in this repository"],
+        [f"  {thrum} daemon start", "start the daemon"],
+        [f"  {thrum} quickstart --name NAME --role ROLE --module MODULE", "join the team"]])
+    await console.answer({"error": problem, "repo_path": console.top, "sync_state": {"daemon_status": "unreachable"}}, text)
+    return 0
+
+
+async def ping(console: Console, args: Args) -> int:
+    wanted = args.agent.lstrip("@")
+    agents = await console.call("agent.list")
+    contexts = await console.call("agent.listContext")
+    active = {}
+    for work in contexts["contexts"]:
+        active.setdefault(work["agent_id"], work)
+    found = [agent for agent in agents["agents"] if wanted and wanted in (agent["agent_id"], agent["display"])]
+    by_role = [] if found else [agent for agent in agents["agents"] if wanted and agent["role"] == wanted]
+    text = ""
+    for agent in sorted(found or by_role, key=lambda agent: agent["agent_id"] not in active):
+        work, seen = active.get(agent["agent_id"]), agent.get("last_seen_at")
+        name = f" ({handle(agent['agent_id'])})" if by_role or agent["agent_id"] != wanted else ""
+        age = console.ago(seen) if seen else "never"
+        text += f"{handle(wanted)}: " + (f"active, last heartbeat {age}" if work else f"offline (last seen {age})") + name + "\n"
+        text += "".join(f"  {label:<8}{one_line(work[field], console.width - 10)}\n" for label, field in (
+            ("Intent:", "intent"), ("Task:", "current_task"), ("Branch:", "branch")) if work and field in work)
+    await console.answer({"agents": agents, "contexts": contexts},
+                         text or f"@{one_line(wanted)}: not found (no agent registered with this name or role)\n")
+    return 0
+
+
+# ---- what an agent keeps for later
+#
+# The client reads and writes these files: an agent may live in a sandbox that the daemon does not see into.
+
+CONTEXT_FOLDER = ".thrum/context/"
+PREAMBLE_MAX = CONTEXT_MAX - 8_192      # bytes of somebody's own words: the default preamble stands before them
+
+
+def _context_owner(console: Console, args: Args) -> str:
+    """Whose context a command is about."""
+    agent_id = console.me() if args.agent is None else args.agent.lstrip("@")
+    context_files(agent_id)     # refuses what is not an id
+    return agent_id
+
+
+async def _preamble_of(console: Console, agent_id: str) -> bytes:
+    """An agent's preamble, also under its old name; b"" without one."""
+    for file in context_files(agent_id)[1:]:
+        found = await console.load(file)
+        if found:
+            return found[0]
+    return b""
+
+
+async def _saved_context(console: Console, agent_id: str) -> dict | None:
+    """What is to be known of an agent's saved context; None without one."""
+    try:
+        found = await console.load(context_files(agent_id)[0])
+    except ThrumError:          # the view shows the rest; 'context show' says what is wrong
+        return None
+    return {"has_context": True, "size": len(found[0]), "updated_at": stamp_of(found[1])} if found and found[0] else None
+
+
+async def _role_of(console: Console, agent_id: str) -> str:
+    """The role of an agent: as its identity file here says, else as the daemon knows it."""
+    for file, content in console.identities:
+        if parse_identity(file, content).agent_id() == agent_id:
+            return parse_identity(file, content).role
+    try:
+        return (await console.call("agent.whoami", caller_agent_id=agent_id))["role"]
+    except Unreachable:
+        return ""
+
+
+async def context_save_command(console: Console, args: Args) -> int:
+    agent_id = _context_owner(console, args)
+    given = await _given(console, *(("-", "read stdin") if args.file is None else (args.file, "read context file")))
+    data = check_text(given, "the context", CONTEXT_MAX).encode()
+    if not data:                # of a command in a pipe that failed, most likely
+        raise Usage("there is nothing to save; 'thrum context clear' removes what was saved before")
+    await console.save(CONTEXT_FOLDER + context_files(agent_id)[0], data)
+    if not await _preamble_of(console, agent_id):
+        await console.save(CONTEXT_FOLDER + context_files(agent_id)[1],
+                           default_preamble(agent_id, await _role_of(console, agent_id)).encode())
+    message = f"Context saved for {agent_id} ({len(data)} bytes)"
+    await console.answer({"agent_name": agent_id, "message": message, "size": len(data),
+                          "saved_at": stamp_of(console.world.now_ns())}, message)
+    return 0
+
+
+async def context_show_command(console: Console, args: Args) -> int:
+    agent_id = _context_owner(console, args)
+    file, preamble_file, _ = context_files(agent_id)
+    data, changed_ns = await console.load(file) or (b"", 0)
+    preamble = b"" if args.no_preamble else await _preamble_of(console, agent_id)
+    content, before, at = data.decode(errors="replace"), preamble.decode(errors="replace"), stamp_of(changed_ns)
+    if args.json:
+        await console.answer({"agent_name": agent_id, "content": content or None, "has_context": bool(data),
+                              "has_preamble": bool(preamble), **compact(preamble=before),
+                              **({"size": len(data), "updated_at": at} if data else {})}, "")
+    elif not data and not preamble:
+        await console.out(f"No context saved for {agent_id}\n")
+    elif args.raw:
+        if preamble:
+            content = f"<!-- preamble: {CONTEXT_FOLDER}{preamble_file} -->\n{_ended(before)}<!-- end preamble -->\n\n{content}"
+        # To a file or a pipe exactly what was saved, also what a terminal must not be sent.
+        await (console.out if "1" in console.terminals else lambda text: console.write("O", text))(content)
+    else:
+        head = f"# Context for {agent_id}" + (f" ({len(data)} bytes, updated {when(at)})" if data else "")
+        await console.out("\n".join([head + "\n", *([_ended(before)] if before else []), *([_ended(content)] if content else [])]))
+    return 0
+
+
+def _ended(text: str) -> str:
+    """`text` with a line end."""
+    return text if text.endswith("\n") else text + "\n"
+
+
+async def context_clear_command(console: Console, args: Args) -> int:
+    agent_id = _context_owner(console, args)
+    await console.save(CONTEXT_FOLDER + context_files(agent_id)[0], None)
+    message = f"Context cleared for {agent_id}"
+    await console.answer({"agent_name": agent_id, "message": message, "cleared": True}, message)
+    return 0
+
+
+async def context_preamble_command(console: Console, args: Args) -> int:
+    agent_id = _context_owner(console, args)
+    if not args.init and args.file is None:
+        text = (await _preamble_of(console, agent_id)).decode(errors="replace")
+        await console.answer({"agent_name": agent_id, "content": text or None, "has_preamble": bool(text)},
+                             text or f"No preamble for {agent_id} (use --init to create default)")
+        return 0
+    given = default_preamble(agent_id, await _role_of(console, agent_id)) if args.init else \
+        await _given(console, args.file, "read preamble file")
+    data = check_text(given, "the preamble", CONTEXT_MAX).encode()
+    if not data:
+        raise Usage(f"{args.file} is empty; --init writes the default preamble")
+    await console.save(CONTEXT_FOLDER + context_files(agent_id)[1], data)
+    message = f"Preamble saved for {agent_id} ({len(data)} bytes)"
+    await console.answer({"agent_name": agent_id, "message": message, "size": len(data),
+                          "saved_at": stamp_of(console.world.now_ns())}, message)
     return 0
 
 
@@ -5565,6 +6204,7 @@ async def agent_register_command(console: Console, args: Args) -> int:
                 f"  Registered: {when(other['registered_at'])}\n  Last seen:  {when(other['last_seen_at'])}\n"
                 "  Use --force to register beside it, --re-register to return as this agent\n")
     else:
+        await _lay_out_context(console, identity.name, role)
         text = f"✓ Agent {'re-registered' if done['status'] == 'updated' else 'registered'}: {done['agent_id']}"
     await console.answer(done, text)
     return done["status"] == "conflict"
@@ -5618,24 +6258,82 @@ async def agent_cleanup_command(console: Console, args: Args) -> int:
 
 
 async def agent_list_command(console: Console, args: Args) -> int:
+    contexts = await console.call("agent.listContext")
+    if args.context:
+        await console.answer(contexts, _contexts_table(contexts["contexts"], console))
+        return 0
     found = await console.call("agent.list", role=args.role, module=args.module)
-    sessions = (await console.call("session.list", active_only=True))["sessions"]
     active = {}
-    for session in sessions:
-        active.setdefault(session["agent_id"], session)
+    for work in contexts["contexts"]:
+        active.setdefault(work["agent_id"], work)
     text = f"Registered agents ({len(found['agents'])}):\n"
     for agent in found["agents"]:
-        session = active.get(agent["agent_id"])
-        text += f"\n{'●' if session else '○'} {console.bold(handle(agent['agent_id']))}  @{one_line(agent['role'])}  " \
-                f"{one_line(agent['module'])}  ({'active' if session else 'offline'})\n"
-        if session and session.get("intent"):
-            text += f"    Intent: {one_line(session['intent'], console.width - 14)}\n"
-        if not session and agent.get("last_seen_at"):
-            text += f"    Last seen: {console.ago(agent['last_seen_at'])}\n"
-    contexts = [{"session_id": s["session_id"], "agent_id": s["agent_id"], **compact(intent=s.get("intent"))} for s in active.values()]
-    await console.answer({"agents": found, "contexts": {"contexts": contexts}},
-                         text if found["agents"] else "No agents registered.\n")
+        work = active.get(agent["agent_id"])
+        text += f"\n{'●' if work else '○'} {console.bold(handle(agent['agent_id']))}  @{one_line(agent['role'])}  " \
+                f"{one_line(agent['module'])}  ({'active' if work else 'offline'})\n"
+        lines = [("Intent:", one_line(work.get("intent", ""), console.width - 14)),
+                 ("Task:", one_line(work.get("current_task", ""), console.width - 14)),
+                 ("Branch:", _branch_text(work)), ("Active:", console.ago(agent["last_seen_at"]) if agent.get("last_seen_at") else "")] \
+            if work else [("Last seen:", console.ago(agent["last_seen_at"]) if agent.get("last_seen_at") else "")]
+        text += "".join(f"    {label} {value}\n" for label, value in lines if value)
+    await console.answer({"agents": found, "contexts": contexts}, text if found["agents"] else "No agents registered.\n")
     return 0
+
+
+def _branch_text(work: dict) -> str:
+    commits = f" ({len(work.get('unmerged_commits', []))} commits)" if "git_updated_at" in work else ""
+    return one_line(work["branch"]) + commits if "branch" in work else ""
+
+
+SESSION_WIDTH = 11              # characters of a session's id in a table: its kind and the time, to half a minute
+
+
+def _contexts_table(contexts: list, console: Console) -> str:
+    """Work contexts, one to a line; what git says is `-` where nobody has asked it yet."""
+    if not contexts:
+        return "No active work contexts found.\n"
+    table = [["AGENT", "SESSION", "BRANCH", "COMMITS", "FILES", "INTENT", "UPDATED"]]
+    for work in contexts:
+        known = "git_updated_at" in work
+        table.append([handle(work["agent_id"]), work["session_id"][:SESSION_WIDTH] + "...", one_line(work.get("branch", "-"), 20),
+                      str(len(work.get("unmerged_commits", []))) if known else "-", str(len(_files_of(work))) if known else "-",
+                      work.get("intent", "-"), _age_of(work, console)])
+    others = sum(max(len(row[i]) for row in table) + 2 for i in range(7) if i != 5)
+    return rows_of([[*row[:5], one_line(row[5], max(console.width - others, 12)), row[6]] for row in table])
+
+
+async def agent_context_command(console: Console, args: Args) -> int:
+    wanted = (args.name or args.agent or "").lstrip("@")
+    if not wanted and (args.name is not None or args.agent is not None):
+        raise Usage("the agent's name is empty")
+    filters = {"branch": args.branch, "file": args.file}
+    found = await console.call("agent.listContext", agent_id=wanted or None, **filters)
+    if wanted and not found["contexts"]:
+        found = await console.call("agent.listContext", role=wanted, **filters)     # decision 27
+    contexts = found["contexts"]
+    await console.answer(found, _context_text(contexts[0], console) if args.name and len(contexts) == 1
+                         else _contexts_table(contexts, console))
+    return 0
+
+
+def _context_text(work: dict, console: Console) -> str:
+    """Everything that is known of the work of one session."""
+    def set_at(field):
+        return f" (set {console.ago(work[field])})" if field in work else ""
+    lines = [("Agent:", f"{handle(work['agent_id'])} ({work['session_id']})"), ("Branch:", one_line(work.get("branch", ""))),
+             ("Worktree:", one_line(work.get("worktree_path", ""))),
+             ("Intent:", one_line(work["intent"]) + set_at("intent_updated_at") if "intent" in work else ""),
+             ("Task:", one_line(work["current_task"]) + set_at("task_updated_at") if "current_task" in work else "")]
+    text = "".join(f"{label} {value}\n" for label, value in lines if value)
+    if "git_updated_at" not in work:
+        return text
+    commits = work.get("unmerged_commits", [])
+    text += f"Unmerged Commits ({len(commits)}):\n" if commits else ""
+    for commit in commits:
+        files = commit.get("files") if isinstance(commit.get("files"), list) else []
+        text += f"  {one_line(str(commit.get('sha', '')))[:7]} {one_line(str(commit.get('message', '')))}" + \
+                (f" [{one_line(', '.join(map(str, files)))}]" if files else "") + "\n"
+    return text + f"Changed Files (vs main): {len(work.get('changed_files', []))}\nUncommitted: {len(work.get('uncommitted_files', []))}\n"
 
 
 async def session_start_command(console: Console, args: Args) -> int:
@@ -5680,7 +6378,10 @@ async def heartbeat(console: Console, args: Args) -> int:
         except InvalidParams as error:
             raise Usage(f'invalid {kind} format "{str(error).rpartition("got: ")[2]}", expected type:value') from None
     done = await console.call("session.heartbeat", session_id=await console.session(), **changes)
-    await console.answer(done, f"✓ Heartbeat sent: {done['session_id']}")
+    context = [f"branch: {one_line(done['branch'])}"] if "branch" in done else []
+    if "unmerged_commits" in done:
+        context += [f"{done['unmerged_commits']} commits", f"{len(done['file_changes'])} files"]
+    await console.answer(done, f"✓ Heartbeat sent: {done['session_id']}\n" + (f"  Context: {', '.join(context)}\n" if context else ""))
     return 0
 
 
@@ -5777,16 +6478,21 @@ BODY_FILE = Argument("--body-file", "take the text from this file")
 MESSAGE_ID = Argument("MSG_ID", "the message")
 IF_LAST = Argument("--if-last", "only if this message is still the newest of its thread")
 FORMAT = Argument("--format", "markdown, plain or json", default="markdown")
+CONTEXT_OF = Argument("--agent", "another agent's")
 PAGES = (Argument("--page-size", "messages on a page, at most 100", int, 10), Argument("--limit", "the same", int),
          Argument("--page", "which page", int, 1))
 MEMBERS = (Argument("--role", "a role instead: all its agents"), Argument("--group-member", "a group instead"))
 COMMANDS = {
     "quickstart": Command(quickstart, "Join the team: register, start a session, say what you do.", (
         Argument("--name", "your name: a-z, 0-9, _ and -"), Argument("--display", "your name for people"),
-        Argument("--intent", "what you are going to do"), Argument("--force", "ignore an identity that is here already", bool),
+        Argument("--intent", "what you are going to do"), Argument("--preamble-file", "what is to stand before your saved context"),
+        Argument("--force", "ignore an identity that is here already", bool),
         Argument("--no-init", "accepted for compatibility", bool)),
         'thrum quickstart --name ada --role planner --module core', joins=True, does="changes"),
+    "prime": Command(prime, "Who you are, who is here, what is unread, how to go on: to begin with."),
+    "overview": Command(overview, "You, your team and your inbox."),
     "status": Command(status, "You, your inbox and the daemon."),
+    "ping": Command(ping, "Whether an agent is active, and at what.", (Argument("AGENT", "@agent or @role"),), "thrum ping @bob"),
     "whoami": Command(whoami, "Who you are here; works without the daemon.", offline=True),
     "send": Command(send, "Send a message to an agent, a role or a group; without --to, to everyone.", (
         Argument("MESSAGE", "the text; - reads it from stdin", required=False), Argument("--to", "@agent, @role or @group"),
@@ -5845,7 +6551,22 @@ COMMANDS = {
     "agent cleanup": Command(agent_cleanup_command, "Find agents that nobody can be any more, and delete them.", (
         Argument("--dry-run", "only list them", bool), Argument("--force", "delete them without asking", bool),
         Argument("--threshold", "days without a sign of life", int, STALE_DAYS)), "thrum agent cleanup --dry-run", does="changes"),
-    "agent list": Command(agent_list_command, "Who is registered, and who is active.", ()),
+    "agent list": Command(agent_list_command, "Who is registered, and who is active; --role and --module narrow it.", (
+        Argument("--context", "the work of those who are active, as a table", bool),), "thrum agent list --role tester"),
+    "agent context": Command(agent_context_command, "What agents are working on.", (
+        Argument("NAME", "only this agent, or this role", required=False), Argument("--agent", "the same"),
+        Argument("--branch", "only on this branch"), Argument("--file", "only who has changed this file")), "thrum agent context @bob"),
+    "context save": Command(context_save_command, "Save what you, or your successor, will need to know.", (
+        Argument("--file", "take it from this file instead of stdin"), CONTEXT_OF), "thrum context save --file NOTES.md",
+        offline=True, does="changes"),
+    "context show": Command(context_show_command, "What was saved, after the preamble.", (
+        Argument("--raw", "as it was saved, without a heading", bool), Argument("--no-preamble", "without the preamble", bool),
+        CONTEXT_OF), "thrum context show", offline=True),
+    "context clear": Command(context_clear_command, "Remove what was saved; the preamble stays.", (CONTEXT_OF,),
+                             "thrum context clear", offline=True, does="changes"),
+    "context preamble": Command(context_preamble_command, "Show or replace what stands before your saved context.", (
+        Argument("--init", "write the default for your role", bool), Argument("--file", "take it from this file"), CONTEXT_OF),
+        "thrum context preamble --init", offline=True, does="changes"),
     "session start": Command(session_start_command, "Start a session.", (), does="changes"),
     "session end": Command(session_end_command, "End your session.", (
         Argument("--reason", "why", default="normal"), Argument("--session-id", "another session than your own")), does="changes"),
@@ -5878,7 +6599,7 @@ COMMANDS = {
 }
 for _alias, _name in (("agent whoami", "whoami"), ("agent start", "session start"), ("agent end", "session end"),
                       ("agent heartbeat", "session heartbeat"), ("agent set-intent", "session set-intent"),
-                      ("agent set-task", "session set-task")):
+                      ("agent set-task", "session set-task"), ("context load", "context show"), ("context prime", "prime")):
     COMMANDS[_alias] = COMMANDS[_name]
 
 
@@ -5949,6 +6670,7 @@ def help_text(name: str, row: Command) -> str:
 #     to the daemon                                       to the client
 #     C  a command line, see `describe`                   O E  text for stdout, stderr
 #     I  what was asked for: "0" + bytes, "1" + why not   N    send the file of this name, or stdin for "-"
+#                                                         N    behind a NUL: a file of the worktree's .thrum/context
 #     A  all text so far has left this process            W    write a file: path, "1" + bytes, or "0" to remove it
 #                                                         P    ask the person at the terminal
 #                                                         S    where to go on if the daemon goes away
@@ -6022,6 +6744,12 @@ def unpack(data: bytes) -> list:
             raise InvalidRequest("a record is damaged")
         items.append(data[at - size:at])
     return items
+
+
+def loaded(answer: bytes) -> tuple | None:
+    """What `Console.load` gives, from the answer to its record: nothing, or the file's time and bytes."""
+    fields = unpack(answer)
+    return (fields[1], int(fields[0])) if fields else None
 
 
 def dial(var, answer_s=15):
@@ -6152,6 +6880,9 @@ class RemoteConsole(Console):
 
     async def read(self, path: str) -> bytes:
         return await self._ask("N", os.fsencode(path))
+
+    async def load(self, file: str) -> tuple | None:
+        return loaded(await self._ask("N", b"\0" + os.fsencode(file)))
 
     async def save(self, path: str, data: bytes | None) -> None:
         await self._ask("W", pack([os.fsencode(path), b"0" if data is None else b"1" + data]))
@@ -6788,6 +7519,12 @@ def answer_record(top: str, argv: list, kind: bytes, payload: bytes) -> bytes | 
     The daemon is told nothing, and writes nothing, that the command line does not name or that lies outside of
     the worktree's `.thrum`.
     """
+    if kind == b"N" and payload[:1] == b"\0":
+        try:
+            found = read_context(top, os.fsdecode(payload[1:]))
+        except ThrumError as error:
+            return b"1" + str(error).encode(errors="replace")
+        return b"0" + (pack([str(found[1]).encode(), found[0]]) if found else b"")
     if kind == b"N":
         name = os.fsdecode(payload)
         if name != "-" and not any(word == name or word.endswith("=" + name) for word in argv):
@@ -6802,7 +7539,7 @@ def answer_record(top: str, argv: list, kind: bytes, payload: bytes) -> bytes | 
             else:
                 data = _stdin
         except OSError as error:
-            return b"1cannot read the text: " + os_problem(error).encode(errors="replace")
+            return b"1" + os_problem(error).encode(errors="replace")
         if len(data) > REQUEST_MAX:
             return f"1{name} is larger than {REQUEST_MAX:,} bytes".encode(errors="replace")
         return b"0" + data
@@ -6811,8 +7548,12 @@ def answer_record(top: str, argv: list, kind: bytes, payload: bytes) -> bytes | 
         parts = os.fsdecode(name).split("/")
         if parts[0] != ".thrum" or ".." in parts or len(parts) < 3:
             return b"1the daemon wanted to write outside of .thrum"
+        if not os.path.isdir(top + "/.thrum"):      # made by the way, it would hide the one of the main worktree
+            return b"1this worktree is not set up; run 'thrum setup' first"
         path = top + "/" + "/".join(parts)
         try:
+            if parts[1] == "context":
+                path = context_path(top, "/".join(parts[2:]))
             os.makedirs(os.path.dirname(path), mode=0o750, exist_ok=True)
             if data[:1] == b"1":
                 atomic_write(path, data[1:])
@@ -6821,6 +7562,8 @@ def answer_record(top: str, argv: list, kind: bytes, payload: bytes) -> bytes | 
             return b"0"
         except OSError as error:
             return b"1cannot write: " + os_problem(error).encode(errors="replace")
+        except ThrumError as error:
+            return b"1" + str(error).encode(errors="replace")
     if kind == b"P":
         show(2, payload)
         try:
@@ -6992,6 +7735,9 @@ class LocalConsole(Console):
 
     async def read(self, path: str) -> bytes:
         return self._ask(b"N", os.fsencode(path))
+
+    async def load(self, file: str) -> tuple | None:
+        return loaded(self._ask(b"N", b"\0" + os.fsencode(file)))
 
     async def save(self, path: str, data: bytes | None) -> None:
         self._ask(b"W", pack([os.fsencode(path), b"0" if data is None else b"1" + data]))
@@ -7447,9 +8193,10 @@ def root_help() -> str:
         if sub and not sub.startswith("run"):
             groups.setdefault(word, []).append(sub)
     shown = []
-    for name in ("quickstart", "send", "reply", "inbox", "sent", "wait", "status", "whoami", "init", "setup", "version", "help"):
+    for name in ("quickstart", "prime", "send", "reply", "inbox", "sent", "wait", "overview", "status", "whoami", "ping", "init", "setup",
+                 "version", "help"):
         shown.append([f"  {name}", (HERE.get(name) or COMMANDS[name]).help])
-    for word in ("message", "agent", "session", "group", "daemon"):
+    for word in ("message", "agent", "session", "context", "group", "daemon"):
         shown.append([f"  {word}", ", ".join(sorted(groups[word]))])
     return f"{text}{rows_of(shown, WIDTH_DEFAULT)}\n'thrum COMMAND --help' tells more.\n\nExample: {COMMANDS['quickstart'].example}\n"
 
@@ -7631,6 +8378,10 @@ def _main(argv: list, home: str, program: str, state: dict) -> int:
             return int(run_now(row.run(console, args)))
         return run_remote(console, row, state)
     except ThrumError as error:
+        if row.run is prime and not isinstance(error, Usage):
+            console = LocalConsole(world, places, places.top if places else os.getcwd(), argv, program or _program(places))
+            console.args, console.row = args, row
+            return run_now(prime_without_daemon(console, str(error)))
         error.status = row.failure
         raise
 

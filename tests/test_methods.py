@@ -95,6 +95,14 @@ RIGHT = {
                        "worktree": "repo"},
     "agent.list": {"role": "x", "module": "core"},
     "agent.whoami": {"caller_agent_id": "a"},
+    "agent.listContext": {"agent_id": "a", "role": "x", "branch": "main", "file": "a.py"},
+    "worktree.status": {"repo_path": "TOP"},
+    "context.save": {"agent_name": "a", "content": "bm90ZXM=", "text": False, "repo_path": "TOP", "caller_agent_id": "a"},
+    "context.show": {"agent_name": "a", "include_preamble": True, "no_preamble": False, "text": True, "repo_path": "TOP",
+                     "caller_agent_id": "a"},
+    "context.clear": {"agent_name": "a", "text": True, "repo_path": "TOP", "caller_agent_id": "a"},
+    "context.preamble.show": {"agent_name": "a", "text": True, "repo_path": "TOP", "caller_agent_id": "a"},
+    "context.preamble.save": {"agent_name": "a", "content": "notes", "text": True, "repo_path": "TOP", "caller_agent_id": "a"},
     "session.start": {"agent_id": "a", "scopes": [{"type": "module", "value": "m"}], "refs": [{"type": "pr", "value": "1"}]},
     "session.end": {"session_id": "SESSION", "reason": "done"},
     "session.list": {"agent_id": "a", "active_only": True},
@@ -140,7 +148,7 @@ def rich(abc):
     abc.call("group.create", name="g")
     sent = abc.send("a", "first", mentions=["@b"], scopes=[{"type": "s", "value": "v"}], refs=[{"type": "r", "value": "v"}])
     known = {"SESSION": abc.sessions["a"], "MESSAGE": sent["message_id"], "THREAD": "thr_" + sent["message_id"][4:],
-             "EPOCH": abc.ledger.journal.epoch}
+             "EPOCH": abc.ledger.journal.epoch, "TOP": abc.places.root}
 
     def right(method):
         return json.loads(json.dumps(RIGHT[method]), object_hook=lambda d: {
@@ -1078,7 +1086,7 @@ def test_every_method_answers_through_the_daemon(served):
         client.call("group.create", name="g")
         sent = client.call("message.send", content="first", mentions=["@b"], caller_agent_id="a")
         known = {"SESSION": session, "MESSAGE": sent["message_id"], "THREAD": "thr_" + sent["message_id"][4:],
-                 "EPOCH": client.call("health")["epoch"]}
+                 "EPOCH": client.call("health")["epoch"], "TOP": str(served.path)}
         last = ("message.delete", "session.start", "session.end", "daemon.stop")
         for method in sorted(thrum.METHODS, key=lambda name: last.index(name) if name in last else -1):
             params = {k: known.get(v, v) if isinstance(v, str) else [known.get(i, i) if isinstance(i, str) else i for i in v]

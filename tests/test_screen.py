@@ -127,6 +127,11 @@ REPLIES = {         # what a daemon would say whose log came from somebody who m
                      "session_id": POISON, "session_start": POISON, "source": "caller"},
     "session.list": {"sessions": [{"session_id": POISON, "agent_id": POISON, "started_at": WHEN, "ended_at": WHEN, "end_reason": POISON,
                                    "last_seen_at": WHEN, "intent": POISON, "status": "ended"}]},
+    "agent.listContext": {"contexts": [{
+        "session_id": POISON, "agent_id": POISON, "branch": POISON, "worktree_path": POISON, "intent": POISON, "intent_updated_at": POISON,
+        "current_task": POISON, "task_updated_at": POISON, "git_updated_at": POISON, "uncommitted_files": [POISON],
+        "changed_files": [POISON], "unmerged_commits": [{"sha": POISON, "message": POISON, "files": [POISON, 5]}, {"files": POISON}]}]},
+    "worktree.status": {"branch": POISON, "uncommitted_files": [POISON], "uncommitted_total": 1, "unmerged_commits": 1},
     "group.list": {"groups": [{"group_id": "grp_1", "name": POISON, "description": POISON, "member_count": 1, "created_at": WHEN}]},
     "message.list": PAGE, "message.outbox": PAGE,
     "message.wait": {"messages": [LISTED], "after_seq": 1, "epoch": "e", "remaining": 0},
@@ -166,6 +171,9 @@ class Recorder(thrum.Console):
     async def save(self, path, data):
         pass
 
+    async def load(self, file):
+        return POISON.encode(), 10 ** 18
+
 
 def run(argv, **more):
     console = Recorder(argv, **more)
@@ -174,7 +182,9 @@ def run(argv, **more):
 
 
 SHOWING = ["status", "whoami", "agent list", "session list", "group list", "inbox", "inbox --all", "inbox --unread", "sent",
-           "message get msg_1", "wait --unread", "send x", "reply msg_1 x", "group add g @x", "agent whoami"]
+           "message get msg_1", "wait --unread", "send x", "reply msg_1 x", "group add g @x", "agent whoami", "prime", "overview",
+           f"ping {POISON.split()[0]}", "ping nobody\x1b", "agent context", "agent context x", "agent list --context", "context show",
+           "context preamble"]
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "json"])
