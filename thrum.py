@@ -43,8 +43,8 @@ __all__ = [
 
 TYPE_CHECKING = False           # type checkers read this name as True
 if TYPE_CHECKING:
-    import asyncio, base64, calendar, concurrent.futures, errno, fcntl, hashlib, json, logging, queue, re  # noqa: E401
-    import resource, select, shlex, shutil, signal, socket, sqlite3, struct, subprocess, threading, unicodedata  # noqa: E401
+    import asyncio, base64, calendar, concurrent.futures, difflib, errno, fcntl, hashlib, json, logging, queue  # noqa: E401
+    import re, resource, select, shlex, shutil, signal, socket, sqlite3, struct, subprocess, threading, unicodedata  # noqa: E401
 
 
 class _Lazy:
@@ -62,8 +62,8 @@ class _Lazy:
 
 
 LAZY_MODULES = (
-    "asyncio base64 calendar concurrent errno fcntl hashlib json logging queue re resource select shlex shutil signal "
-    "socket sqlite3 struct subprocess threading unicodedata"
+    "asyncio base64 calendar concurrent difflib errno fcntl hashlib json logging queue re resource select shlex shutil "
+    "signal socket sqlite3 struct subprocess threading unicodedata"
 ).split()
 globals().update((name, _Lazy(name)) for name in LAZY_MODULES)
 
@@ -696,7 +696,8 @@ def file_stem(agent_id: str) -> str:
 #         bad-lines.jsonl              lines of the log that could not be read
 #     <common>/thrum-sync/a-sync/      worktree of the branch a-sync: events.jsonl, messages/<name>.jsonl
 
-# Every variable that is read, and what it does.  The client forwards those marked * to the daemon.
+# Every variable that is read, and what it does.  The client forwards those marked * to the daemon; one that is started
+# inherits those "of the daemon".
 ENVIRONMENT = {
     "THRUM_HOME": "the worktree to act in, wherever the command is called",
     "THRUM_NAME": "* which identity of the worktree is calling; beats --name",
@@ -706,7 +707,10 @@ ENVIRONMENT = {
     "THRUM_DISPLAY": "* the display name, over that of the identity file",
     "THRUM_HOSTNAME": "of the daemon: the host name stored when an agent registers",
     "THRUM_SOCKET": "the daemon's socket, instead of the one under .thrum/var",
-    "THRUM_AUTOSTART": "0: do not start the daemon when it is absent",
+    "THRUM_AUTOSTART": "0: do not start the daemon when it is absent; beats daemon.autostart",
+    "THRUM_LOCAL": "of the daemon: 1 or 0; beats daemon.local_only",
+    "THRUM_SYNC_INTERVAL": "of the daemon: seconds; beats daemon.sync_interval",
+    "THRUM_WS_PORT": "of the daemon: a port or auto; beats daemon.ws_port",
     "NO_COLOR": "* any value: no colour",
     "COLUMNS": "* the width of the output where it is not a terminal",
 }
@@ -912,31 +916,149 @@ def sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
-CONFIG_TYPES = {                # the settings that are known; everything else is kept as it is
-    "daemon.local_only": bool, "daemon.sync_interval": int, "daemon.ws_port": str, "daemon.autostart": bool,
+class Setting(Record):
+    """A setting: what it may hold, and what counts where `config.json` is silent.
+
+    `kind` is bool, int, str, "seconds" (an int), "port" (a text: a number or auto), "duration" (a text such as 24h)
+    or "secret" (a text that is never shown whole).
+    """
+
+    kind: object
+    default: object
+    help: str
+    least: int = 0
+    most: int = 0
+    variable: str = ""          # of the environment; it beats the file
+    also: str = ""              # another place in the file where it is found
+    restart: bool = False       # the daemon reads it when it starts
+    later: bool = False         # the feature is still to come: nothing reads it in this version
+
+
+INTERVAL_MAX_S = 86_400         # between exchanges with the remote: who wants fewer than one a day wants none
+HOPS_MAX = 1_000                # of a chain of messages: far beyond any talk of agents with a point
+KEEP_MAX = 3_650                # backups of one kind: ten years of daily ones
+SECRET_SHOWN = 4                # characters of a secret that are shown, so that two can be told apart
+SETTINGS = {                    # what is not listed here is kept as it is
+    "daemon.local_only": Setting(bool, False, "messages never leave this machine", variable="THRUM_LOCAL", also="local_only",
+                                 restart=True, later=True),
+    "daemon.sync_interval": Setting("seconds", 60, "time from one exchange with the remote to the next", 1, INTERVAL_MAX_S,
+                                    variable="THRUM_SYNC_INTERVAL", restart=True, later=True),
+    "daemon.ws_port": Setting("port", "auto", "port of the WebSocket and the page", 1, 65_535, variable="THRUM_WS_PORT",
+                              restart=True, later=True),
+    "daemon.ws_token": Setting("secret", "", "what clients of the WebSocket must present", restart=True, later=True),
+    "daemon.autostart": Setting(bool, True, "commands start the daemon when it is absent", variable="THRUM_AUTOSTART"),
+    "wake.max_hops": Setting(int, 12, "length of a chain of messages that wakes nobody any more", 1, HOPS_MAX, later=True),
+    "peers.plaintext": Setting(bool, False, "peers may connect where the network is not encrypted", restart=True, later=True),
+    "runtime.primary": Setting(str, "cli-only", "the agent program that files are written for", later=True),
+    "backup.dir": Setting(str, "", "where backups go; empty: .thrum/backup", later=True),
+    "backup.schedule": Setting("duration", "", "time from one backup to the next; empty: none", restart=True, later=True),
+    "backup.retention.daily": Setting(int, 5, "daily backups that are kept; -1: all", -1, KEEP_MAX, later=True),
+    "backup.retention.weekly": Setting(int, 4, "weekly backups that are kept; -1: all", -1, KEEP_MAX, later=True),
+    "backup.retention.monthly": Setting(int, -1, "monthly backups that are kept; -1: all", -1, KEEP_MAX, later=True),
 }
+_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def load_config(thrum: str) -> dict:
-    """The settings in `config.json`, {} without one.  Raises ThrumError naming what is wrong with it."""
+def _wanted(setting: Setting) -> str:
+    numbers = f"from {setting.least:,} to {setting.most:,}"
+    return {bool: "true or false", int: f"a whole number {numbers}", "seconds": f"a whole number of seconds {numbers}",
+            "port": f"auto, or a port {numbers}", "duration": "a length of time such as 24h",
+            "secret": f"a text of 1 to {TEXT_MAX:,} printable ASCII characters without blanks"}.get(setting.kind, "a text on one line")
+
+
+def _fits(setting: Setting, value) -> bool:
+    """Whether a value, as it stands in the file, is one that the setting may have."""
+    kind = setting.kind
+    if kind is bool:
+        return type(value) is bool
+    if kind in (int, "seconds"):
+        return type(value) is int and setting.least <= value <= setting.most
+    if type(value) is not str or not is_unicode(value) or not value.isprintable() or len(value) > TEXT_MAX:
+        return False
+    if kind == "port":
+        return value == "auto" or (value.isascii() and value.isdigit() and len(value) < 6 and setting.least <= int(value) <= setting.most)
+    if kind == "duration" and value:
+        try:
+            return parse_duration(value) > 0
+        except ValueError:
+            return False
+    return kind != "secret" or (value.isascii() and " " not in value)
+
+
+def _says_nothing(setting: Setting, value) -> bool:
+    """Whether a value in the file stands for none: the reference writes "" and 0 seconds for what is not set."""
+    return value is None or value == "" or (setting.kind == "seconds" and value == 0 and value is not False)
+
+
+def parse_setting(name: str, text: str, source: str = "") -> object:
+    """The value of a setting that somebody wrote as `text` (in `source`).  Raises ThrumError saying what it may be."""
+    setting, value = SETTINGS[name], text.strip()
+    try:
+        if setting.kind is bool:
+            value = _WORDS.get(value.lower(), value)
+        elif setting.kind == "seconds" and value[-1:] in ("s", "m", "h"):
+            seconds = parse_duration(value)
+            value = int(seconds) if seconds == int(seconds) else value
+        elif setting.kind in (int, "seconds") and value[value[:1] == "-":].isdigit() and value.isascii() and len(value) < 10:
+            value = int(value)
+    except ValueError:
+        pass                    # stays a text, which is refused below
+    if not value and type(value) is str or not _fits(setting, value):
+        given = "" if setting.kind == "secret" else f", not {text[:80]!r}"
+        raise ThrumError(f"{source or name} must be {_wanted(setting)}{given}")
+    return value
+
+
+def shown_setting(name: str, value) -> str:
+    """A setting's value as people read it: `60s`, `true`; of a secret only the beginning."""
+    kind = SETTINGS[name].kind if name in SETTINGS else "secret" if "token" in name else None
+    if kind == "secret" and type(value) is str and value:
+        return value[:SECRET_SHOWN if len(value) > 4 * SECRET_SHOWN else 0] + "..."
+    if kind == "seconds":
+        return f"{value}s"
+    return value if type(value) is str else json.dumps(value, ensure_ascii=False)
+
+
+def _read_config(thrum: str) -> dict:
     path = thrum + "/config.json"
     try:
         with open(path, "rb") as file:
-            config = decode_object(file.read())
+            return decode_object(file.read())
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise ThrumError(f"cannot read the configuration: {os_problem(error)}") from None
     except ValueError as error:
         raise ThrumError(f"{path} is not valid JSON ({error}); correct it, or remove it for the defaults") from None
-    for section in sorted({setting.split(".")[0] for setting in CONFIG_TYPES}):
-        if not isinstance(config.get(section, {}), dict):
-            raise ThrumError(f"{path}: {section} must be an object, not {config[section]!r}")
-    for setting, kind in CONFIG_TYPES.items():
-        value = get_setting(config, setting)
-        if value is not None and type(value) is not kind:
-            raise ThrumError(f"{path}: {setting} must be of type {kind.__name__}, not {value!r}")
+
+
+def _check_config(config: dict, path: str) -> dict:
+    """`config` itself, when its known settings are what they must be; raises ThrumError naming file and key."""
+    for name, setting in SETTINGS.items():
+        for place in filter(None, (name, setting.also)):
+            value, above = config, ""
+            for key in place.split("."):
+                if not isinstance(value, dict):
+                    raise ThrumError(f"{path}: {above} must be an object, not {one_word(value)}")
+                value, above = value.get(key), f"{above}.{key}".lstrip(".")
+                if value is None:
+                    break
+            if not _says_nothing(setting, value) and not _fits(setting, value):
+                quotes = "" if setting.kind in (bool, int, "seconds") or type(value) is str else ", in quotes"
+                given = one_word(value) if setting.kind != "secret" else "what it is"
+                raise ThrumError(f"{path}: {place} must be {_wanted(setting)}{quotes}, not {given}; 'thrum config set' corrects it")
     return config
+
+
+def one_word(value) -> str:
+    """A JSON value in a few characters, for a sentence."""
+    text = json.dumps(value) if not isinstance(value, (dict, list)) else "an object" if isinstance(value, dict) else "a list"
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def load_config(thrum: str) -> dict:
+    """The settings in `config.json`, {} without one.  Raises ThrumError naming what is wrong with it."""
+    return _check_config(_read_config(thrum), thrum + "/config.json")
 
 
 def get_setting(config: dict, setting: str, default=None):
@@ -947,20 +1069,72 @@ def get_setting(config: dict, setting: str, default=None):
     return default if value is None else value
 
 
-def save_config(thrum: str, changes: dict) -> None:
-    """Set the settings in `changes` (dotted path to value; None removes one), keeping all others."""
-    config = load_config(thrum)
-    for setting, value in changes.items():
-        *path, last = setting.split(".")
-        section = config
-        for key in path:
-            section = section.setdefault(key, {})
-        if value is None:
+def setting_in_effect(config: dict, name: str, environ: dict) -> tuple:
+    """The value of a known setting and where it comes from: `env`, `config.json` or `default`.
+
+    Raises ThrumError for a variable with a value that it cannot have.
+    """
+    setting = SETTINGS[name]
+    text = environ.get(setting.variable, "") if setting.variable else ""
+    if text.strip():
+        return parse_setting(name, text, setting.variable), "env"
+    for place in filter(None, (name, setting.also)):
+        value = get_setting(config, place)
+        if not _says_nothing(setting, value):
+            return value, "config.json"
+    return setting.default, "default"
+
+
+def lock_directory(path: str) -> int:
+    """A descriptor that holds an exclusive flock(2) on a directory until it is closed; no file is left behind."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def save_config(thrum: str, changes: dict) -> dict:
+    """Set the settings in `changes` (dotted path to value; None removes one), keeping all others; gives their old values.
+
+    A wrong value may be corrected this way, so the file is checked as it will be.
+    """
+    try:
+        lock = lock_directory(thrum)        # two that change it at once lose nothing
+    except OSError as error:
+        raise ThrumError(f"cannot change the configuration: {os_problem(error)}") from None
+    try:
+        config, old = _read_config(thrum), {}
+        for setting, value in changes.items():
+            old[setting] = get_setting(config, setting)
+            *path, last = setting.split(".")
+            parents, section = [], config
+            for key in path:
+                if section.get(key) is None:
+                    section[key] = {}
+                parents.append((section, key))
+                section = section[key]
+                if not isinstance(section, dict):
+                    raise ThrumError(f"{thrum}/config.json: {key} must be an object, not {one_word(section)}; correct it by hand")
+            if value is not None:
+                section[last] = value
+                continue
             section.pop(last, None)
-        else:
-            section[last] = value
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    atomic_write(thrum + "/config.json", text.encode())
+            for parent, key in reversed(parents):       # a section that is empty says nothing
+                if not parent[key]:
+                    del parent[key]
+        text = json.dumps(_check_config(config, thrum + "/config.json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        # Half of a surrogate pair can only have come from an escape; it becomes one again.
+        atomic_write(thrum + "/config.json", text.encode(errors="backslashreplace"))
+        return old
+    except RecursionError:
+        raise ThrumError(f"{thrum}/config.json is nested too deeply; correct it by hand") from None
+    except OSError as error:
+        raise ThrumError(f"cannot change the configuration: {os_problem(error)}") from None
+    finally:
+        os.close(lock)
 
 
 # ================================================================== 6  Git
@@ -3509,9 +3683,8 @@ def ensure_branch(places: Places) -> None:
     Nothing of the user's is touched: not HEAD, not the index, not the hooks.  A branch that is known from the
     remote is continued; an existing one is never replaced.
     """
-    lock = os.open(places.common, os.O_RDONLY | os.O_CLOEXEC)
+    lock = lock_directory(places.common)    # agents that come at once
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)    # agents that come at once; a lock on the directory leaves nothing behind
         _ensure_branch(places)
     finally:
         os.close(lock)
@@ -5016,6 +5189,15 @@ def error_line(error: Exception) -> str:
     """What is said on stderr when a command fails: one line, whatever the words that it quotes."""
     text = plain(str(error)).replace("\n", "\\n").replace("\t", " ")
     return f"Error: {text if len(text) <= ERROR_MAX else text[:ERROR_MAX - 1] + '…'}\n"
+
+
+SUGGESTED = 64                  # characters of a word that are compared with others: the time grows with the square
+
+
+def did_you_mean(word: str, known) -> str:
+    """`; did you mean 'inbox'?` for the names that resemble a word, "" where none does."""
+    close = difflib.get_close_matches(word[:SUGGESTED], list(known), 2)
+    return "; did you mean " + " or ".join(f"'{name}'" for name in close) + "?" if close else ";"
 
 
 def wrapped(text: str, width: int, indent: str) -> str:
@@ -6656,7 +6838,9 @@ def help_text(name: str, row: Command) -> str:
             table.append([f"  {flag.short + ', ' if flag.short else ''}{flag.name}{value}", flag.help + default])
     if table:
         text += "\n" + rows_of(table, WIDTH_DEFAULT)
-    text += "\nEverywhere: --json  --quiet  --repo PATH  --role R  --module M  --help\n"
+    text += "\nEverywhere: --json --quiet --verbose --repo PATH --role R --module M --help\n"
+    below = ", ".join(f"thrum {other}" for other in COMMANDS if other.startswith(name + " "))
+    text += f"See also:   {below}\n" if below else ""
     return text + (f"\nExample: {row.example}\n" if row.example else f"\nExample: thrum {name} {usage.strip('[]').lower()}".rstrip() + "\n")
 
 
@@ -7642,8 +7826,7 @@ def reach(places: Places, start: bool = True):
             raise Unreachable(f"{text}; try 'thrum daemon restart'") from None
         if os.environ.get("THRUM_SOCKET"):
             raise Unreachable(f"{text}; THRUM_SOCKET names it, so it is not started from here") from None
-        if not start or os.environ.get("THRUM_AUTOSTART") == "0" \
-                or get_setting(load_config(places.thrum), "daemon.autostart") is False:
+        if not start or not setting_in_effect(load_config(places.thrum), "daemon.autostart", os.environ)[0]:
             raise Unreachable(f"{text}; 'thrum daemon start' starts it") from None
     if os.path.exists(places.var + "/stopped"):
         raise Unreachable("failed to connect to daemon: it was stopped; 'thrum daemon start' starts it again")
@@ -7673,7 +7856,7 @@ def start_daemon(places: Places) -> bool:
         read_end, write_end = os.pipe()
         # Identity is the caller's, not the daemon's: a variable of this agent must not name all others.
         environ = {name: value for name, value in os.environ.items()
-                   if not name.startswith(("THRUM_", "GIT_")) or name == "THRUM_HOSTNAME"}
+                   if not name.startswith(("THRUM_", "GIT_")) or ENVIRONMENT.get(name, "").startswith("of the daemon")}
         code = f"import sys; sys.path.insert(0, {os.path.dirname(places.copy)!r}); import thrum; thrum.main(sys.argv[1:])"
         try:
             process = subprocess.Popen(
@@ -8132,7 +8315,8 @@ async def daemon_logs(console: Console, args: Args) -> int:
     if not lines:
         raise ThrumError(f"there is no log yet: {places.log}")
     count = max(args.tail, 0)
-    await console.out(plain("".join(lines[-count:] if count else [])))
+    lines = lines[-count:] if count else []
+    await console.answer({"log": places.log, "lines": [line.rstrip("\n") for line in lines]}, plain("".join(lines)))
     return 0
 
 
@@ -8170,6 +8354,41 @@ async def version(console: Console, args: Args) -> int:
     return 0
 
 
+# ---- help
+
+FIRST = ("quickstart", "send", "inbox", "reply", "wait", "status")      # what an agent needs to begin with
+TOPICS = {                      # where the others stand in the overview; what is named nowhere stands under "More"
+    "Messages": "message search sent trace",
+    "Team": "agent group overview ping session whoami",
+    "Memory": "context prime",
+    "Setup": "completion config init migrate setup",
+    "Upkeep": "daemon purge version help",
+}
+GROUPS = {                      # what the commands of a group are for
+    "agent": "Agents: who is registered, and who you are.",
+    "completion": "Scripts with which a shell completes thrum's commands, flags and names.",
+    "config": "The settings in .thrum/config.json.",
+    "context": "What an agent writes down for its successor.",
+    "daemon": "The daemon of this repository; it starts by itself.",
+    "group": "Groups: names that stand for several agents.",
+    "message": "Single messages.",
+    "session": "Sessions: what you work on, and since when.",
+}
+
+
+def visible_rows() -> dict:
+    """The rows of both tables that people are told of."""
+    return {name: row for name, row in {**COMMANDS, **HERE}.items() if row.help}
+
+
+def unknown_command(word: str, group: str = "") -> Usage:
+    """The error for a word that is no command; it names those that resemble it."""
+    start = f"{group} " if group else ""
+    known = {name[len(start):].split(" ")[0] for name in visible_rows() if name.startswith(start)}
+    return Usage(f'unknown command "{word}" for "{f"thrum {group}".rstrip()}"{did_you_mean(word, sorted(known))} '
+                 f"'{f'thrum help {group}'.rstrip()}' lists them")
+
+
 async def help_command(console: Console, args: Args) -> int:
     name = " ".join(args.command)
     rows = {**COMMANDS, **HERE}
@@ -8180,35 +8399,617 @@ async def help_command(console: Console, args: Args) -> int:
     elif any(row.startswith(name + " ") for row in rows):
         await console.out(group_help(name))
     else:
-        raise Usage(f'unknown command "{name}" for "thrum"; \'thrum help\' lists them')
+        word = args.command[0]
+        inside = len(args.command) > 1 and word not in rows and any(row.startswith(word + " ") for row in rows)
+        raise unknown_command(args.command[1], word) if inside else unknown_command(name)
     return 0
+
+
+def first_clause(text: str) -> str:
+    """The beginning of a help text, for lists: up to the first semicolon or the end of the first sentence."""
+    return text.split(";")[0].split(". ")[0].rstrip(".")
 
 
 def root_help() -> str:
     """All commands, on one screen."""
-    text = "thrum: messages for a team of coding agents, kept in their git repository\n\nUsage: thrum COMMAND [flags]\n\n"
-    groups = {}
-    for name in {**HERE, **COMMANDS}:
-        word, _, sub = name.partition(" ")
-        if sub and not sub.startswith("run"):
-            groups.setdefault(word, []).append(sub)
-    shown = []
-    for name in ("quickstart", "prime", "send", "reply", "inbox", "sent", "wait", "overview", "status", "whoami", "ping", "init", "setup",
-                 "version", "help"):
-        shown.append([f"  {name}", (HERE.get(name) or COMMANDS[name]).help])
-    for word in ("message", "agent", "session", "context", "group", "daemon"):
-        shown.append([f"  {word}", ", ".join(sorted(groups[word]))])
-    return f"{text}{rows_of(shown, WIDTH_DEFAULT)}\n'thrum COMMAND --help' tells more.\n\nExample: {COMMANDS['quickstart'].example}\n"
+    rows = visible_rows()
+    left = sorted({name.split(" ")[0] for name in rows} - set(FIRST))
+    table = []
+    for topic, names in {**TOPICS, "More": " ".join(sorted(set(left) - set(" ".join(TOPICS.values()).split())))}.items():
+        shown = [name if name in rows else name + "*" for name in sorted(names.split()) if name in left]
+        if shown:
+            table.append([f"  {topic}", "  ".join(shown)])
+    return "thrum: messages for a team of coding agents, kept in their git repository\n\nUsage: thrum COMMAND [flags]\n\n" \
+        + rows_of([[f"  {name}", first_clause(rows[name].help) + "."] for name in FIRST]) + "\n" + rows_of(table, WIDTH_DEFAULT) \
+        + "\n'thrum help COMMAND' tells more; a name with * is a group of commands.\n" \
+        + f"\nExample: {rows['quickstart'].example}\n"
 
 
 def group_help(word: str) -> str:
     """The commands that begin with a word."""
-    rows = {name: row for name, row in {**COMMANDS, **HERE}.items() if name.startswith(word + " ") and row.help}
+    rows = {name: row for name, row in visible_rows().items() if name.startswith(word + " ")}
     example = next((row.example for row in rows.values() if row.example), f"thrum {next(iter(rows))}")
-    return f"Usage: thrum {word} COMMAND [flags]\n\n" + rows_of([[f"  {name}", row.help] for name, row in rows.items()], WIDTH_DEFAULT) + \
-        f"\nExample: {example}\n"
+    about = f"{GROUPS[word]}\n\n" if word in GROUPS else ""
+    return f"{about}Usage: thrum {word} COMMAND [flags]\n\n" \
+        + rows_of([[f"  {name}", row.help] for name, row in rows.items()], WIDTH_DEFAULT) + f"\nExample: {example}\n"
 
 
+# ---- completion
+#
+# Each script holds what the tables say (commands, flags, what they mean) and asks `thrum complete KIND` for names.  In
+# each, a command line is read the same way: words that are commands lead on, a flag with a value takes the next word,
+# and what is left is counted.  `_VALUES` says what completes a value: `ask KIND`, files, folders, or words to choose from.
+
+COMPLETE_S = 1                  # seconds that a pressed Tab may wait for the daemon
+_VALUES = {                     # "command argument" counts before "argument"
+    "--to": "ask names", "--mention": "ask names", "--from": "ask agents", "--agent": "ask agents", "--role": "ask roles",
+    "--group": "ask groups", "--repo": "folders", "--main-repo": "folders", "--dir": "folders", "--body-file": "files",
+    "--file": "files", "daemon restart --from": "files", "GROUP": "ask groups", "MEMBER": "ask names", "AGENT": "ask agents",
+    "FILE": "files", "--format": "words markdown plain json", "KEY": "words " + " ".join(SETTINGS),
+    "group delete NAME": "ask groups", "group info NAME": "ask groups", "group members NAME": "ask groups",
+    "agent delete NAME": "ask agents", "ping NAME": "ask agents",
+}
+
+
+def _completions() -> tuple:
+    """What the tables say: {command: {next word: meaning}}, {command: {flag: (meaning, short form, values)}},
+    {command: [values of its words]}.  Values are None for a flag that takes none, "" where nothing completes them.
+    """
+    rows = visible_rows()
+    words, flags, places = {}, {}, {}
+    for name, row in sorted(rows.items()):
+        *above, _ = parts = name.split(" ")
+        for depth, part in enumerate(parts):
+            full = " ".join(parts[:depth + 1])
+            meaning = first_clause(rows[full].help if full in rows else GROUPS.get(full, ""))
+            words.setdefault(" ".join(parts[:depth]), {})[part] = meaning
+        flags[name] = {a.name: (a.help, a.short, _values(name, a)) for a in row.arguments if a.name[0] == "-" and a.help}
+        places[name] = [_values(name, a) + ("…" if a.many else "") for a in row.arguments if a.name[0] != "-"]
+    flags["*"] = {a.name: (a.help, a.short, _values("", a)) for a in GLOBAL_FLAGS}
+    places["help"] = ["words " + " ".join(words[""])]
+    return words, flags, places
+
+
+def _values(name: str, argument: Argument) -> str | None:
+    if argument.kind is bool:
+        return None
+    return _VALUES.get(f"{name} {argument.name}", _VALUES.get(argument.name, ""))
+
+
+def _cases(flags: dict, places: dict, line: str) -> str:
+    """The patterns of a shell's `case` that lead from "command flag" or "command number" to the values, one line each."""
+    own, common = {}, {}        # a command's own flags come first: --role is a filter in some
+    for name, row in flags.items():
+        for flag, (_, _, values) in row.items():
+            if values is not None and name == "*":
+                common.setdefault(values or "text", []).append(f'*" {flag}"')
+            elif values is not None:
+                own.setdefault(values or "text", []).append(f'"{name} {flag}"')
+    for name, row in places.items():
+        for index, values in enumerate(row):
+            if values.rstrip("…"):
+                own.setdefault(values.rstrip("…"), []).append(f'"{name} "[0-9]*' if values[-1] == "…" else f'"{name} {index}"')
+    return "\n".join(line % ("|".join(patterns), values) for found in (own, common) for values, patterns in found.items())
+
+
+def _quoted(text: str) -> str:
+    """`text` in single quotes, for sh, bash and zsh."""
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+BASH = r"""# Completion of thrum for bash 3.2 or newer, written by 'thrum completion bash'.
+#   now:       source <(thrum completion bash)           (bash 3.2: eval "$(thrum completion bash)")
+#   for ever:  thrum completion bash > ~/.local/share/bash-completion/completions/thrum
+#              or the line above in ~/.bashrc
+
+_thrum_words() {        # the commands that may follow a command
+    case "$1" in
+@WORDS@
+    esac
+}
+
+_thrum_flags() {        # the flags of a command
+    case "$1" in
+@FLAGS@
+    esac
+    printf '%s\n' @GLOBAL@
+}
+
+_thrum_values() {       # what completes the value of "command flag", or the word "command number"
+    case "$1" in
+@VALUES@
+    esac
+}
+
+_thrum_join() {         # bash splits at = : and @; into $joined as it was typed
+    local piece before=" "
+    joined=()
+    for piece in "$@"; do
+        if [[ $piece == [=:]* && ${#joined[@]} -gt 1 || $before == [=:@] || $before == =@ || $piece == @* && $before == *, ]]; then
+            joined[${#joined[@]}-1]+=$piece
+        else
+            joined[${#joined[@]}]=$piece
+        fi
+        before=$piece
+    done
+}
+
+_thrum() {
+    local command="" flag="" count=0 rest="" word cur head="" kind="" list="" joined=() i last
+    _thrum_join "${COMP_WORDS[@]:0:COMP_CWORD+1}"
+    last=$((${#joined[@]} - 1))
+    cur=${joined[last]}
+    local replaced=${2-$cur}
+    for ((i = 1; i < last; i++)); do
+        word=${joined[i]}
+        if [[ -n $flag ]]; then flag=""
+        elif [[ -z $rest && $word == -- ]]; then rest=1
+        elif [[ -z $rest && $word == -* ]]; then
+            [[ $word != *=* && -n $(_thrum_values "$command $word") ]] && flag=$word
+        elif [[ $count == 0 && $'\n'$(_thrum_words "$command")$'\n' == *$'\n'"$word"$'\n'* ]]; then
+            command="${command:+$command }$word"
+        else count=$((count + 1))
+        fi
+    done
+    if [[ -z $flag && -z $rest && $cur == --*=* ]]; then
+        flag=${cur%%=*} head=${cur%%=*}=
+    fi
+    if [[ -n $flag ]]; then kind=$(_thrum_values "$command $flag")
+    elif [[ -z $rest && $cur == -* ]]; then list=$(_thrum_flags "$command")
+    else
+        [[ $count == 0 && -z $rest ]] && list=$(_thrum_words "$command")
+        kind=$(_thrum_values "$command $count")
+    fi
+    COMPREPLY=()
+    local found=${cur#"$head"}
+    case "$kind" in
+    ask*)
+        [[ $found == *,* ]] && head+=${found%,*}, && found=${found##*,}
+        list+=$'\n'$("$1" complete "${kind#ask }" 2>/dev/null || thrum complete "${kind#ask }" 2>/dev/null) ;;
+    words*) list+=$'\n'${kind#words }; list=${list// /$'\n'} ;;
+    files | folders)
+        type compopt >/dev/null 2>&1 && compopt -o filenames 2>/dev/null
+        list+=$'\n'$(if [[ $kind == files ]]; then compgen -f -- "$found"; else compgen -d -- "$found"; fi) ;;
+    esac
+    # What bash replaces is only the end of what was typed: the rest is left out of the answers.
+    local typed=${cur%"$replaced"}
+    while IFS= read -r word; do
+        if [[ -n $word && ($word == "$found"* || $word == "@$found"*) ]]; then
+            word=$head$word
+            COMPREPLY[${#COMPREPLY[@]}]=${word#"$typed"}
+        fi
+    done <<< "$list"
+}
+
+complete -F _thrum thrum
+"""
+
+
+def bash_completion(descriptions: bool) -> str:
+    """The script for bash, which shows no descriptions."""
+    words, flags, places = _completions()
+    return BASH.replace("@WORDS@", "\n".join(f'    "{name}") printf \'%s\\n\' {" ".join(row)} ;;' for name, row in words.items())) \
+        .replace("@FLAGS@", "\n".join(f'    "{name}") printf \'%s\\n\' {" ".join(row)} ;;' for name, row in flags.items()
+                                      if row and name != "*")) \
+        .replace("@GLOBAL@", " ".join(flags["*"])).replace("@VALUES@", _cases(flags, places, "    %s) echo '%s' ;;"))
+
+
+ZSH = r"""#compdef thrum
+# Completion of thrum for zsh, written by 'thrum completion zsh'.
+#   now:       source <(thrum completion zsh)            (after compinit)
+#   for ever:  thrum completion zsh > "${fpath[1]}/_thrum", and start a new shell
+
+_thrum_words() {        # the commands that may follow a command, into $reply
+    reply=()
+    case "$1" in
+@WORDS@
+    esac
+}
+
+_thrum_flags() {        # the flags of a command, into $reply
+    reply=()
+    case "$1" in
+@FLAGS@
+    esac
+    reply+=(@GLOBAL@)
+}
+
+_thrum_values() {       # what completes the value of "command flag", or the word "command number", into $REPLY
+    REPLY=""
+    case "$1" in
+@VALUES@
+    esac
+}
+
+_thrum() {
+    local command="" flag="" rest="" kind="" word REPLY
+    local -a reply found
+    local -i count=0 i
+    for ((i = 2; i < CURRENT; i++)); do
+        word=${(Q)words[i]}
+        _thrum_words "$command"
+        found=(${reply%%:*})
+        if [[ -n $flag ]]; then flag=""
+        elif [[ -z $rest && $word == -- ]]; then rest=1
+        elif [[ -z $rest && $word == -* ]]; then
+            _thrum_values "$command $word"
+            [[ $word != *=* && -n $REPLY ]] && flag=$word
+        elif (( count == 0 && ${found[(Ie)$word]} )); then
+            command="${command:+$command }$word"
+        else (( count += 1 ))
+        fi
+    done
+    if [[ -z $flag && -z $rest && $PREFIX == --*=* ]]; then
+        flag=${PREFIX%%=*}
+        compset -P 1 '*='
+    fi
+    if [[ -n $flag ]]; then
+        _thrum_values "$command $flag"; kind=$REPLY
+    elif [[ -z $rest && $PREFIX == -* ]]; then
+        _thrum_flags "$command"
+        _describe -o 'flag' reply
+        return
+    else
+        _thrum_words "$command"
+        (( count == 0 && ${#reply} )) && [[ -z $rest ]] && _describe 'command' reply
+        _thrum_values "$command $count"; kind=$REPLY
+    fi
+    case "$kind" in
+    ask*)
+        compset -P '*,'
+        found=(${(f)"$("${(Q)words[1]/#\~\//$HOME/}" complete ${kind#ask } 2>/dev/null || thrum complete ${kind#ask } 2>/dev/null)"})
+        compadd -a found ;;
+    words*) found=(${=kind#words }); compadd -a found ;;
+    files) _files ;;
+    folders) _files -/ ;;
+    esac
+}
+
+if [[ ${funcstack[1]} == _thrum ]]; then _thrum "$@"; else compdef _thrum thrum; fi
+"""
+
+
+def zsh_completion(descriptions: bool) -> str:
+    words, flags, places = _completions()
+
+    def items(row, meaning):
+        return " ".join(_quoted(f"{word}:{meaning(value)}" if descriptions and meaning(value) else word) for word, value in row.items())
+
+    def helped(value):
+        return value[0]
+    return ZSH.replace("@WORDS@", "\n".join(f'    "{name}") reply=({items(row, str)}) ;;' for name, row in words.items())) \
+        .replace("@FLAGS@", "\n".join(f'    "{name}") reply=({items(row, helped)}) ;;' for name, row in flags.items()
+                                      if row and name != "*")) \
+        .replace("@GLOBAL@", items(flags["*"], helped)).replace("@VALUES@", _cases(flags, places, "    %s) REPLY='%s' ;;"))
+
+
+FISH = r"""# Completion of thrum for fish, written by 'thrum completion fish'.
+#   now:       thrum completion fish | source
+#   for ever:  thrum completion fish > ~/.config/fish/completions/thrum.fish
+
+function __thrum_line   # the command so far, and how many words follow it
+    set -l command
+    set -l count 0
+    set -l skip 0
+    set -l words (commandline -opc)
+    for word in $words[2..-1]
+        if test $skip = 1
+            set skip 0
+        else if contains -- $word @VALUED@
+            set skip 1
+        else if string match -q -- '-*' $word
+        else if test $count = 0; and contains -- (string join ' ' $command $word) @PATHS@
+            set command $command $word
+        else
+            set count (math $count + 1)
+        end
+    end
+    echo (string join ' ' $command)
+    echo $count
+end
+
+function __thrum_at     # whether the command is $argv[1], and as many words follow as $argv[2] says
+    set -l line (__thrum_line)
+    test "$line[1]" = "$argv[1]"; and begin
+        test (count $argv) = 1; or test "$line[2]" = "$argv[2]"
+    end
+end
+
+function __thrum_ask    # names that the daemon knows
+    for program in (string replace -r '^~/' "$HOME/" -- (commandline -opc)[1]) thrum
+        if command -q $program
+            $program complete $argv[1] 2>/dev/null
+            return
+        end
+    end
+end
+
+complete -c thrum -f
+"""
+
+
+def fish_completion(descriptions: bool) -> str:
+    words, flags, places = _completions()
+
+    def quoted(text):
+        return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+    def about(meaning):
+        return f" -d {quoted(meaning)}" if descriptions and meaning else ""
+
+    def values(kind):
+        return {"files": " -r -F", "folders": " -x -a '(__fish_complete_directories)'", "": " -x"}.get(kind) \
+            or (f" -x -a '(__thrum_ask {kind[4:]})'" if kind[:3] == "ask" else f" -x -a {quoted(kind[6:])}")
+
+    lines = []
+    for name, row in words.items():
+        lines += [f"complete -c thrum -n '__thrum_at \"{name}\" 0' -a {word}{about(meaning)}" for word, meaning in row.items()]
+    for name, row in places.items():
+        for index, kind in enumerate(row):
+            if kind.rstrip("…"):
+                where = f"\"{name}\"" + ("" if kind[-1] == "…" else f" {index}")
+                lines.append(f"complete -c thrum -n '__thrum_at {where}'{values(kind.rstrip('…')).replace(' -x', '').replace(' -r', '')}")
+    for name, row in flags.items():
+        where = "" if name == "*" else f" -n '__thrum_at \"{name}\"'"
+        lines += [f"complete -c thrum{where} -l {flag[2:]}{f' -s {short[1:]}' if short else ''}"
+                  f"{'' if kind is None else values(kind)}{about(meaning)}" for flag, (meaning, short, kind) in row.items()
+                  if name == "*" or flag not in flags["*"]]
+    valued = sorted({flag for row in flags.values() for flag, (_, _, kind) in row.items() if kind is not None})
+    paths = sorted(f"{name} {word}".strip() for name, row in words.items() for word in row)
+    return FISH.replace("@VALUED@", " ".join(valued)).replace("@PATHS@", " ".join(map(quoted, paths))) + "\n".join(lines) + "\n"
+
+
+POWERSHELL = r"""# Completion of thrum for PowerShell 5 or newer, written by 'thrum completion powershell'.
+#   now:       thrum completion powershell | Out-String | Invoke-Expression
+#   for ever:  put that line into the file that $PROFILE names
+
+Register-ArgumentCompleter -Native -CommandName thrum -ScriptBlock {
+    param($wordToComplete, $commandAst, $cursorPosition)
+    $words = @{
+@WORDS@
+    }
+    $flags = @{
+@FLAGS@
+    }
+    $values = @{
+@VALUES@
+    }
+    $command = ''; $flag = ''; $count = 0; $rest = $false; $list = @(); $found = @(); $head = ''
+    $cur = "$wordToComplete".Trim("'", '"')
+    $typed = @($commandAst.CommandElements | Select-Object -Skip 1 |
+        Where-Object { $_.Extent.EndOffset -lt $cursorPosition -or ($_.Extent.EndOffset -eq $cursorPosition -and $cur -eq '') } |
+        ForEach-Object { $_.Extent.Text.Trim("'", '"') })
+    foreach ($word in $typed) {
+        if ($flag) { $flag = '' }
+        elseif (-not $rest -and $word -ceq '--') { $rest = $true }
+        elseif (-not $rest -and $word -like '-*') {
+            if ($values.ContainsKey("$command $word") -or $values.ContainsKey("* $word")) { $flag = $word }
+        }
+        elseif ($count -eq 0 -and $words.ContainsKey($command) -and $words[$command].Contains($word)) {
+            $command = "$command $word".Trim()
+        }
+        else { $count += 1 }
+    }
+    if (-not $flag -and -not $rest -and $cur -match '^(--[^=]+=)(.*)$') {
+        $head = $Matches[1]; $flag = $head.TrimEnd('='); $cur = $Matches[2]
+    }
+    $kind = ''
+    if ($flag) {
+        $kind = if ($values.ContainsKey("$command $flag")) { $values["$command $flag"] } else { $values["* $flag"] }
+    }
+    elseif (-not $rest -and $cur -like '-*') {
+        foreach ($row in $flags[$command], $flags['*']) {
+            if ($row) { $list += $row.GetEnumerator() | ForEach-Object { [pscustomobject]@{ Word = $_.Key; About = $_.Value } } }
+        }
+    }
+    else {
+        if ($count -eq 0 -and -not $rest -and $words.ContainsKey($command)) {
+            $list += $words[$command].GetEnumerator() | ForEach-Object { [pscustomobject]@{ Word = $_.Key; About = $_.Value } }
+        }
+        $kind = if ($values.ContainsKey("$command $count")) { $values["$command $count"] } else { $values["$command ..."] }
+    }
+    if ($kind -like 'ask *') {
+        $program = $commandAst.CommandElements[0].Extent.Text.Trim("'", '"')
+        try { $found = & $program complete $kind.Substring(4) 2>$null } catch { }
+    }
+    elseif ($kind -like 'words *') { $found = $kind.Substring(6).Split(' ') }
+    $list += $found | ForEach-Object { [pscustomobject]@{ Word = $_; About = '' } }
+    $list | Where-Object { $_.Word -and ($_.Word.StartsWith($cur) -or $_.Word.StartsWith("@$cur")) } | ForEach-Object {
+        $text = $head + $_.Word
+        if ($text -like '*@*') { $text = "'$text'" }       # else @ada would be a variable
+        $about = if ($_.About) { $_.About } else { $_.Word }
+        [System.Management.Automation.CompletionResult]::new($text, $_.Word, 'ParameterValue', $about)
+    }
+}
+"""
+
+
+def powershell_completion(descriptions: bool) -> str:
+    """The script for PowerShell, which completes file names by itself where it gets no answer."""
+    words, flags, places = _completions()
+
+    def quoted(text):
+        for mark in "'‘’‚‛":            # PowerShell takes each of them for the end of the text
+            text = text.replace(mark, mark * 2)
+        return f"'{text}'"
+
+    def table(rows):
+        return "\n".join(f"        {quoted(name)} = [ordered]@{{ " + "; ".join(
+            f"{quoted(word)} = {quoted(meaning if descriptions else '')}" for word, meaning in row.items()) + " }"
+            for name, row in rows.items() if row)
+    values = {f"{name} {flag}": kind for name, row in flags.items() for flag, (_, _, kind) in row.items() if kind is not None}
+    values.update((f"{name} {'...' if kind[-1] == '…' else index}", kind.rstrip("…"))
+                  for name, row in places.items() for index, kind in enumerate(row) if kind.rstrip("…"))
+    return POWERSHELL.replace("@WORDS@", table(words)) \
+        .replace("@FLAGS@", table({name: {flag: entry[0] for flag, entry in row.items()} for name, row in flags.items()})) \
+        .replace("@VALUES@", "\n".join(f"        {quoted(name)} = {quoted(kind)}" for name, kind in values.items()))
+
+
+SHELLS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion, "powershell": powershell_completion}
+
+
+async def completion(console: Console, args: Args) -> int:
+    shell = next(name for name in SHELLS if console.row is HERE[f"completion {name}"])
+    script = SHELLS[shell](not args.no_descriptions)
+    await console.answer({"shell": shell, "script": script}, script)
+    return 0
+
+
+COMPLETED = {"agents": (("agent", "agent_id"),), "roles": (("agent", "role"),), "groups": (("group", "name"),)}
+COMPLETED["names"] = sum(COMPLETED.values(), ())        # of a kind: which methods list it, under which key
+
+
+async def complete(console: Console, args: Args) -> int:
+    """Names for the shells, one a line.  Silent whatever is wrong, starts nothing, and lets nobody wait."""
+    found = set()
+    try:
+        with Client(dial(find_places(start_directory(args)).var, COMPLETE_S), COMPLETE_S) as client:
+            for what, key in COMPLETED.get(args.kind, ()):
+                found |= {row[key] for row in client.call(what + ".list")[what + "s"]}
+    except (ThrumError, OSError):
+        return 0
+    mark = "@" if args.kind in ("names", "agents") else ""
+    await console.out("".join(f"{mark}{name}\n" for name in sorted(found) if name and WORD.issuperset(name)))
+    return 0
+
+
+# ---- settings
+
+def unknown_keys(config: dict, above: str = "") -> list:
+    """The dotted paths in a configuration that are no known setting, nor lead to one."""
+    known = [place for name, setting in SETTINGS.items() for place in (name, setting.also) if place]
+    found = []
+    for key, value in config.items():
+        path = above + (key if WORD.issuperset(key) and key else json.dumps(key))
+        if isinstance(value, dict) and any(place.startswith(path + ".") for place in known):
+            found += unknown_keys(value, path + ".")
+        elif path not in known:
+            found.append(path)
+    return sorted(found)
+
+
+def unknown_setting(key: str, thrum: str) -> ThrumError:
+    return ThrumError(f"unknown setting {one_line(key)!r} for {thrum}/config.json{did_you_mean(key, SETTINGS)} "
+                      "'thrum config show' lists them")
+
+
+async def config_show(console: Console, args: Args) -> int:
+    places, environ = console.places, console.world.environ
+    config = load_config(places.thrum)
+    found = {name: setting_in_effect(config, name, environ) for name in SETTINGS}
+    shown = {name: shown_setting(name, value) for name, (value, _) in found.items()}
+    try:
+        with open(places.var + "/ws.port", encoding="ascii") as file:
+            shown["daemon.ws_port"] = f"{int(file.read(16))} (active)"
+    except (OSError, ValueError):
+        pass
+    running = answers(places.var)
+    daemon = {name: {"value": shown[f"daemon.{name}"], "source": found[f"daemon.{name}"][1]}
+              for name in ("local_only", "sync_interval", "ws_port")}
+    daemon["status"] = f"running (PID {read_pid(places)})" if running else "not running"
+    if running:
+        daemon.update(pid=read_pid(places), socket=environ.get("THRUM_SOCKET") or places.var + "/thrum.sock")
+    try:
+        who = console.identity()
+        identity = compact(agent=who.agent_id(), role=who.role, module=who.module,
+                           file=f".thrum/identities/{who.file}" if who.file else None)
+        nobody = ""
+    except NoIdentity as error:
+        identity, nobody = {}, str(error)
+    overrides = [{"env_var": name, "value": environ[name]} for name in ENVIRONMENT
+                 if name.startswith("THRUM_") and environ.get(name, "").strip()]
+    unknown = unknown_keys(config)
+    primary, source = found["runtime.primary"]
+    report = {"config_file": places.config, "runtime": {"primary": primary, "source": source}, "daemon": daemon, "identity": identity,
+              "overrides": overrides,
+              "settings": [{"key": name, "value": shown[name], "source": found[name][1]} for name in SETTINGS],
+              **compact(unknown=unknown)}
+
+    def section(title, rows):
+        return f"\n{console.bold(title)}\n" + rows_of([[f"  {label}", value] for label, value in rows]) if rows else ""
+
+    def sourced(name):
+        return f"{one_line(shown[name]) or 'unset'} ({found[name][1]})"
+
+    text = section("Thrum Configuration", [("Config file:", plain(places.config))]).lstrip("\n")
+    text += section("Runtime", [("Primary:", sourced("runtime.primary"))])
+    text += section("Daemon", [("Local-only:", sourced("daemon.local_only")), ("Sync interval:", sourced("daemon.sync_interval")),
+                               ("WS port:", sourced("daemon.ws_port")), ("Status:", daemon["status"]),
+                               *([("Socket:", plain(daemon["socket"]))] if running else [])])
+    text += section("Identity", [(f"{key.capitalize()}:", one_line(value)) for key, value in identity.items()]
+                    or [("Agent:", f"none: {one_line(nobody, ERROR_MAX)}")])
+    text += section("Overrides (environment)", [(override["env_var"], one_line(override["value"])) for override in overrides])
+    text += f"\n{console.bold('All settings')} (* has no effect in this version)\n" + rows_of(
+        [[f"  {name}{'*' if setting.later else ''}", sourced(name), *([setting.help] if args.verbose else [])]
+         for name, setting in SETTINGS.items()], console.width if args.verbose else 0)
+    if unknown:
+        text += f"\n{console.bold('Kept, but not known to this version')}\n" + "".join(f"  {one_line(key)}\n" for key in unknown)
+    await console.answer(report, text)
+    return 0
+
+
+def _kept_value(config: dict, key: str, thrum: str):
+    """The value of a key that is no known setting; raises ThrumError where the file has none, or a whole section."""
+    value = get_setting(config, key)
+    if value is None:
+        raise unknown_setting(key, thrum)
+    if isinstance(value, dict):
+        raise ThrumError(f"{one_line(key)!r} is a section of {thrum}/config.json; name one of its settings")
+    return value
+
+
+async def config_get(console: Console, args: Args) -> int:
+    config, key = load_config(console.places.thrum), args.key
+    if key in SETTINGS:
+        value, source = setting_in_effect(config, key, console.world.environ)
+    else:
+        value, source = _kept_value(config, key, console.places.thrum), "config.json"
+    if type(value) is str:
+        value = shown_setting(key, value)
+    await console.answer({"key": key, "value": value, "source": source},
+                         (value if type(value) is str else json.dumps(value, ensure_ascii=False)) + "\n")
+    return 0
+
+
+async def config_set(console: Console, args: Args) -> int:
+    if args.key not in SETTINGS:
+        raise unknown_setting(args.key, console.places.thrum)
+    return await _change_setting(console, args.key, parse_setting(args.key, args.value))
+
+
+async def config_unset(console: Console, args: Args) -> int:
+    if args.key not in SETTINGS:
+        _kept_value(load_config(console.places.thrum), args.key, console.places.thrum)
+    return await _change_setting(console, args.key, None)
+
+
+async def _change_setting(console: Console, key: str, value) -> int:
+    """Write a setting (None removes it), and say what it was, what it is, and what has to be done."""
+    places, environ = console.places, console.world.environ
+    setting = SETTINGS.get(key) or Setting(None, None, "")
+    changes = {key: value, **({setting.also: None} if setting.also else {})}
+    before = save_config(places.thrum, changes)
+    old = next((before[place] for place in changes if before[place] is not None), None)
+    restart = setting.restart and not setting.later and old != value
+    hide = {name: shown_setting(key, given) if type(given) is str else given for name, given in (("old", old), ("value", value))}
+    if key in SETTINGS:
+        default = f"{shown_setting(key, setting.default) or 'unset'} (default)"
+        was, now = (default if given is None else shown_setting(key, given) for given in (old, value))
+    else:
+        was, now = shown_setting(key, old), "removed"
+    text = f"✓ {key}: {one_line(was)} → {one_line(now)}" if old != value else f"✓ {key} is {one_line(now)} already"
+    if setting.later:
+        text += "\n  It has no effect in this version."
+    if restart:
+        text += "\n  The daemon reads it when it starts" + ("; 'thrum daemon restart' applies it now." if answers(places.var) else ".")
+    if setting.variable and environ.get(setting.variable, "").strip():
+        await console.note(f"Note: {setting.variable} is set and counts, not the file")
+    await console.answer({"key": key, **hide, "restart": restart}, text)
+    return 0
+
+
+
+SETTING = Argument("KEY", "the setting, such as daemon.autostart")
 HERE = {
     "init": Command(init, "Set thrum up in this repository, or mend it; overwrites nothing.", (), "thrum init", here=True,
         does="changes", hushed=True),
@@ -8217,6 +9018,19 @@ HERE = {
     "version": Command(version, "The version of this program.", here=True, does="tells"),
     "help": Command(help_command, "Help on a command.", (Argument("COMMAND", "which", required=False, many=True),),
                     "thrum help send", here=True, does="tells"),
+    "config show": Command(config_show, "Every setting, its value, and where it comes from; --verbose explains them.", (),
+                           "thrum config show --verbose", here=True),
+    "config get": Command(config_get, "The value of a setting that counts now.", (SETTING,),
+                          "thrum config get daemon.autostart", here=True),
+    "config set": Command(config_set, "Change a setting; the others in the file are kept.", (
+        SETTING, Argument("VALUE", "its new value; after -- if it begins with -")), "thrum config set daemon.autostart false", here=True,
+        does="changes", hushed=True),
+    "config unset": Command(config_unset, "Remove a setting, so that its default counts.", (SETTING,),
+                            "thrum config unset daemon.autostart", here=True, does="changes", hushed=True),
+    **{f"completion {shell}": Command(completion, f"Print the script for {shell}, which says how to load it.", (
+        Argument("--no-descriptions", "leave out what the words mean", bool),), f"thrum completion {shell}", here=True, does="tells")
+       for shell in SHELLS},
+    "complete": Command(complete, "", (Argument("KIND", ""),), here=True),
     "daemon start": Command(daemon_start, "Start the daemon.", (Argument("--local", "nothing leaves this machine", bool),),
                             "thrum daemon start", here=True, does="changes", hushed=True),
     "daemon stop": Command(daemon_stop, "Stop the daemon until 'daemon start' or 'init'.", here=True, does="changes", hushed=True),
@@ -8229,7 +9043,8 @@ HERE = {
     "daemon run": Command(daemon_run, "", (Argument("--ready-fd", "", int),), here=True, does="changes"),
 }
 HERE["setup worktree"] = HERE["setup"]
-UNPLACED = ("init", "setup", "setup worktree", "version", "help")       # these need no installation
+UNPLACED = ("init", "setup", "setup worktree", "version", "help", "complete",          # these need no installation
+            *(f"completion {shell}" for shell in SHELLS))
 
 
 def start_directory(args: Args) -> str:
@@ -8349,7 +9164,7 @@ def _main(argv: list, home: str, program: str, state: dict) -> int:
     if name not in rows:
         if name:
             if rest and rest[0][:1] != "-":
-                raise Usage(f'unknown command "{rest[0]}" for "thrum {name}"; \'thrum help {name}\' lists them')
+                raise unknown_command(rest[0], name)
             show(1, group_help(name).encode())
             return 0
         known = {flag.name for flag in GLOBAL_FLAGS}
@@ -8358,7 +9173,7 @@ def _main(argv: list, home: str, program: str, state: dict) -> int:
             return 0
         if rest[0][:1] == "-":
             raise Usage(f"unknown flag: {rest[0]}" if rest[0] not in known else "a command is missing; 'thrum help' lists them")
-        raise Usage(f'unknown command "{rest[0]}" for "thrum"; \'thrum help\' lists them')
+        raise unknown_command(rest[0])
     row = rows[name]
     rest = [word for word in rest if word != "--version"] if name == "version" else rest
     try:

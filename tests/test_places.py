@@ -256,7 +256,7 @@ def test_no_configuration_is_an_empty_one(tmp_path):
                                      b'{"daemon":{"autostart":0}}', b'{"daemon":5}', b'{"daemon":[]}', b'{"daemon":NaN}'])
 def test_a_wrong_configuration_is_named_and_not_overwritten(tmp_path, content):
     write_config(tmp_path, content)
-    for act in (lambda: thrum.load_config(str(tmp_path)), lambda: thrum.save_config(str(tmp_path), {"daemon.local_only": True})):
+    for act in (lambda: thrum.load_config(str(tmp_path)), lambda: thrum.save_config(str(tmp_path), {"wake.max_hops": 5})):
         with pytest.raises(thrum.ThrumError, match="config.json"):
             act()
     assert (tmp_path / "config.json").read_bytes() == content

@@ -1,4 +1,4 @@
-"""What people see: text of others made harmless, lengths of time, tables, help; and the parser of command lines."""
+"""What people see: text of others made harmless, lengths of time, tables; and the parser of command lines."""
 
 import asyncio
 import json
@@ -10,8 +10,6 @@ from team import POISON, RAW, Team, error_line, one_document, raw_in
 
 NS = thrum.NS
 ROWS = {**thrum.COMMANDS, **thrum.HERE}
-NAMES = [name for name, row in ROWS.items() if row.help]
-GROUPS = sorted({name.split(" ")[0] for name in NAMES if " " in name})
 
 
 # ---------------------------------------------------------------- characters
@@ -242,50 +240,6 @@ def test_through_a_real_daemon(tmp_path):
         error_line(team.ada.run("message", "get", POISON))
     finally:
         team.close()
-
-
-# ---------------------------------------------------------------- help
-
-@pytest.mark.parametrize("name", [*NAMES, *GROUPS, ""])
-def test_help_fits_a_screen(name, monkeypatch, capfd):
-    """Help of every command and group: on stdout, exit 0, at most 40 lines of 80 columns, with usage and an example."""
-    words = name.split()
-    texts = []
-    for argv in (["help", *words], [*words, "--help"], ["--help", *words], [*words, "-h"]):
-        if argv[:1] == ["--help"] and words:
-            argv = [*words[:1], "--help", *words[1:]]
-        assert thrum.main(argv) == 0, argv
-        out, err = capfd.readouterr()
-        assert not err
-        texts.append(out)
-    assert len(set(texts)) == 1, "each way to ask gives the same"
-    text = texts[0]
-    assert text.count("\n") <= 40 and text.endswith("\n") and not raw_in(text)
-    assert "Usage: thrum" in text and "\nExample: thrum " in text
-    wide = [line for line in text.splitlines() if len(line) > 80 and not line.startswith("Example: ")]
-    assert not wide, wide
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_examples_are_commands(name):
-    """The example in a help text is a command line that its row accepts."""
-    import shlex
-    line = thrum.help_text(name, ROWS[name]).rpartition("Example: ")[2].strip()
-    words = shlex.split(line)
-    assert words[0] == "thrum"
-    found, rest = thrum.split_command(words[1:], ROWS)
-    assert ROWS[found] is ROWS[name], line
-    thrum.parse_command(ROWS[name], rest)
-
-
-def test_the_overview_names_every_command(capfd):
-    """No command is hidden: each is in the first help text, alone or under its group."""
-    assert thrum.main(["help"]) == 0
-    text = capfd.readouterr().out
-    for name in NAMES:
-        word, _, sub = name.partition(" ")
-        assert f"\n  {word} " in text, name
-        assert not sub or word in ("sent", "setup") or sub in text, name
 
 
 # ---------------------------------------------------------------- the parser
