@@ -1567,12 +1567,22 @@ class Journal:
         path = self._path(first)
         header, *lines = read_lines(path)
         changed = change(lines)
-        if changed != lines:
-            atomic_write(path, b"\n".join([header, *changed, b""]))
-            if first == self.firsts()[-1]:
-                os.close(self._descriptor)
-                self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
-                self.size = os.fstat(self._descriptor).st_size
+        if changed == lines:
+            return
+        if first < self.firsts()[-1]:
+            return atomic_write(path, b"\n".join([header, *changed, b""]))
+        # What is appended from now on must go to the file that has the name, whatever fails: the new one is opened first.
+        spare = path + ".new"
+        atomic_write(spare, b"\n".join([header, *changed, b""]))
+        descriptor = os.open(spare, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        try:
+            os.rename(spare, path)
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(self._descriptor)
+        self._descriptor, self.size = descriptor, os.fstat(descriptor).st_size
+        sync_directory(self.directory)
 
     def set_aside(self) -> None:
         """Move a journal that cannot be trusted out of the way; its readable lines are imported again."""
@@ -1700,7 +1710,9 @@ class Branch:
 SCHEMA_VERSION = 2
 STORE_BATCH = 400               # events in a transaction of a rebuild; larger ones were slower
 REPLIES_MAX = 1_000             # answers kept for clients that ask again: more than run at once
+BUSY_S = 5                      # seconds for another connection to let go of the database
 QUERY_S = 10                    # seconds for one query; then it is interrupted
+REMOVED_MAX = 100_000           # purged messages that are remembered, because others may still write about them
 PRESENCE_GAP_S = 300            # seconds between two signs of life within which an agent counts as here: a long tool call
 PRESENCE_MAX = 64               # stretches of presence kept for an agent: more than a week of breaks
 SEARCH_TOTAL_MAX = 1_000        # hits that are counted: beyond, nobody reads on, and counting them all takes its time
@@ -1831,7 +1843,7 @@ class Store:
     def __init__(self, path: str, world: World, *, writable: bool = False):
         self.path = path
         self.world = world
-        self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5,
+        self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_S,
                                   cached_statements=256)
         try:
             self.db.execute("pragma journal_mode=wal")
@@ -1888,9 +1900,13 @@ class Store:
     def close(self) -> None:
         self.db.close()
 
-    def checkpoint(self) -> None:
-        """Move the write-ahead log into the database."""
-        self.db.execute("pragma wal_checkpoint(truncate)")
+    def checkpoint(self) -> bool:
+        """Move the write-ahead log into the database and empty it; False while a reader needs what is in it."""
+        self.db.execute("pragma busy_timeout=0")        # nobody waits for a reader
+        try:
+            return self.db.execute("pragma wal_checkpoint(truncate)").fetchone()[0] == 0
+        finally:
+            self.db.execute(f"pragma busy_timeout={BUSY_S * 1000}")
 
     # ---- transactions
 
@@ -1967,12 +1983,12 @@ class Store:
         """Drop the ids of events that are no longer in the journal."""
         self.db.executemany("delete from events where event_id = ?", [(event_id,) for event_id in event_ids])
 
-    def shrink(self) -> None:
-        """Give the space of removed rows back; what they held is no longer in the file."""
+    def shrink(self) -> bool:
+        """Give the space of removed rows back: True when what they held is no longer in any file."""
         if self.full_text():
             self.db.execute("insert into message_search(message_search) values('optimize')")
         self.db.execute("vacuum")
-        self.checkpoint()
+        return self.checkpoint()
 
     def changes(self) -> int:
         """A number that rises with each row written."""
@@ -2629,8 +2645,16 @@ class Store:
             self._removals = self.value("select 1 from removed_messages limit 1") is not None
         return self._removals and self.value("select 1 from removed_messages where message_id = ?", message_id) is not None
 
+    def _gone(self, message_id: str) -> None:
+        """Remember that a message is gone: whatever comes about it later has nothing to wait for, and its bytes are to be freed."""
+        self.db.execute("insert or ignore into removed_messages values(?)", (message_id,))
+        self.db.execute("delete from pending where parent = ?", (message_id,))
+        self.set_meta(untidy=1)
+        self._removals = True
+
     def _wait_for(self, parent: str, event: dict) -> None:
         if self._is_removed(parent):
+            self.set_meta(untidy=1)
             return
         self._pending = True
         self.db.execute("insert or ignore into pending values(?, ?, ?)",
@@ -2727,8 +2751,7 @@ class Store:
             self._hide(message)
         self.db.execute(f"delete from deliveries where agent in ({message['delivered']}) and at = ? and seq = ?",
                         (message["at"], message["seq"]))
-        self.db.execute("delete from pending where parent = ?", (message["message_id"],))
-        self.set_meta(untidy=1)
+        self._gone(message["message_id"])
         for kind in ("scope", "ref"):
             for pair in pairs_of(json.loads(message[kind + "s"] or "[]")):
                 self.db.execute(f"delete from message_{kind}s where {kind}_type = ? and {kind}_value = ? and at = ? and seq = ?",
@@ -2795,7 +2818,7 @@ class Store:
         if self._cutoff < 0:
             self._cutoff = self.meta("purge_cutoff", 0)
         if ns <= removed_at or ns < self._cutoff or self._is_removed(message_id):
-            self.set_meta(untidy=1)
+            self._gone(message_id)
             return              # purged, removed, or of an agent that was deleted later
         thread = self._thread_for(message_id, event.get("thread_id"), reply_to)
         ids, known = event.get("recipients") or (), self._known
@@ -2860,8 +2883,6 @@ class Store:
                             (ns, event.get("reason"), event["event_id"], message["seq"]))
 
     def _message_receipt(self, event: dict, seq: int, ns: int) -> None:
-        if event["receipt_type"] not in ("read", "seen"):
-            return
         if event["message_id"] in self._unwritten:
             self.write_rows()
         key = self._agent(event["agent_id"])[0]
@@ -2870,6 +2891,8 @@ class Store:
                               (key, event["message_id"])).fetchone()
         if not row:             # only a recipient reads; it may become one when a late registration arrives
             return self._wait_for(event["message_id"], event)
+        if event["receipt_type"] not in ("read", "seen"):
+            return              # of a newer version
         at, message, was_read, was_seen, hidden = row
         read_at = min(was_read or FAR, ns) if event["receipt_type"] == "read" else was_read
         self.db.execute("update deliveries set read_at = ?, seen_at = ? where agent = ? and at = ? and seq = ?",
@@ -2882,13 +2905,11 @@ class Store:
     def _message_remove(self, event: dict, seq: int, ns: int) -> None:
         threads = set()
         for message_id in event["message_ids"]:
-            self.db.execute("insert or ignore into removed_messages values(?)", (message_id,))
-            self.db.execute("delete from pending where parent = ?", (message_id,))
+            self._gone(message_id)
             message = self.row("select * from messages where message_id = ?", message_id)
             if message:
                 self._drop(message)
                 threads.add(message["thread_id"])
-        self._removals = True
         self._rethread(threads)
 
     def _message_route(self, event: dict, seq: int, ns: int) -> None:
@@ -3051,7 +3072,10 @@ class Store:
         for key, total, unread in self.db.execute("select agent, count(*), sum(read_at is null) from deliveries where at < ? and "
                                                   "not hidden group by agent", (cutoff,)).fetchall():
             self._count([key], -total, -unread)
+        self.db.execute("insert or ignore into removed_messages select message_id from messages where at < ? order by at desc limit ?",
+                        (cutoff, REMOVED_MAX))
         self.db.execute("delete from pending where parent in (select message_id from messages where at < ?)", (cutoff,))
+        self._removals = None
         self.db.execute("delete from message_edits where seq in (select seq from messages where at < ?)", (cutoff,))
         threads = {row[0] for row in self.db.execute("select distinct thread_id from messages where at < ?", (cutoff,))}
         for table in ("deliveries", "message_scopes", "message_refs", "messages"):
@@ -3166,6 +3190,7 @@ class Ledger:
         self.unindexed = True   # whether messages may be missing in the full-text index
         self.untidy = False     # whether bytes of removed messages are still to be freed
         self._to_tidy = None    # the files that are still to be looked at for that
+        self._shrunk = False    # whether the database is smaller already, and its write-ahead log is not empty yet
         self.generation = 0     # rises when the database was replaced: readers open it again
         self.bad_lines = BadLines(places.bad_lines)
         self.journal = Journal(places.journal, world, self.bad_lines)
@@ -3584,6 +3609,7 @@ class Ledger:
         if self._to_tidy is None:
             self.flush(sync=True)
             shutil.rmtree(self.places.journal + ".damaged", ignore_errors=True)
+            remove(self.places.bad_lines)       # it may hold halves of what is to be gone
             files = [(self.branch.rewrite, path) for path in reversed(log_files(self.places.sync))]
             self._to_tidy = files + [(self.journal.rewrite, first) for first in reversed(self.journal.firsts())]
         try:
@@ -3592,15 +3618,17 @@ class Ledger:
                 rewrite(which, self._without_obsolete)
                 if self.world.monotonic() > give_up_at:
                     return True
-            self._to_tidy = None
-            self.store.begin()
-            self.store.set_meta(untidy=0, branch_sizes=canonical(self.branch.measure()).decode())
-            self.store.commit()
-            self.store.shrink()
-            self.untidy = False
+            self.store.set_meta(branch_sizes=canonical(self.branch.measure()).decode())
+            if not self._shrunk and not self.store.shrink():
+                self._shrunk = True             # a reader is in the middle of something; only the log is left to be emptied
+                return True
+            if self._shrunk and not self.store.checkpoint():
+                return True
+            self.store.set_meta(untidy=0)
+            self._to_tidy, self._shrunk, self.untidy = None, False, False
         except (OSError, sqlite3.Error) as error:       # a full disk: what was removed is removed, the bytes can wait
             self.store.rollback()
-            self._to_tidy, self.untidy = None, False    # until the next start, or the next purge
+            self._to_tidy, self._shrunk, self.untidy = None, False, False   # until the next start, or the next purge
             logging.getLogger("thrum").warning("the space of removed messages was not freed: %s", error)
         return self.untidy
 
@@ -3911,7 +3939,7 @@ ACTIVE_S = 24 * 3600            # seconds after which somebody who was not seen 
 STALE_DAYS = 30                 # days after which an agent that was not seen counts as an orphan, as in the reference
 USER_MAX = 32                   # characters of a user name, as in the reference
 REMOVE_MAX = 20_000             # messages removed by one call: bounds the transaction that others wait for
-REMOVE_STEP = 1_000             # ids in one event: a line holds some 1,900
+REMOVE_BYTES = LINE_MAX // 2    # of ids in one event, which has to fit a line with its envelope and escapes
 OVERDUE_DAYS = 7                # days after which mail that nobody has read is no longer worth a notice
 WAIT_DEFAULT_MS = 30_000        # as the command waits when nobody says
 WAIT_MAX_MS = 600_000           # one `message.wait`; a caller that wants more asks again from where it was
@@ -4763,10 +4791,14 @@ def _snippet(content: str, spans: list) -> tuple:
 
 def _remove_messages(context: Context, rows: list, reason: str, by: str) -> int:
     """Remove messages for good, on all machines; their number."""
-    for i in range(0, len(rows), REMOVE_STEP):
-        part = rows[i:i + REMOVE_STEP]
-        context.append("message.remove", after=max(row["at"] for row in part), message_ids=[row["message_id"] for row in part],
-                       reason=reason, removed_by=by)
+    part, size = [], 0
+    for number, row in enumerate(rows, 1):
+        part.append(row)
+        size += len(row["message_id"]) + 3      # the quotes and the comma
+        if size > REMOVE_BYTES or number == len(rows):
+            context.append("message.remove", after=max(row["at"] for row in part), message_ids=[row["message_id"] for row in part],
+                           reason=reason, removed_by=by)
+            part, size = [], 0
     return len(rows)
 
 
@@ -4802,8 +4834,8 @@ def message_archive(context: Context, params: dict) -> dict:
             for row in rows]
         try:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            with open(path, "ab") as file:      # a repetition after a crash adds lines twice, and loses none
-                os.fchmod(file.fileno(), 0o600)
+            # A repetition after a crash adds lines twice, and loses none.
+            with open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)) as file:
                 file.write(b"".join(line + b"\n" for line in lines))
                 file.flush()
                 durable_sync(file.fileno())
@@ -5666,8 +5698,8 @@ async def _standing(console: Console) -> dict:
         work = (await console.call("agent.listContext", agent_id=me))["contexts"]
         if work:
             report["work_context"] = work[0]
-        counts = await console.call("message.list", for_agent=me, page_size=1)
-        report["inbox"] = {"total": counts["total"], "unread": counts["unread"]}
+        counts = await console.call("message.list", for_agent=me, caller_agent_id=me, page_size=1)
+        report["inbox"] = {"total": counts["total"], "unread": counts["unread"], **compact(overdue=counts.get("overdue"))}
     return report
 
 
@@ -5699,6 +5731,7 @@ async def status(console: Console, args: Args) -> int:
         text += f"Context:   {saved['size']} bytes (updated {console.ago(saved['updated_at'])})\n"
     if inbox:
         text += f"Inbox:     {inbox['total']} messages ({inbox['unread']} unread)\n"
+        text += f"Overdue:   {inbox['overdue']} of the messages that you sent\n" if "overdue" in inbox else ""
     text += f"Sync:      {_sync_text(state)}\n"
     text += f"Daemon:    running ({span(state['uptime_ms'] / 1000)} uptime, v{state['version']}), {state['agents']} agents, " \
             f"{state['messages']} messages\n"

@@ -905,7 +905,7 @@ def test_version(team):
     out = team.ada.ok("version")
     assert out.startswith(f"thrum v{thrum.__version__} (")
     found = team.ada.json("version")
-    assert found["version"] == thrum.__version__ and os.path.isabs(found["build"])
+    assert found["version"] == thrum.__version__ and os.path.isabs(found["path"]) and f"build: {found['build']}" in out
     assert Repo("/").run("version", command=[sys.executable, str(THRUM)]).returncode == 0, "it needs no repository"
 
 
