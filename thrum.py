@@ -19,6 +19,7 @@ machines on a branch of its own.  Read from the top: a section uses only those a
    13  Sync          the branch that carries the log
    14  JSON-RPC      lines in, calls out (JSON-RPC 2.0)
    18  Integrations  what is written into the user's tree: ignore files
+   19  Operations    what is done to an installation: removal, migration
    20  Methods       what the daemon answers: one table
    21  Screen        what people see in a terminal
    22  Commands      what the shell accepts and the daemon runs: one table
@@ -755,9 +756,10 @@ class Places(Record):
     identities = property(lambda self: self.local + "/identities")
 
 
-def git_common_dir(top: str) -> str:
-    """The common directory of the repository whose worktree is `top`, or "".
+def git_dirs(top: str) -> tuple:
+    """git's directory for the worktree `top` and the repository's common one, ("", "") outside of git.
 
+    They differ in a linked worktree alone; that of a submodule is a main one, though its `.git` is a file too.
     Read from `.git` and `commondir` as gitrepository-layout(5) describes them: asking git costs a process.
     """
     path = top + "/.git"
@@ -766,35 +768,44 @@ def git_common_dir(top: str) -> str:
             with open(path, encoding="utf-8", errors="surrogateescape") as file:
                 text = file.read(8192)
             if not text.startswith("gitdir:"):
-                return ""
+                return "", ""
             path = os.path.normpath(os.path.join(top, text[7:].strip()))
         elif not os.path.isdir(path):
-            return ""
+            return "", ""
         try:
             with open(path + "/commondir", encoding="utf-8", errors="surrogateescape") as file:
-                return os.path.normpath(os.path.join(path, file.read(8192).strip()))
+                return path, os.path.normpath(os.path.join(path, file.read(8192).strip()))
         except FileNotFoundError:
-            return path
+            return path, path
     except OSError:
-        return ""
+        return "", ""
+
+
+def git_common_dir(top: str) -> str:
+    """The common directory of the repository whose worktree is `top`, or ""."""
+    return git_dirs(top)[1]
+
+
+def registered_worktrees(common: str) -> list:
+    """The linked worktrees that a repository knows, present or not: pairs of git's entry and the worktree's path."""
+    found, folder = [], common + "/worktrees"
+    try:
+        for name in sorted(os.listdir(folder)):
+            try:
+                with open(f"{folder}/{name}/gitdir", encoding="utf-8", errors="surrogateescape") as file:
+                    path = os.path.normpath(os.path.join(folder, name, file.read(8192).rstrip("\n")))
+                found.append((f"{folder}/{name}", os.path.dirname(path)))
+            except OSError:
+                pass            # no entry, or one that is being made
+    except OSError:
+        pass
+    return found
 
 
 def worktrees_of(common: str) -> list:
     """The roots of a repository's worktrees that are there: the main one first, that of the branch a-sync left out."""
     found = [os.path.dirname(common)] if os.path.basename(common) == ".git" else []
-    try:
-        names = sorted(os.listdir(common + "/worktrees"))
-    except OSError:
-        names = []
-    for name in names:
-        try:
-            with open(f"{common}/worktrees/{name}/gitdir", encoding="utf-8", errors="surrogateescape") as file:
-                top = os.path.dirname(os.path.normpath(os.path.join(common, "worktrees", name, file.read(8192).strip())))
-        except OSError:
-            continue
-        if os.path.isdir(top) and not top.startswith(common + "/"):
-            found.append(top)
-    return found
+    return found + [top for _, top in registered_worktrees(common) if os.path.isdir(top) and not top.startswith(common + "/")]
 
 
 def find_places(start: str) -> Places:
@@ -864,6 +875,15 @@ def read_context(top: str, file: str) -> tuple | None:
     return data, changed_ns
 
 
+def file_bytes(path: str) -> bytes | None:
+    """What a file holds, None where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
 def atomic_write(path: str, data: bytes, mode: int = 0o600) -> None:
     """Replace the file at `path`: whoever reads it sees the old or the new bytes, also after a power cut."""
     folder = os.path.dirname(path)
@@ -882,6 +902,15 @@ def atomic_write(path: str, data: bytes, mode: int = 0o600) -> None:
     except OSError:
         remove(temporary)
         raise
+
+
+def make_folder(path: str, mode: int = 0o750) -> None:
+    """Make a folder unless it is there.  It brings no parent back: `init --remove` may have taken it away meanwhile."""
+    try:
+        os.mkdir(path, mode)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
 
 
 def write_all(descriptor: int, data: bytes) -> None:
@@ -957,6 +986,7 @@ SETTINGS = {                    # what is not listed here is kept as it is
     "backup.retention.monthly": Setting(int, -1, "monthly backups that are kept; -1: all", -1, KEEP_MAX, later=True),
 }
 _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+CONFIG_WRITTEN = {"daemon.local_only": True, "daemon.sync_interval": 60, "daemon.ws_port": "auto"}     # by `init`
 
 
 def _wanted(setting: Setting) -> str:
@@ -1149,7 +1179,8 @@ class Git:
     another repository), bytes in and out, one error.
     """
 
-    SETTINGS = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgsign=false", "-c", "core.fsmonitor=false")
+    SETTINGS = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgsign=false", "-c", "core.fsmonitor=false",
+                "-c", "gc.auto=0", "-c", "maintenance.auto=false")      # when to repack is the user's affair
     AUTHOR = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in (
         ("NAME", "Thrum"), ("EMAIL", "thrum@local"))}
 
@@ -1613,6 +1644,15 @@ class Journal:
         if header.get("first") != first or type(header.get("epoch")) is not str:
             raise ValueError(f"{self._path(first)} has no valid first line")
         return header
+
+
+def stem_of(event: dict, author: str | None) -> str:
+    """The stem of the branch file for an event; `author` is who wrote the message that it is about."""
+    kind = EVENTS.get(event["type"])
+    try:
+        return "messages/" + file_stem(author) if kind and kind.file == "author" and author else "events"
+    except ValueError:
+        return "events"
 
 
 class Branch:
@@ -3442,16 +3482,11 @@ class Ledger:
         kind = EVENTS.get(event["type"])
         if kind and not kind.shared:
             return ""
-        if not kind or kind.file == "events":
-            return "events"
         author = event.get("agent_id")
-        if event["type"] != "message.create":
+        if kind and kind.file == "author" and event["type"] != "message.create":
             message = self.store.message(event["message_id"])
             author = message and message["agent_id"]
-        try:
-            return "messages/" + file_stem(author) if author else "events"
-        except ValueError:
-            return "events"
+        return stem_of(event, author)
 
     def _create_everyone(self) -> None:
         """The built-in group, as two events, because the reference wants to find them in the log."""
@@ -3705,54 +3740,159 @@ class Waiters:
 BRANCH = "a-sync"               # the orphan branch that carries the log
 
 
-def ensure_branch(places: Places) -> None:
-    """Make the branch and its worktree where they are missing.  Raises GitError.
+def ensure_branch(places: Places) -> bool:
+    """Make the branch and its worktree where they are missing; whether they were.  Raises GitError.
 
     Nothing of the user's is touched: not HEAD, not the index, not the hooks.  A branch that is known from the
     remote is continued; an existing one is never replaced.
     """
     lock = lock_directory(places.common)    # agents that come at once
     try:
-        _ensure_branch(places)
+        return _ensure_branch(places)
     finally:
         os.close(lock)
 
 
-def _make_messages(places: Places) -> None:
-    """The folder for messages; a link in its place came from a remote, and what we write would go elsewhere."""
-    folder = places.sync + "/messages"
+def branch_problem(places: Places) -> str:
+    """What of the branch has to be made: "branch", "worktree", or "" when both are in order."""
+    if not Git(places.root).run("rev-parse", "--verify", "-q", "refs/heads/" + BRANCH, check=False):
+        return "branch"
+    entry, common = git_dirs(places.sync)       # of a repository that was moved or copied they lead elsewhere
+    known = any(os.path.samefile(path, entry) and os.path.realpath(worktree) == os.path.realpath(places.sync)
+                for path, worktree in registered_worktrees(places.common) if os.path.isdir(entry))
+    return "" if known and os.path.realpath(common) == os.path.realpath(places.common) and os.path.isfile(entry + "/HEAD") \
+        and not os.path.lexists(places.thrum + "/sync/.git") else "worktree"
+
+
+def sync_entries(places: Places) -> list:
+    """What git has registered as worktrees of the branch: ours, that of a place we were moved from, and the old layout's."""
+    return [entry for entry, path in registered_worktrees(places.common)
+            if path.endswith("/thrum-sync/a-sync") or path.endswith("/.thrum/sync")]
+
+
+def _make_files(places: Places) -> bool:
+    """Make what the worktree of the branch holds from the start; whether the file of events had to be made.
+
+    A link in place of the folder came from a remote, and what we write would go elsewhere.
+    """
+    folder, events = places.sync + "/messages", places.sync + "/events.jsonl"
     if os.path.islink(folder):
         os.unlink(folder)
-    os.makedirs(folder, mode=0o700, exist_ok=True)
+    make_folder(folder, 0o700)
+    missing = not os.path.lexists(events)
+    if missing:
+        with open(events, "ab"):
+            pass
+    return missing
 
 
-def _ensure_branch(places: Places) -> None:
+def _ensure_branch(places: Places) -> bool:
     git = Git(places.root)
     branch = "refs/heads/" + BRANCH
-    if os.path.isfile(places.sync + "/.git") and git.run("rev-parse", "--verify", "-q", branch, check=False):
-        _make_messages(places)
-        return
-    if not git.run("rev-parse", "--verify", "-q", branch, check=False):
+    problem = branch_problem(places)
+    if not problem:
+        _make_files(places)
+        return False
+    if problem == "branch":
         start = git.run("rev-parse", "--verify", "-q", "refs/remotes/origin/" + BRANCH, check=False).strip()
         if not start:
             tree = git.run("mktree").strip()
             start = git.run("commit-tree", tree.decode(), "-m", "Initialize Thrum sync").strip()
         git.run("update-ref", branch, start.decode())
-    git.run("worktree", "prune")
-    if os.path.isdir(places.sync):      # a plain directory, left by a crash or by hand: keep what is in it
-        aside = places.sync + ".old"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(places.sync, aside)
+    for entry in sync_entries(places):      # not `worktree prune`: it forgets the user's on a disk that is not mounted
+        shutil.rmtree(entry)
     os.makedirs(os.path.dirname(places.sync), mode=0o700, exist_ok=True)
+    for folder in (places.sync, places.thrum + "/sync"):        # left by a crash, by hand, by an older layout
+        aside = places.sync + ".old"
+        while os.path.lexists(aside):
+            aside += "~"
+        if os.path.lexists(folder):
+            shutil.move(folder, aside)
     git.run("worktree", "add", "-f", places.sync, BRANCH)
-    _make_messages(places)
-    events = places.sync + "/events.jsonl"
-    if not os.path.exists(events):
-        with open(events, "ab"):
-            pass
-        in_sync = Git(places.sync)
-        in_sync.run("add", "-f", "events.jsonl")       # *.jsonl may be ignored here
-        in_sync.run("commit", "--no-verify", "-q", "-m", "Initialize Thrum sync data")
+    if _make_files(places):
+        commit_branch(places, "Initialize Thrum sync data")
+    for name in os.listdir(os.path.dirname(places.sync)):
+        if name.startswith("a-sync.old"):
+            _take_over(f"{os.path.dirname(places.sync)}/{name}", places)
+    return True
+
+
+def _take_over(folder: str, places: Places) -> None:
+    """Take the lines of a worktree that was put aside into the present one; what is not ours stays in it."""
+    files = log_files(folder)
+    merge_lines(files, places)
+    for path in (*files, folder + "/.git"):
+        try:
+            remove(path)
+        except NotADirectoryError:
+            return              # it is a file, and somebody's
+    for path in (folder + "/messages", folder):
+        try:
+            os.rmdir(path)
+        except OSError:
+            pass                # it was never there, or holds what is not ours
+
+
+def commit_branch(places: Places, message: str) -> None:
+    """Commit what the files of the branch hold; nothing where that is committed already."""
+    git = Git(places.sync)
+    paths = [os.path.relpath(path, places.sync) for path in log_files(places.sync)]
+    git.run("add", "-f", "--", *paths)      # *.jsonl may be ignored here
+    if git.run("diff", "--cached", "--name-only"):
+        git.run("commit", "--no-verify", "-q", "-m", message)
+
+
+def merge_lines(files: list, places: Places) -> tuple:
+    """Add the events in log files to those of the branch that lack them: as `missing_lines`, which is then done.
+
+    Nothing is replaced: what the branch has stays.
+    """
+    items, damaged = missing_lines(files, places)
+    for path, line, reason in damaged:
+        BadLines(places.bad_lines).add(path, line, reason)
+    branch = Branch(places.sync)
+    branch.append(items)
+    branch.sync()
+    return items, damaged
+
+
+def missing_lines(files: list, places: Places) -> tuple:
+    """What log files hold and the branch does not: ([(stem, line)], [(file, damaged line, reason)]).
+
+    Lines of before events had ids get those of the reference.
+    """
+    found, damaged, authors, present = {}, [], {}, set()
+    for path in log_files(places.sync) if files else ():
+        for line in read_lines(path):
+            present.update(re.findall(rb'"event_id":"([^"]*)"', line)[:1])
+    for path in files:
+        for line in (file_bytes(path) or b"").split(b"\n"):
+            if not line.strip():
+                continue
+            try:
+                event = decode_object(line)
+                event.setdefault("event_id", event.get("event_id") or backfilled_id(event))
+                check_event(event)
+                line = canonical(event)
+                if len(line) > LINE_MAX:
+                    raise ValueError(f"larger than {LINE_MAX:,} bytes")
+            except (ValueError, KeyError, TypeError) as error:
+                damaged.append((path, line, str(error)))
+                continue
+            if event["type"] == "message.create":
+                authors[event["message_id"]] = event["agent_id"]
+            if event["event_id"].encode() not in present:
+                found.setdefault(event["event_id"], (event, line))
+    return [(stem_of(event, authors.get(event.get("message_id"))), line) for event, line in found.values()], damaged
+
+
+def backfilled_id(event: dict) -> str:
+    """The id that every program gives to an event of before they had any (storage contract, section 9.1)."""
+    kind, stamp = event["type"], event["timestamp"]
+    of = "message_id" if kind.startswith("message.") else "agent_id" if kind in ("agent.register", "agent.update") \
+        else "session_id" if kind.startswith("agent.") else "timestamp"
+    digits = hashlib.sha256(f"{kind}:{stamp}:{event[of]}".encode()).hexdigest()[:10]
+    return "evt_" + crockford(ns_of(stamp) // 1_000_000 << 80 | int.from_bytes(digits.encode(), "big"), 26)
 
 
 # ================================================================== 14  JSON-RPC
@@ -3863,21 +4003,226 @@ IGNORED = (".thrum/", ".thrum.*.json", "scripts/thrum-startup.sh")
 IGNORED_BECAUSE = "# thrum: messages between agents, kept on the branch a-sync"
 
 
+def _write_again(path: str, data: bytes) -> None:
+    atomic_write(path, data, os.stat(path).st_mode & 0o7777)
+
+
+def missing_ignore_lines(*paths: str) -> list:
+    """Which of the lines that git is to ignore none of the ignore files holds."""
+    present = {line.strip() for path in paths for line in (file_bytes(path) or b"").decode(errors="replace").splitlines()}
+    return [line for line in IGNORED if line not in present]
+
+
+def ignore_file(top: str, common: str, stealth: bool) -> str:
+    """The file that says what git is to ignore: .gitignore, or the one that is not shared.
+
+    The second also where it was taken before, and where .gitignore is a link, which git does not follow.
+    """
+    exclude, shared = common + "/info/exclude", top + "/.gitignore"
+    stealth = stealth or os.path.islink(shared) or IGNORED_BECAUSE.encode() in (file_bytes(exclude) or b"")
+    return exclude if stealth else shared
+
+
 def add_ignore_lines(path: str) -> bool:
-    """Append what git is to ignore to an ignore file, unless it is there; whether the file was changed."""
-    try:
-        with open(path, "rb") as file:
-            before = file.read()
-    except FileNotFoundError:
-        before = b""
-    present = {line.strip() for line in before.decode(errors="replace").splitlines()}
-    missing = [line for line in IGNORED if line not in present]
+    """Append what git is to ignore to an ignore file, unless it is there; whether the file was changed.
+
+    In a file of the user's exactly one newline goes before the block, whatever the file ends with, and in one that
+    is made here none: so the block tells what has to go with it.
+    """
+    missing, before = missing_ignore_lines(path), file_bytes(path)
     if not missing:
         return False
-    gap = (b"\n" if before and not before.endswith(b"\n") else b"") + (b"\n" if before else b"")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    mode = os.stat(path).st_mode & 0o777 if before else 0o644
-    atomic_write(path, before + gap + "\n".join([IGNORED_BECAUSE, *missing, ""]).encode(), mode)
+    block = "\n".join([IGNORED_BECAUSE, *missing, ""]).encode()
+    if before is None:
+        make_folder(os.path.dirname(path), 0o755)
+        atomic_write(path, block, 0o644)
+    else:
+        _write_again(path, before + b"\n" + block)
+    return True
+
+
+def remove_ignore_lines(path: str) -> bool:
+    """Take out what `add_ignore_lines` has put in, and a file that it has made; whether there was something.
+
+    Every other byte stays, also those that somebody has added or changed since.
+    """
+    data, changed = file_bytes(path), False
+    lines = (data or b"").splitlines(keepends=True)
+    created = lines[:1] != [] and lines[0].strip() == IGNORED_BECAUSE.encode()
+    while any(line.strip() == IGNORED_BECAUSE.encode() for line in lines):
+        start = end = next(n for n, line in enumerate(lines) if line.strip() == IGNORED_BECAUSE.encode())
+        end += 1
+        while end < len(lines) and lines[end].strip().decode(errors="replace") in IGNORED:
+            end += 1
+        if start and lines[start - 1] in (b"\n", b"\r\n"):
+            start -= 1                  # the blank line that came with it
+        elif start and end == len(lines):
+            lines[start - 1] = lines[start - 1][:-1]        # the file had no newline at its end
+        del lines[start:end]
+        changed = True
+    if changed and created and not lines:
+        os.unlink(path)
+    elif changed:
+        _write_again(path, b"".join(lines))
+    return changed
+
+
+# ================================================================== 19  Operations
+#
+# Removal leaves a repository as it was before `init`, byte for byte, `.git` included.  Each step finds for itself what
+# is left to do, so that one that was cut short is completed by the next.
+
+PRUNE_S = 60                    # seconds for git to walk all history: which objects does nobody else need?
+
+
+def remove_tree(path: str) -> None:
+    """Remove a folder and what is in it; of a link only the link.
+
+    It is renamed first, so that nobody finds half of it; what an interrupted removal has left goes too.
+    """
+    aside = path + ".removed"
+    if os.path.islink(path):
+        os.unlink(path)
+    for present in (aside, path):
+        if os.path.isdir(present) and not os.path.islink(present):
+            if present == path:
+                os.rename(path, aside)
+            try:
+                shutil.rmtree(aside)
+            except OSError as error:        # it names no more than the last part of the path
+                raise OSError(error.errno, error.strerror, f"{aside} ({os.path.basename(os.fsdecode(error.filename or ''))})") from None
+
+
+def is_there(path: str) -> bool:
+    """Whether `remove_tree` has something to do."""
+    return os.path.lexists(path) or os.path.isdir(path + ".removed")
+
+
+def is_our_branch(places: Places) -> bool:
+    """Whether there is a branch of the right name that holds a log; somebody else's is not touched."""
+    return bool(Git(places.root).run("ls-tree", "-z", "refs/heads/" + BRANCH, "events.jsonl", check=False))
+
+
+def is_tracked(top: str) -> bool:
+    """Whether git tracks files below a worktree's `.thrum`, as the old layout had it."""
+    return bool(Git(top).run("ls-files", "-z", "--", ".thrum", check=False))
+
+
+def disconnection(places: Places) -> list:
+    """As `removal`, of a worktree's own `.thrum` alone.  Raises ThrumError where git tracks what would go."""
+    if is_tracked(places.top):
+        raise ThrumError(f"git tracks files below {places.local}; run 'thrum migrate' first, or 'git rm -r --cached .thrum'")
+    return [("Removed: .thrum/", lambda: remove_tree(places.local))] if is_there(places.local) else []
+
+
+def removal(places: Places, branch: bool) -> list:
+    """What has to be done to take thrum out of a repository, as pairs of words and a function; the daemon has stopped.
+
+    `branch`: also that, and what only it keeps alive.
+    """
+    steps, common = disconnection(places), places.common
+    sync, there, last = os.path.dirname(places.sync), is_our_branch(places), []
+    if there and not branch and not branch_problem(places):
+        steps.insert(0, ("", lambda: commit_branch(places, "Keep what was said")))
+    for _, path in registered_worktrees(common):
+        if is_there(path + "/.thrum") and _is_connected(path, places.local):
+            steps.append((f"Removed: {path}/.thrum/", lambda path=path: remove_tree(path + "/.thrum")))
+    if is_there(sync) or sync_entries(places):
+        steps.append((f"Removed: the worktree of {BRANCH}", lambda: remove_sync(places)))
+    if there and branch:
+        last.append((f"Removed: the branch {BRANCH}", lambda: remove_branch(places)))
+    for path, name in ((places.top + "/.gitignore", ".gitignore"), (common + "/info/exclude", ".git/info/exclude")):
+        if IGNORED_BECAUSE.encode() in (file_bytes(path) or b""):
+            steps.append((f"Cleaned: {name}", lambda path=path: remove_ignore_lines(path)))
+    return steps + last         # of a very large repository git may take too long to say what is unreached; its gc removes that
+
+
+def _is_connected(top: str, thrum: str) -> bool:
+    """Whether a linked worktree's `.thrum` belongs to the installation in `thrum`, and not to git or another one."""
+    if is_tracked(top):
+        return False
+    target = locate(top)[1]
+    if target == top + "/.thrum":
+        return not os.path.isdir(target + "/var")       # else it is an installation of its own
+    return os.path.realpath(target) == os.path.realpath(os.path.dirname(thrum)) + "/.thrum" or not os.path.isdir(target)
+
+
+def remove_sync(places: Places) -> None:
+    """Remove the worktree of the branch and what git knows about it."""
+    for entry in sync_entries(places):
+        shutil.rmtree(entry)
+    remove_tree(os.path.dirname(places.sync))
+    _remove_if_empty(places.common + "/worktrees")
+
+
+def remove_branch(places: Places) -> None:
+    """Remove the branch with its reflog, and the loose objects that nothing else reaches."""
+    git, ref = Git(places.root), "refs/heads/" + BRANCH
+    tips = {git.run("rev-parse", "--verify", "-q", ref, check=False).decode().strip()}
+    for line in (file_bytes(f"{places.common}/logs/{ref}") or b"").decode(errors="replace").splitlines():
+        tips.update(line.split(" ")[:2])
+    tips = "\n".join(tip for tip in tips if tip.strip("0")).encode()
+    loose = {}
+    try:
+        objects = git.run("rev-list", "--objects", "--ignore-missing", "--stdin", input=tips, timeout_s=PRUNE_S, check=False)
+        for line in objects.decode(errors="replace").splitlines():
+            name = line.split(" ")[0]
+            path = f"{places.common}/objects/{name[:2]}/{name[2:]}"
+            if os.path.isfile(path):
+                loose[name] = path
+    finally:
+        git.run("update-ref", "-d", ref)
+    _remove_if_empty(places.common + "/logs/refs/heads", places.common + "/logs/refs", places.common + "/logs")
+    if loose:       # asked last: whatever a ref, a reflog, an index or a worktree of anybody reaches is not in this list
+        unreached = git.run("prune", "-n", "--expire=now", timeout_s=PRUNE_S, check=False).decode().split()
+        for name in loose.keys() & set(unreached):
+            remove(loose[name])
+            _remove_if_empty(os.path.dirname(loose[name]))
+
+
+def _remove_if_empty(*folders: str) -> None:
+    for folder in folders:
+        try:
+            os.rmdir(folder)
+        except OSError:
+            return
+
+
+def old_logs(thrum: str) -> list:
+    """The log files of the old layout, which had them on the branch of the code."""
+    return [path for path in log_files(thrum)
+            if os.path.dirname(path) != thrum or os.path.basename(path) in ("events.jsonl", "messages.jsonl")]
+
+
+OLD_PATHS = (".thrum/events.jsonl", ".thrum/messages.jsonl", ".thrum/messages", ".thrum/schema_version")
+OLD_IGNORED = (b".thrum/var/", b".thrum/events.jsonl", b".thrum/messages/")
+
+
+def tracked_logs(root: str) -> list:
+    """What of the old layout git tracks on the branch of the code."""
+    return [os.fsdecode(path) for path in Git(root).run("ls-files", "-z", "--", *OLD_PATHS).split(b"\0") if path]
+
+
+def clean_gitignore(path: str) -> bool:
+    """Take the lines of the old layout out of .gitignore; whether there were some."""
+    return _drop_lines(path, lambda line, _: line.strip() in OLD_IGNORED)
+
+
+def clean_gitattributes(path: str) -> bool:
+    """Take the merge drivers of the old layout, and the comment above them, out of .gitattributes; whether there were some."""
+    def ours(line):
+        return line.startswith(b".thrum/") and b"merge=union" in line
+    return _drop_lines(path, lambda line, following: ours(line) or (
+        line.startswith(b"#") and b"thrum" in line.lower() and bool(following) and ours(following[0])))
+
+
+def _drop_lines(path: str, unwanted) -> bool:
+    """Write a file without the lines that are unwanted (asked with those that follow); whether there were some."""
+    lines = (file_bytes(path) or b"").splitlines(keepends=True)
+    kept = [line for n, line in enumerate(lines) if not unwanted(line, lines[n + 1:n + 2])]
+    if len(kept) == len(lines) or os.path.islink(path):
+        return False
+    _write_again(path, b"".join(kept))
     return True
 
 
@@ -5554,6 +5899,17 @@ async def _chosen_name(console: Console, args: Args) -> str:
     return name
 
 
+def _continued(console: Console, name: str) -> Identity:
+    """The identity of this worktree that an agent called `name`, or of no name, continues; an empty one where there is none."""
+    files = [f for f in console.identities if not name or f[0] == name + ".json"]
+    for file in files:
+        parse_identity(*file)       # a damaged one is reported, not replaced unasked
+    try:
+        return choose_identity(files, {}, console.worktree)
+    except NoIdentity:
+        return Identity()       # several, none of them for this worktree
+
+
 def _worktree_ref(console: Console) -> list:
     """The references of a session: which worktree it works in."""
     return [{"type": "worktree", "value": printable(console.top)[-PAIR_MAX:]}]
@@ -5562,15 +5918,7 @@ def _worktree_ref(console: Console) -> list:
 async def quickstart(console: Console, args: Args) -> int:
     environ = console.environ
     name = await _chosen_name(console, args)
-    old = Identity()
-    if not args.force:
-        files = [f for f in console.identities if not name or f[0] == name + ".json"]
-        for file in files:
-            parse_identity(*file)       # a damaged one is reported, not replaced unasked
-        try:
-            old = choose_identity(files, {}, console.worktree)
-        except NoIdentity:
-            pass                # several, none of them for this worktree
+    old = Identity() if args.force else _continued(console, name)
     role = args.role or environ.get("THRUM_ROLE") or old.role
     module = args.module or environ.get("THRUM_MODULE") or old.module
     if not role or not module:
@@ -5579,17 +5927,36 @@ async def quickstart(console: Console, args: Args) -> int:
     if args.preamble_file is not None:
         own_words = check_text(await _given(console, args.preamble_file, f'failed to read preamble file "{args.preamble_file}"'),
                                "the preamble", PREAMBLE_MAX)
-    name = name or old.name
-    display = args.display or environ.get("THRUM_DISPLAY") or old.display or f"{role.capitalize()} ({module})"
+    register, session, done = await enrol(console, old, name or old.name, role, module, args.display, args.intent, args.force, own_words)
+    unread = (await console.call("message.list", for_agent=register["agent_id"], page_size=1))["unread"]
+    thrum = console.program
+    await console.answer(
+        {"register": register, "session": session, "intent": done},
+        f"✓ Registered as {handle(register['agent_id'])} ({role}, {module})\n✓ Session started: {session['session_id']}\n"
+        f"✓ Intent set: {one_line(done['intent'])}\n" + ("" if args.quiet else "\nNext:\n" + rows_of([
+            [f"  {thrum} inbox", f"read what was sent to you ({unread} unread)" if unread else "read what others send you"],
+            [f'  {thrum} send "…" --to @NAME', "write to an agent, a role or a group; without --to, to everyone"],
+            [f"  {thrum} agent list", "see who is here"],
+            [f"  {thrum} wait --timeout 5m", "wait for the next message"]])))
+    return 0
+
+
+async def enrol(console: Console, old: Identity, name: str, role: str, module: str, display: str | None, intent: str | None,
+                force: bool, own_words: str | None = None) -> tuple:
+    """Register an agent of this worktree, write its files, open its session, set its intent: the three replies.
+
+    `old` is the identity that it continues; `own_words` go into its preamble.
+    """
+    display = display or console.environ.get("THRUM_DISPLAY") or old.display or f"{role.capitalize()} ({module})"
     repository = console.worktree
-    intent = args.intent or DEFAULT_INTENTS.get(role, "Working in {}").format(repository)
+    intent = intent or DEFAULT_INTENTS.get(role, "Working in {}").format(repository)
     check_text(intent, "intent")
     repo_id = (await console.call("health"))["repo_id"]
     identity = Identity(name or unnamed_agent_id(repo_id, role, module), role, module, display, "agent", "", old.data)
 
     async def registered():
         reply = await console.call("agent.register", name=name or None, role=role, module=module, display=display,
-                                   worktree=repository, force=args.force or None)
+                                   worktree=repository, force=force or None)
         if reply["status"] == "conflict":
             reply = await console.call("agent.register", name=name or None, role=role, module=module, display=display,
                                        worktree=repository, re_register=True)
@@ -5602,17 +5969,7 @@ async def quickstart(console: Console, args: Args) -> int:
     await _save_identity(console, identity, repo_id, session_id=session["session_id"], intent=intent,
                          context_file="context/" + context_files(identity.name)[0])
     await _lay_out_context(console, identity.name, role, own_words)
-    unread = (await console.call("message.list", for_agent=register["agent_id"], page_size=1))["unread"]
-    thrum = console.program
-    await console.answer(
-        {"register": register, "session": session, "intent": done},
-        f"✓ Registered as {handle(register['agent_id'])} ({role}, {module})\n✓ Session started: {session['session_id']}\n"
-        f"✓ Intent set: {one_line(intent)}\n" + ("" if args.quiet else "\nNext:\n" + rows_of([
-            [f"  {thrum} inbox", f"read what was sent to you ({unread} unread)" if unread else "read what others send you"],
-            [f'  {thrum} send "…" --to @NAME', "write to an agent, a role or a group; without --to, to everyone"],
-            [f"  {thrum} agent list", "see who is here"],
-            [f"  {thrum} wait --timeout 5m", "wait for the next message"]])))
-    return 0
+    return register, session, done
 
 
 async def _with_identity_file(console: Console, identity: Identity, repo_id: str, register):
@@ -7514,7 +7871,7 @@ def daemon_process(places: Places, report) -> int:
     world = World()
     try:
         os.umask(0o077)
-        os.makedirs(places.var, mode=0o700, exist_ok=True)
+        make_folder(places.var, 0o700)
         lock = take_lock(places.var + "/thrum.lock", 0)
         if lock < 0:
             if answers(places.var):
@@ -7771,7 +8128,7 @@ def answer_record(top: str, argv: list, kind: bytes, payload: bytes) -> bytes | 
         try:
             if parts[1] == "context":
                 path = context_path(top, "/".join(parts[2:]))
-            os.makedirs(os.path.dirname(path), mode=0o750, exist_ok=True)
+            make_folder(os.path.dirname(path))
             if data[:1] == b"1":
                 atomic_write(path, data[1:])
             else:
@@ -7875,11 +8232,17 @@ def start_daemon(places: Places) -> bool:
 
     Callers that come at once wait for each other, so that one starts it and the others find it.
     """
+    removed = NotInitialized(f"{places.thrum} has gone: thrum was removed; 'thrum init' sets it up again")
     try:
-        os.makedirs(places.var, mode=0o700, exist_ok=True)
+        make_folder(places.var, 0o700)
         lock = take_lock(places.var + "/start.lock", START_S)
+    except FileNotFoundError:
+        raise removed from None
     except OSError as error:
         raise ThrumError(f"cannot start the daemon: {os_problem(error)}") from None
+    if lock >= 0 and not os.path.isdir(places.var):     # while we waited for the lock
+        os.close(lock)
+        raise removed
     if lock < 0:
         raise ThrumError("timeout waiting for daemon to start: another process has been starting it for "
                          f"{START_S} s; see 'thrum daemon logs'")
@@ -7991,8 +8354,8 @@ def read_version(path: str) -> str:
     return ""
 
 
-def install_copy(places: Places, source: str = "", force: bool = False) -> bool:
-    """Put this file (or `source`) where launcher and daemon run it; whether the copy is another one now.
+def install_copy(places: Places, source: str = "", force: bool = False, dry: bool = False) -> bool:
+    """Put this file (or `source`) where launcher and daemon run it; whether the copy is another one now, or would be.
 
     One with a higher version replaces the copy; an equal or lower one is left to be served, so that two worktrees
     with different vendored files do not take turns.
@@ -8005,7 +8368,9 @@ def install_copy(places: Places, source: str = "", force: bool = False) -> bool:
         return False
     with open(source, "rb") as file:
         data = file.read()
-    os.makedirs(os.path.dirname(places.copy), mode=0o750, exist_ok=True)
+    if dry or data == file_bytes(places.copy):
+        return data != file_bytes(places.copy)
+    make_folder(os.path.dirname(places.copy))
     before = int(os.stat(places.copy).st_mtime) if present else 0
     atomic_write(places.copy, data, 0o644)
     # Python takes cached bytecode for that of a source with the same size and the same second.
@@ -8020,8 +8385,11 @@ def source_of(text: str, function) -> str:
     return text[start:text.index("\n\n\n", start)] + "\n"
 
 
-def write_launcher(places: Places) -> None:
-    """Write `.thrum/bin/thrum` for the caller's worktree: the client's own source, run by the interpreter in use."""
+def write_launcher(places: Places, dry: bool = False) -> bool:
+    """Write `.thrum/bin/thrum` for the caller's worktree: the client's own source, run by the interpreter in use.
+
+    Gives whether there was none, or another one; `dry` leaves it at that.
+    """
     with open(places.copy, encoding="utf-8") as file:
         text = file.read()
     python = os.path.realpath(sys.executable) if sys.executable else ""
@@ -8061,143 +8429,379 @@ os._exit(launch(sys.argv[1:], home, sys.argv[0], {read_version(places.copy)!r}, 
 """
     path = places.local + "/bin/thrum"
     data = launcher.encode()
-    try:
-        with open(path, "rb") as file:
-            if file.read() == data:
-                return
-    except OSError:
-        pass
-    os.makedirs(places.local + "/bin", mode=0o750, exist_ok=True)
+    if dry or file_bytes(path) == data:
+        return file_bytes(path) != data
+    make_folder(places.local + "/bin")
     atomic_write(path, data, 0o755)
+    return True
 
 
 # ---- init and setup
 
-def initialize(start: str) -> tuple:
-    """Make or mend the installation for the worktree around `start`: (places, what was done, in sentences).
+RUNTIMES = ("claude", "codex", "cursor", "gemini", "auggie", "cli-only", "all")
 
-    Overwrites nothing; what a failing first run has made is removed again.
+
+class _Steps:
+    """What is done to an installation, in sentences; of a dry run what would be.  `undo` takes it back, last first."""
+
+    def __init__(self, dry: bool):
+        self.dry, self.done, self._back = dry, [], []
+
+    def take(self, words: str, needed, make, back=None) -> None:
+        """Do a step that is needed.  `make` gives False where somebody else was first; without words it is not told."""
+        if needed:
+            if back and not self.dry:
+                self._back.append(back)
+            if not self.dry and make() is False:
+                return
+            self.done += [words] if words else []
+
+    def undo(self) -> None:
+        for step in reversed(self._back):
+            try:
+                step()
+            except (OSError, ThrumError):
+                pass            # the first error is what the caller has to know
+
+
+def initialize(start: str, force: bool = False, stealth: bool = False, dry: bool = False) -> tuple:
+    """Make or mend the installation for the worktree around `start`: (places, what was done, whether it is new).
+
+    Overwrites nothing but what is ours; what a failing first run has made is removed again.  `force` installs this
+    program whatever its version and puts missing settings back; `dry` only says what would be done.
     """
-    top, _ = locate(os.path.realpath(start))
-    common = git_common_dir(top)
+    top, thrum = locate(os.path.realpath(start))
+    own, common = git_dirs(top)
     if not common:
         raise NotInitialized(f"{start} is not in a git repository; run 'git init' first")
-    if os.path.realpath(common) != os.path.realpath(top + "/.git"):
-        return set_up_worktree(top, os.path.dirname(common))
+    redirect = top + "/.thrum/redirect"
+    led = os.path.lexists(redirect)
+    if led and os.path.isabs(thrum) and os.path.isdir(thrum) and not os.path.lexists(thrum + "/redirect"):
+        return set_up_worktree(top, os.path.dirname(thrum), dry)
+    if own != common:
+        return set_up_worktree(top, main_worktree(top, common), dry)
     for folder in (top, common):
         if not os.access(folder, os.W_OK):
             raise ThrumError(f"cannot initialize thrum: {folder} is not writable")
-    places = Places(top, top + "/.thrum", common)
-    fresh, done, undo = False, [], []
-    had_branch = bool(Git(top).run("rev-parse", "--verify", "-q", "refs/heads/" + BRANCH, check=False))
-    ignore = top + "/.gitignore"
-    try:
-        with open(ignore, "rb") as file:
-            ignored = file.read()
-    except FileNotFoundError:
-        ignored = None
+    places, steps = Places(top, top + "/.thrum", common), _Steps(dry)
+    fresh, path = False, ignore_file(top, common, stealth)
+    shown = ".gitignore" if path == top + "/.gitignore" else ".git/info/exclude (stealth mode)"
     try:
         try:
-            os.mkdir(places.thrum, 0o750)   # of several that come at once one is the first, and only that one may undo
-            fresh = True
-            undo.append(lambda: shutil.rmtree(places.thrum, ignore_errors=True))
+            if not dry:
+                os.mkdir(places.thrum, 0o750)       # of several that come at once one is the first, and only that one may undo
+            fresh = not dry or not os.path.lexists(places.thrum)
         except FileExistsError:
             pass
-        for folder in ("/identities", "/context", "/bin"):
-            os.makedirs(places.thrum + folder, mode=0o750, exist_ok=True)
-        os.makedirs(places.var, mode=0o700, exist_ok=True)
         if fresh:
-            done.append("Created: .thrum/ directory structure")
-        if add_ignore_lines(ignore):
-            undo.append(lambda: atomic_write(ignore, ignored, 0o644) if ignored is not None else os.unlink(ignore))
-            done.append("Updated: .gitignore")
-        if not os.path.exists(places.thrum + "/schema_version"):
-            atomic_write(places.thrum + "/schema_version", b"1\n")
-        if not os.path.exists(places.config):
-            save_config(places.thrum, {"daemon.local_only": True, "daemon.sync_interval": 60, "daemon.ws_port": "auto"})
-        else:
-            load_config(places.thrum)
-        if not had_branch:
-            undo.append(lambda: Git(top).run("update-ref", "-d", "refs/heads/" + BRANCH, check=False))
-            undo.append(lambda: Git(top).run("worktree", "remove", "--force", places.sync, check=False))
-        ensure_branch(places)
-        if not had_branch:
-            done.append(f"Created: {BRANCH} branch for message sync")
-        if install_copy(places):
-            done.append(f"Installed: .thrum/bin/thrum (version {read_version(places.copy)})")
-        write_launcher(places)
+            steps.take("Created: .thrum/ directory structure", True, lambda: None, lambda: shutil.rmtree(places.thrum))
+        elif not os.path.isdir(places.thrum):
+            raise ThrumError(f"cannot initialize thrum: {places.thrum} is in the way, and not a directory")
+
+        def mended(words):      # a first run tells only what it has to do with the repository
+            return "" if fresh else words
+        for name, mode in (("identities", 0o750), ("context", 0o750), ("bin", 0o750), ("var", 0o700)):
+            folder = f"{places.thrum}/{name}"
+            steps.take(mended(f"Mended: .thrum/{name}/"), not os.path.isdir(folder), lambda f=folder, m=mode: make_folder(f, m))
+        steps.take("Removed: .thrum/redirect, which led nowhere", led, lambda: remove(redirect))
+        missing = missing_ignore_lines(top + "/.gitignore", common + "/info/exclude") if not stealth else missing_ignore_lines(path)
+        steps.take(f"Updated: {shown}", missing, lambda: add_ignore_lines(path), lambda: remove_ignore_lines(path))
+        steps.take(mended("Mended: .thrum/schema_version"), not os.path.exists(places.thrum + "/schema_version"),
+                   lambda: atomic_write(places.thrum + "/schema_version", b"1\n"))
+        config = load_config(places.thrum)
+        absent = {name: value for name, value in CONFIG_WRITTEN.items() if get_setting(config, name) is None}
+        steps.take(mended("Mended: .thrum/config.json (default settings)"), absent and (force or not os.path.exists(places.config)),
+                   lambda: save_config(places.thrum, absent))
+        problem = branch_problem(places)
+        steps.take(f"Created: {BRANCH} branch for message sync" if problem == "branch" else f"Mended: the worktree of {BRANCH}" if not fresh
+                   else f"Continued: the branch {BRANCH}, which was there", problem, lambda: ensure_branch(places),
+                   None if os.path.lexists(places.sync) else lambda: (remove_sync(places), problem == "branch" and remove_branch(places)))
+        if not problem and not dry:
+            ensure_branch(places)       # its files
+        due = install_copy(places, force=force, dry=True)
+        version = read_version(os.path.abspath(__file__))
+        steps.take(f"{INSTALLED} (version {version})", due, lambda: install_copy(places, force=force))
+        steps.take("" if due else "Mended: .thrum/bin/thrum", due or write_launcher(places, dry=True), lambda: write_launcher(places))
     except (OSError, ThrumError) as error:
         if fresh:
-            for step in reversed(undo):
-                try:
-                    step()
-                except (OSError, ThrumError):
-                    pass        # the first error is what the caller has to know
+            steps.undo()
         if isinstance(error, OSError):
             raise ThrumError(f"cannot initialize thrum: {os_problem(error)}") from None
         raise
-    return places, done, fresh
+    return places, steps.done, fresh
 
 
-def set_up_worktree(top: str, main: str) -> tuple:
+INSTALLED = "Installed: .thrum/bin/thrum"
+
+
+def main_worktree(top: str, common: str) -> str:
+    """The main worktree of the repository that `top` is a linked worktree of.  Raises ThrumError where it has none."""
+    if os.path.basename(common) == ".git":
+        return os.path.dirname(common)
+    path = Git(top).run("config", "--file", common + "/config", "core.worktree", check=False)       # of a submodule
+    if not path:
+        raise NotInitialized(f"{top} is a linked worktree of {common}, which does not say where its main one is; "
+                             "name an initialized one with 'thrum setup --main-repo PATH'")
+    return os.path.normpath(os.path.join(common, os.fsdecode(path).rstrip("\n")))
+
+
+def set_up_worktree(top: str, main: str, dry: bool = False) -> tuple:
     """Connect a linked worktree with the installation in the main one; as `initialize`."""
     thrum = main + "/.thrum"
     if os.path.realpath(top) == os.path.realpath(main):
         raise ThrumError("cannot setup redirect to self — this is the main repo")
-    if not os.path.isdir(thrum):
+    if not os.path.lexists(thrum):
         raise NotInitialized(f"this is a git worktree, but the main repo ({main}) is not initialized; run 'thrum init' there first")
-    places = Places(top, thrum, git_common_dir(top))
-    done, redirect = [], top + "/.thrum/redirect"
+    if not os.path.isdir(thrum):
+        raise NotInitialized("main repo .thrum/ is not a directory")
+    places, steps = Places(top, thrum, git_common_dir(top)), _Steps(dry)
+
+    def folders():
+        make_folder(places.local)
+        make_folder(places.identities)
     try:
-        os.makedirs(places.identities, mode=0o750, exist_ok=True)
-        present = locate(top)[1]
-        if present != thrum:
-            atomic_write(redirect, os.fsencode(thrum) + b"\n")
-            done.append(f"Redirect: .thrum/redirect → {thrum}")
-        ignored = Git(top).run("check-ignore", ".thrum/redirect", check=False)
-        if not ignored and add_ignore_lines(places.common + "/info/exclude"):
-            done.append("Updated: .git/info/exclude")
-        if not os.path.exists(places.copy):
-            install_copy(places)
-        write_launcher(places)
+        steps.take("", not os.path.isdir(places.identities), folders)
+        steps.take(f"Redirect: .thrum/redirect → {thrum}", locate(top)[1] != thrum or not os.path.lexists(places.local + "/redirect"),
+                   lambda: atomic_write(places.local + "/redirect", os.fsencode(thrum) + b"\n"))
+        steps.take("Updated: .git/info/exclude", not Git(top).run("check-ignore", ".thrum/redirect", check=False),
+                   lambda: add_ignore_lines(places.common + "/info/exclude"))
+        steps.take("", not os.path.exists(places.copy), lambda: install_copy(places))
+        steps.take("", True, lambda: write_launcher(places))
     except OSError as error:
         raise ThrumError(f"cannot set up this worktree: {os_problem(error)}") from None
-    return places, done, bool(done)
+    return places, steps.done, bool(steps.done)
 
 
 async def init(console: Console, args: Args) -> int:
-    places, done, fresh = initialize(start_directory(args))
+    if args.remove:
+        return await _remove(console, args)
+    if args.yes:
+        raise Usage("--yes goes with --remove")
+    if args.runtime is not None and args.runtime not in (*RUNTIMES, "amp"):
+        raise Usage(f'unknown runtime "{args.runtime}"; supported: {", ".join(RUNTIMES)}')
+    wanted = [args.agent_name, args.agent_role, args.agent_module]
+    if args.agent_name:
+        check_name(args.agent_name, "agent name")
+    if args.agent_role:
+        check_word(args.agent_role, "role")
+    if args.agent_module and not is_label(args.agent_module):
+        raise InvalidParams(f"module must be a text of at most {PAIR_MAX} printable characters")
+    places, done, fresh = initialize(start_directory(args), args.force, args.stealth, args.dry_run)
     linked = places.top != places.root
+    if args.runtime and get_setting(load_config(places.thrum), "runtime.primary") != args.runtime:
+        if not args.dry_run:
+            save_config(places.thrum, {"runtime.primary": args.runtime})
+        done.append(f"Runtime saved to .thrum/config.json (primary: {args.runtime})")
+    renewed = any(line.startswith(INSTALLED) for line in done)
+    report = {"initialized": fresh, "repository": places.root, "worktree": places.top, "done": done}
+    if args.dry_run:
+        if not answers(places.var) or renewed:
+            done.append("Daemon started")
+        if any(wanted):
+            done.append("Agent registered")
+        del report["initialized"]
+        await console.answer({"dry_run": True, **report, "would": report.pop("done")}, "\n".join(done) or "Nothing to do")
+        return 0
     lines = []
     if linked:
         lines.append("✓ Worktree detected — set up redirect to main repo" if fresh else "✓ Worktree is set up already; nothing to do")
         lines.append(f"  Main repo: {places.root}")
     elif fresh:
         lines += ["✓ Thrum initialized successfully", f"  Repository: {places.top}"]
+    elif args.force:
+        lines.append(f"✓ Thrum initialized again in {places.top}; messages, identities and settings are kept")
     else:
         lines.append(f"✓ Thrum is initialized already in {places.top}; nothing was overwritten")
-    lines += ["  " + line for line in done]
+    lines += ["✓ " + line if line.startswith("Runtime") else "  " + line for line in done]
+    if renewed and not fresh:
+        stop_daemon(places)
     started = _allow_and_start(places)
     lines.append("✓ Daemon started" if started else "✓ Daemon already running")
-    if not linked:
+    report["daemon"] = "started" if started else "running"
+    if any(wanted):
+        lines += await _enrol_here(console, args, places, report)
+    elif not linked:
         lines.append(f"  Messages stay on this machine (daemon.local_only in {places.config})")
         lines.append('\nNext: .thrum/bin/thrum quickstart --name <name> --role <role> --module <module> --intent "<what>"')
-    await console.answer({"initialized": fresh, "repository": places.root, "worktree": places.top, "done": done,
-                          "daemon": "started" if started else "running"}, "\n".join(lines) + "\n")
+    await console.answer(report, "\n".join(lines) + "\n")
     return 0
 
 
-async def setup(console: Console, args: Args) -> int:
+async def _enrol_here(console: LocalConsole, args: Args, places: Places, report: dict) -> list:
+    """Register the agent that `init --agent-…` names, as `quickstart` does; what to say about it."""
+    inner = LocalConsole(console.world, places, places.top, console.argv, _program(places))
+    inner.args, inner.row = args, console.row
+    try:
+        args.name = args.agent_name
+        name = await _chosen_name(inner, args)
+        old = _continued(inner, name)
+        role = args.agent_role or old.role or "implementer"
+        branch = Git(places.top).run("symbolic-ref", "--short", "-q", "HEAD", check=False).decode(errors="replace").strip()
+        name = name or old.name or f"{role}_{_sanitised(args.agent_module or branch)}"[:NAME_MAX].lower()
+        register, session, intent = await enrol(inner, old, name, role, args.agent_module or old.module or "main", None, None, args.force)
+        who = await inner.call("agent.whoami", caller_agent_id=register["agent_id"])
+    except ThrumError as error:
+        raise ThrumError(f"agent setup: {error}") from None
+    report.update(register=register, session=session, intent=intent)
+    return [f"✓ Agent registered: {register['agent_id']}", f"✓ Session started: {session['session_id']}", "✓ Intent set", "",
+            _who_text(who, inner).rstrip("\n")]
+
+
+def _sanitised(text: str) -> str:
+    """A text as part of an agent's name."""
+    text = "".join(c if c in LOWER else "_" for c in text.lower())
+    while "__" in text:
+        text = text.replace("__", "_")
+    return text.strip("_-") or "main"
+
+
+async def _remove(console: LocalConsole, args: Args) -> int:
+    """`init --remove`: everything out, or in a linked worktree only its connection."""
     top, _ = locate(os.path.realpath(start_directory(args)))
-    common = git_common_dir(top)
-    main = os.path.realpath(args.main_repo) if args.main_repo else os.path.dirname(common) if common else ""
-    if not main:
+    own, common = git_dirs(top)
+    if not common:
         raise NotInitialized(f"{top} is not in a git repository")
+    places = Places(top, top + "/.thrum", common)
+    if own != common:
+        steps = disconnection(places)
+    else:
+        steps = removal(places, args.yes)
+        if not args.yes and not args.dry_run and is_our_branch(places) \
+                and (await console.ask(f"Remove the branch {BRANCH} too, with all messages on it? [y/N] ")).lower() in ("y", "yes"):
+            args.yes, steps = True, removal(places, True)
+        if steps and not args.dry_run and os.path.isdir(places.var) and not os.path.islink(places.local):
+            pid, lock = _stop_for_good(places, complete=not args.yes)
+            steps = [(f"Stopped: the daemon (PID {pid})", lambda: None)] * bool(pid) + steps + [("", lambda: os.close(lock))]
+    for _, step in steps if not args.dry_run else ():
+        try:
+            step()
+        except OSError as error:
+            raise ThrumError(f"cannot remove thrum: {os_problem(error)}; 'thrum init --remove' goes on from here") from None
+    done = [words for words, _ in steps if words]
+    kept = own == common and not args.yes and is_our_branch(places)
+    indent, what = ("", "") if args.dry_run else ("  ", "Thrum removed from" if own == common else "Worktree disconnected:")
+    lines = ([f"✓ {what} {top}"] if what else []) + [indent + words for words in done]
+    if not done:
+        lines = ["Nothing to do" if args.dry_run else f"✓ Nothing to remove: thrum is not in {top}"]
+    if kept:
+        lines.append(f"{indent}Kept: the branch {BRANCH}, with all messages; 'thrum init --remove --yes' removes it too")
+    await console.answer({"repository": top, "would" if args.dry_run else "removed": done, "branch_kept": kept}, "\n".join(lines))
+    return 0
+
+
+def _stop_for_good(places: Places, complete: bool) -> tuple:
+    """Stop the daemon so that nobody starts it again: (its pid, a lock that keeps starters waiting).
+
+    `complete`: what only the journal of a daemon that was killed holds is brought to the branch first.
+    """
+    try:
+        if complete and os.path.isdir(places.journal) and not os.path.exists(places.var + "/clean.json"):
+            start_daemon(places)
+    except ThrumError:
+        pass                    # the installation is damaged, and that may be why it goes
+    try:
+        lock = take_lock(places.var + "/start.lock", START_S)
+        if lock < 0:
+            raise ThrumError("another process is starting the daemon; run 'thrum init --remove' again")
+    except OSError as error:
+        raise ThrumError(f"cannot remove thrum: {os_problem(error)}") from None
+    return stop_daemon(places), lock
+
+
+async def setup(console: Console, args: Args) -> int:
+    start = start_directory(args)
+    if args.worktree is not None:
+        start = os.path.join(start, args.worktree)
+        if args.all:
+            raise Usage("give a worktree or --all, not both")
+        if not os.path.isdir(start):
+            raise NotInitialized(f"{start} is not a directory")
+    top, _ = locate(os.path.realpath(start))
+    common = git_common_dir(top)
+    if args.main_repo:
+        main = os.path.realpath(args.main_repo)
+    elif not common:
+        raise NotInitialized(f"{top} is not in a git repository")
+    else:
+        main = top if git_dirs(top)[0] == common else main_worktree(top, common)
+    if args.all:
+        return await _set_up_all(console, main)
     places, done, _ = set_up_worktree(top, main)
     reachable = answers(places.var)
     await console.answer({"worktree": top, "main": places.root, "done": done}, "".join(f"  {line}\n" for line in done)
                          + ("Connected to daemon\n" if reachable else "Daemon not running; it starts with the first command\n")
                          + "✓ Thrum worktree setup complete\n")
+    return 0
+
+
+async def _set_up_all(console: Console, main: str) -> int:
+    """Connect every linked worktree of a repository; one that cannot be is named, and the others are connected."""
+    places = find_places(main)
+    if places.top != places.root:
+        raise ThrumError(f"{main} is connected to {places.root}; run 'thrum setup --all' there")
+    found, failed = [], 0
+    own = sync_entries(places)
+    for entry, path in registered_worktrees(places.common):
+        if entry in own:
+            continue
+        state, done = "missing", []
+        if os.path.isdir(path):
+            try:
+                _, done, changed = set_up_worktree(path, main)
+                state = "connected" if changed else "already connected"
+            except ThrumError as error:
+                state, failed = str(error), 1
+        found.append({"worktree": path, "state": state, "done": done})
+    words = {"connected": "✓ {}: connected", "already connected": "✓ {}: already connected",
+             "missing": "  {}: missing; 'git worktree prune' forgets it"}
+    lines = [words.get(item["state"], "✗ {}: " + item["state"].replace("{", "{{").replace("}", "}}")).format(item["worktree"])
+             for item in found] or ["There is no linked worktree to connect"]
+    await console.answer({"main": main, "worktrees": found}, "\n".join(lines))
+    return failed
+
+
+async def migrate(console: LocalConsole, args: Args) -> int:
+    places = Places(console.places.root, console.places.thrum, console.places.common)
+    tracked, files = tracked_logs(places.root), old_logs(places.thrum)
+    relocated = os.path.lexists(places.thrum + "/sync/.git")
+    items, damaged = missing_lines(files, places)
+    needed = bool(tracked or relocated or items)
+    names, lines = [os.path.relpath(path, places.root) for path in files], []
+    if needed:
+        lines = ["Migration needed. Found old-layout data:", *("  " + name for name in names), *["  .thrum/sync"] * relocated,
+                 "Migration complete:"]
+        ran = bool(stop_daemon(places))
+        try:
+            make_folder(places.var, 0o700)
+            lock = take_lock(places.var + "/thrum.lock", STOP_S)
+            if lock < 0:
+                raise Conflict("another process is starting the daemon; run 'thrum migrate' again")
+            try:
+                for suffix in ("", "-wal", "-shm"):     # the projection: it is made anew, from all files that are there then
+                    remove(places.database + suffix)
+                initialize(places.root)
+                items, damaged = merge_lines(files, places)
+                commit_branch(places, "migrate: import data from main branch")
+                cleaned = [clean_gitignore(places.root + "/.gitignore"), clean_gitattributes(places.root + "/.gitattributes")]
+                if tracked:     # last: until then the next run finds that there is something to do
+                    Git(places.root).run("rm", "-r", "-q", "--cached", "--", *tracked)
+            finally:
+                os.close(lock)
+        except OSError as error:
+            raise ThrumError(f"the migration is not complete: {os_problem(error)}; run 'thrum migrate' again") from None
+        if ran:
+            start_daemon(places)
+        lines += [f"  Copied: {len(items)} event{'s' * (len(items) > 1)} from {', '.join(names)}"] * bool(items)
+        lines += [f"  Relocated: .thrum/sync to {places.sync}"] * relocated
+        lines += [f"  Untracked from main: {', '.join(tracked)}"] * bool(tracked)
+        lines += ["  Updated .gitignore"] * cleaned[0] + ["  Cleaned .gitattributes"] * cleaned[1]
+    bad = {}
+    for path, _, _ in damaged:
+        name = os.path.relpath(path, places.root)
+        bad[name] = bad.get(name, 0) + 1
+    lines += [f"  Damaged: {count} line{'s' * (count > 1)} of {name}, kept there" for name, count in bad.items()]
+    await console.answer({"needed": needed, "copied": len(items), "relocated": relocated, "untracked": tracked, "damaged": bad},
+                         "\n".join(lines if needed else ["No migration needed.", *lines]))
     return 0
 
 
@@ -9044,10 +9648,21 @@ async def _change_setting(console: Console, key: str, value) -> int:
 
 SETTING = Argument("KEY", "the setting, such as daemon.autostart")
 HERE = {
-    "init": Command(init, "Set thrum up in this repository, or mend it; overwrites nothing.", (), "thrum init", here=True,
-        does="changes", hushed=True),
+    "init": Command(init, "Set thrum up in this repository, or mend it; overwrites nothing.", (
+        Argument("--force", "install this program whatever its version; put missing settings back", bool),
+        Argument("--stealth", "ignore .thrum in .git/info/exclude, not in .gitignore", bool),
+        Argument("--dry-run", "only say what would be done", bool),
+        Argument("--runtime", "the runtime that is used most: " + ", ".join(RUNTIMES)),
+        Argument("--agent-name", "register an agent of this name"), Argument("--agent-role", "… in this role (implementer)"),
+        Argument("--agent-module", "… for this module (main)"),
+        Argument("--remove", "take everything out again; asks about the branch", bool),
+        Argument("--yes", "with --remove: the branch too, without asking", bool)), "thrum init", here=True, does="changes", hushed=True),
     "setup": Command(setup, "Connect this git worktree with the main one.", (
-        Argument("--main-repo", "where the main worktree is"),), "thrum setup", here=True, does="changes", hushed=True),
+        Argument("WORKTREE", "the worktree to connect, instead of this one", required=False),
+        Argument("--all", "every linked worktree", bool), Argument("--main-repo", "where the main worktree is")),
+        "thrum setup --all", here=True, does="changes", hushed=True),
+    "migrate": Command(migrate, "Move a log that git tracks beside the code to the branch a-sync.", (), "thrum migrate", here=True,
+                       does="changes"),
     "version": Command(version, "The version of this program.", here=True, does="tells"),
     "help": Command(help_command, "Help on a command.", (Argument("COMMAND", "which", required=False, many=True),),
                     "thrum help send", here=True, does="tells"),
@@ -9106,7 +9721,7 @@ def run_remote(console: LocalConsole, row: Command, state: dict) -> int:
         except ThrumError as error:
             if row.offline and isinstance(error, Unreachable):
                 return run_now(run_command(console, COMMANDS))
-            if lost_at is None:
+            if lost_at is None or not os.path.isdir(places.thrum):      # with `init --remove` nothing comes back
                 raise
             if time.monotonic() - lost_at > patience_s:
                 if waits and patience_s < AWAY_S:
