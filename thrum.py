@@ -4286,6 +4286,7 @@ USER_MAX = 32                   # characters of a user name, as in the reference
 REMOVE_MAX = 20_000             # messages removed by one call: bounds the transaction that others wait for
 REMOVE_BYTES = LINE_MAX // 2    # of ids in one event, which has to fit a line with its envelope and escapes
 OVERDUE_DAYS = 7                # days after which mail that nobody has read is no longer worth a notice
+NAME_IS_ROLE = 'agent name "{0}" cannot be the same as its role — use a distinct name (e.g., \'{0}_main\')'
 WAIT_DEFAULT_MS = 30_000        # as the command waits when nobody says
 WAIT_MAX_MS = 600_000           # one `message.wait`; a caller that wants more asks again from where it was
 BATCH_READ_MAX = 5_000          # messages marked at once: bounds the transaction that others wait for
@@ -4424,7 +4425,7 @@ def agent_register(context: Context, params: dict) -> dict:
         except InvalidParams as error:
             raise InvalidParams(f"invalid agent name: {error}") from None
         if name == role and not again:
-            raise ThrumError(f'agent name "{name}" cannot be the same as its role — use a distinct name (e.g., \'{name}_main\')')
+            raise ThrumError(NAME_IS_ROLE.format(name))
     agent_id = name or unnamed_agent_id(context.ledger.repo_id, role, module)
     if not again:
         if name and name in store.roles():
@@ -8584,6 +8585,8 @@ async def init(console: Console, args: Args) -> int:
         check_name(args.agent_name, "agent name")
     if args.agent_role:
         check_word(args.agent_role, "role")
+    if args.agent_name and args.agent_name == (args.agent_role or "implementer"):       # known before anything is made
+        raise ThrumError(NAME_IS_ROLE.format(args.agent_name))
     if args.agent_module and not is_label(args.agent_module):
         raise InvalidParams(f"module must be a text of at most {PAIR_MAX} printable characters")
     places, done, fresh = initialize(start_directory(args), args.force, args.stealth, args.dry_run)

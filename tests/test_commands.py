@@ -756,7 +756,8 @@ def test_a_damaged_configuration(team, bad):
     good = path.read_bytes()
     path.write_text(bad)
     try:
-        for words in ("init", "daemon start --local"):
+        # What a flag sets right is no longer wrong, so `--local` mends its own setting.
+        for words in ("init",) if "local_only" in bad else ("init", "daemon start --local"):
             assert str(path) in error_line(team.ada.run(*words.split())), words
         assert path.read_text() == bad
         assert team.ada.run("send", "still works", "--to", "@bob").returncode == 0, "a running daemon is not the file's hostage"
