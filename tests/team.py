@@ -1,4 +1,4 @@
-"""Helpers of the command and client tests: two agents in two worktrees, shapes of JSON, and a socket in between."""
+"""Helpers of the command and client tests: two agents in two worktrees, and a socket in between."""
 
 import json
 import os
@@ -99,26 +99,6 @@ def error_line(done, status=1):
     assert "Traceback" not in done.stderr and not raw_in(done.stderr)
     assert done.returncode == status, done.stderr
     return done.stderr[7:-1]
-
-
-def shaped(value, shape, where="$"):
-    """Hold a JSON value to a shape: {"key": …, "optional?": …}, [item], a type, or a tuple of allowed values."""
-    if isinstance(shape, dict):
-        assert isinstance(value, dict), f"{where} is {value!r}"
-        for key, inner in shape.items():
-            name = key.rstrip("?")
-            if name in value:
-                shaped(value[name], inner, f"{where}.{name}")
-            else:
-                assert key.endswith("?"), f"{where} has no {name}: {sorted(value)}"
-    elif isinstance(shape, list):
-        assert isinstance(value, list), f"{where} is {value!r}"
-        for index, item in enumerate(value):
-            shaped(item, shape[0], f"{where}[{index}]")
-    elif isinstance(shape, tuple):
-        assert value in shape, f"{where} is {value!r}, not one of {shape}"
-    else:
-        assert type(value) is shape, f"{where} is {value!r}, not of type {shape.__name__}"
 
 
 def confined(*command):

@@ -11,7 +11,7 @@ import pytest
 
 import thrum
 from conftest import CLEAN, THRUM, Repo
-from team import Team, confined, error_line, finish, one_document, script, shaped, start
+from team import Team, confined, error_line, finish, one_document, script, start
 
 pytestmark = pytest.mark.slow
 
@@ -257,64 +257,7 @@ def test_wait_does_not_report_own_messages(fresh):
     assert fresh.bob.run("wait", "--after", "-5s", "--timeout", "100ms", "--from", "bob").returncode == 1
 
 
-# ---------------------------------------------------------------- JSON, --quiet, global flags
-
-PAIR = {"type": str, "value": str}
-STATE = {"agent_id": str, "delivered_at?": str, "seen_at?": str, "read_at?": str}
-BODY = {"format": ("markdown", "plain", "json"), "content": str, "structured?": str}
-LISTED = {"message_id": str, "thread_id?": str, "reply_to?": str, "agent_id": str, "body": BODY, "created_at": str, "updated_at?": str,
-          "deleted": bool, "is_read": bool}
-SENT = {"message_id": str, "thread_id?": str, "created_at": str, "resolved_to": int, "warnings?": [str], "audiences?": [PAIR],
-        "recipients?": [STATE]}
-OUTBOX = {"messages": [{"message_id": str, "agent_id": str, "body": BODY, "created_at": str, "deleted": bool, "audiences?": [PAIR],
-                        "recipients?": [STATE], "read_count?": int}], "total": int, "page": int, "page_size": int, "total_pages": int}
-DETAIL = {"message": {"message_id": str, "thread_id?": str, "author": {"agent_id": str, "session_id": str}, "body": BODY,
-                      "scopes": [PAIR], "refs": [PAIR], "metadata": dict, "created_at": str, "deleted": bool, "audiences?": [PAIR],
-                      "recipients?": [STATE]}}
-AGENT = {"agent_id": str, "kind": str, "role": str, "module": str, "display": str, "registered_at": str, "last_seen_at?": str}
-SUMMARY = {"agent_id": str, "role": str, "module": str, "display?": str, "branch?": str, "worktree?": str, "intent?": str,
-           "repo_id?": str, "session_id?": str, "session_start?": str, "identity_file?": str, "updated_at?": str,
-           "source": ("file", "daemon")}
-REGISTER = {"agent_id": str, "status": ("registered", "updated", "conflict")}
-SESSION = {"session_id": str, "agent_id": str, "started_at": str}
-INTENT = {"session_id": str, "intent": str, "intent_updated_at": str}
-TASK = {"session_id": str, "current_task": str, "task_updated_at": str}
-BEAT = {"session_id": str, "last_seen_at": str, "branch?": str}
-SESSIONS = {"sessions": [{"session_id": str, "agent_id": str, "started_at": str, "ended_at?": str, "end_reason?": str,
-                          "last_seen_at": str, "intent?": str, "status": ("active", "ended")}]}
-HEALTH = {"status": str, "uptime_ms": int, "version": str, "repo_id": str, "sync_state": str}
-JSON = {
-    "quickstart --name ada --role planner --module core": {"register": REGISTER, "session": SESSION, "intent": INTENT},
-    "status": {"health": HEALTH, "agent": {"agent_id": str, "role": str, "module": str, "display": str, "source": str},
-               "inbox": {"total": int, "unread": int}},
-    "whoami": SUMMARY, "agent whoami": SUMMARY,
-    "version": {"version": str, "build": str, "repo_url": str, "website_url": str},
-    "send hello --to @bob --scope a:b --ref c:d": SENT, "send hello": SENT, "reply {theirs} answer": SENT,
-    "inbox": {"messages": [LISTED], "total": int, "unread": int, "page": int, "page_size": int, "total_pages": int},
-    "inbox --scope no:where": {"messages": [LISTED], "total": int, "unread": int},
-    "sent": OUTBOX, "sent --to @nobody": OUTBOX, "sent show {own}": DETAIL, "message get {own}": DETAIL,
-    "message edit {own} text": {"message_id": str, "updated_at": str, "version": int},
-    "message delete {own} --force": {"message_id": str, "deleted_at": str},
-    "message read {theirs}": {"marked_count": int}, "message read --all": {"marked_count": int},
-    "wait --unread --all --after-seq 0": {"status": ("received",), "action": str, "messages": [LISTED]},
-    "agent register --name ada --role planner --module core": REGISTER,
-    "agent register --name ada --role planner --module core --re-register": REGISTER,
-    "agent list": {"agents": {"agents": [AGENT]}, "contexts": {"contexts": [{"session_id": str, "agent_id": str}]}},
-    "session start": SESSION, "agent start": SESSION, "session list": SESSIONS, "session list --agent nobody": SESSIONS,
-    "session heartbeat": BEAT, "agent heartbeat --add-scope x:y": BEAT, "session set-intent words": INTENT,
-    "agent set-intent words": INTENT,
-    "session set-task words": TASK, "agent set-task words": TASK,
-    "session end": {"session_id": str, "ended_at": str, "duration_ms": int},
-    "agent end": {"session_id": str, "ended_at": str, "duration_ms": int},
-    "group create {new}": {"group_id": str, "name": str, "created_at": str},
-    "group add shapes @bob": {"group": str, "member_type": ("agent",), "member_value": str},
-    "group add shapes --role planner": {"group": str, "member_type": ("role",), "member_value": str},
-    "group list": {"groups": [{"group_id": str, "name": str, "description?": str, "member_count": int, "created_at": str}]},
-    "daemon status": {"running": bool, "status": ("running",), "pid": int, "repo_path": str, "uptime": str, "version": str,
-                      "sync_state": str},
-    "init": dict, "setup": None, "daemon start": None,
-}
-
+# ---------------------------------------------------------------- --quiet, global flags (JSON: test_contract_cli.py)
 
 @pytest.fixture(scope="module")
 def known(team):
@@ -330,23 +273,6 @@ def filled(team, words):
             "{new}": lambda: f"g{team.seq()}"}
     team.ada.ok("session", "start") if words.split()[-1] == "end" else None
     return [make[word]() if word in make else word for word in words.split()]
-
-
-@pytest.mark.parametrize("words", [words for words, shape in JSON.items() if shape is not None])
-def test_json_is_one_document_of_its_shape(known, words):
-    """--json: one document on stdout, indented by two, of the contract's shape, nothing on stderr; --quiet changes nothing."""
-    if "wait" in words:
-        known.mail()
-    try:
-        for more in ([], ["--quiet"]):
-            done = known.ada.run(*filled(known, words), "--json", *more, check=0)
-            assert done.stderr == ""
-            value = one_document(done.stdout)
-            shaped(value, JSON[words])
-            assert done.stdout.startswith('{\n  "')
-    finally:
-        if words.endswith("end"):
-            known.ada.ok("session", "start")
 
 
 QUIET = ["send hello --to @implementer", "reply {theirs} answer", "sent", "message edit {own} text", "message delete {own} --force",

@@ -9,7 +9,8 @@ import pytest
 
 import thrum
 from conftest import THRUM
-from team import POISON, error_line, finish, one_document, raw_in, shaped, start
+from shapes import shaped
+from team import POISON, error_line, finish, one_document, raw_in, start
 
 SOURCE = ("config.json", "env", "default")
 SHOWN = {"value": str, "source": SOURCE}

@@ -14,7 +14,8 @@ import pytest
 
 import thrum
 from conftest import CLEAN
-from team import Team, error_line, finish, shaped, start
+from shapes import shaped
+from team import Team, error_line, finish, start
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,8 @@ import pytest
 
 import thrum
 from conftest import CLEAN
-from team import Team, error_line, one_document, raw_in, script, shaped
+from shapes import shaped
+from team import Team, error_line, one_document, raw_in, script
 from test_methods import Team as Core
 from test_screen import run
 
