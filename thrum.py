@@ -438,27 +438,43 @@ def parse_pair(text: str, what: str) -> dict:
 
 
 # Scripts that write without blanks, where each character counts as a word: Thai, Lao, Myanmar, Khmer, Kana, Han.
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+UNSPACED = ("\u0e00\u0eff", "\u1000\u109f", "\u1780\u17ff", "\u3040\u30ff", "\u3400\u4dbf", "\u4e00\u9fff", "\uf900\ufaff",
+            "\U00020000\U0003ffff")
 
 
 def words_of(text: str):
-    """The words of a text as pairs of position and word, in the form in which words are compared.
+    """The words of a text as pairs of (start, end) and the word in the form in which words are compared.
 
     That is without case and accents: `Éclair`, `ECLAIR` and `eclair` are one word; `parse_line` is two.
     """
-    global _word
-    _word = _word or re.compile(f"[{UNSPACED}]|(?:(?![{UNSPACED}])[^\\W_])+")
-    for match in _word.finditer(text):
-        word = match[0]
+    if text.isascii():
+        for match in re.finditer("[A-Za-z0-9]+", text):
+            yield match.span(), match[0].lower()
+        return
+    for start, end in _word_spans(text):
+        word = text[start:end]
         if word.isascii():
-            yield match.span(), word.lower()
+            yield (start, end), word.lower()
         else:
             bare = "".join(c for c in unicodedata.normalize("NFKD", word.casefold()) if not unicodedata.combining(c))
-            for part in _word.findall(bare):
-                yield match.span(), part
+            for first, last in _word_spans(bare):       # ½ is two words
+                yield (start, end), bare[first:last]
 
 
-_word = None
+def _word_spans(text: str):
+    """Where words begin and end: letters and digits with the marks that follow them (Unicode's category M)."""
+    start, alone = -1, False
+    for i, c in enumerate(text):
+        if start >= 0 and not c.isalnum() and unicodedata.category(c)[0] == "M":
+            continue
+        single = c >= UNSPACED[0][0] and any(low <= c <= high for low, high in UNSPACED)
+        if start >= 0 and (alone or single or not c.isalnum()):
+            yield start, i
+            start = -1
+        if start < 0 and c.isalnum():
+            start, alone = i, single
+    if start >= 0:
+        yield start, len(text)
 
 
 def parse_query(text: str) -> list:
@@ -1219,6 +1235,7 @@ class Git:
 
 IDENTITY_VERSION = 3
 IDENTITY_MAX = 65_536           # bytes; a file that is larger is not one of ours
+USER_MAX = 32                   # characters of a user name, as in the reference
 IDENTITIES_MAX = 64             # files that are read: one worktree, a handful of agents
 
 
@@ -1273,9 +1290,10 @@ def unnamed_agent_id(repo_id: str, role: str, module: str) -> str:
 
 
 def user_name_from_git(name: str) -> str:
-    """The user name for somebody called `name` in git: lower case, blanks as `-`, at most 32 bytes."""
-    kept = "".join("-" if c in " -_" else c for c in name.lower() if c.isalnum() or c in " -_")
-    return kept.encode()[:32].decode(errors="ignore").strip("-") or "user"
+    """The user name for somebody called `name` in git: `Jürgen Doe` is `jurgen-doe`; at most USER_MAX characters."""
+    bare = unicodedata.normalize("NFKD", name.lower()).encode("ascii", "ignore").decode()
+    kept = "".join("-" if c in " -_" else c for c in bare if c.isalnum() or c in " -_")
+    return kept[:USER_MAX].strip("-") or "user"
 
 
 class Identity(Record):
@@ -1603,7 +1621,7 @@ class Journal:
         if first < self.firsts()[-1]:
             return atomic_write(path, b"\n".join([header, *changed, b""]))
         # What is appended from now on must go to the file that has the name, whatever fails: the new one is opened first.
-        spare = path + ".new"
+        spare = f"{self.directory}/.{first}.new.tmp"
         atomic_write(spare, b"\n".join([header, *changed, b""]))
         descriptor = os.open(spare, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         try:
@@ -2161,6 +2179,12 @@ class Store:
         self.db.execute("update agents set last_seen_at = max(last_seen_at, ?) where agent = "
                         "(select agent from sessions where session_id = ?)", (ns, session_id))
 
+    def newest_act(self, agent_id: str) -> int:
+        """The time (ns) of the newest message or session of an agent, 0 without any."""
+        key = self.key_of(agent_id)
+        return max(self.value("select max(at) from messages where author = ?", key, default=0),
+                   self.value("select max(max(started_at, ifnull(ended_at, 0))) from sessions where agent = ?", key, default=0))
+
     def note_presence(self, seen: dict) -> None:
         """Note when agents (id -> ns) gave a sign of life.  Of this machine only, like `touch`."""
         for agent_id, ns in seen.items():
@@ -2217,6 +2241,17 @@ class Store:
         return {row[0] for row in self.db.execute("select distinct role from agents where registered_at is not null "
                                                   "and kind = 'agent'")}
 
+    def groups_named(self, name: str) -> list:
+        """The ids of all groups of a name: two machines may have made it at once."""
+        return [row[0] for row in self.db.execute("select group_id from groups where name = ? and created_at is not null and "
+                                                  "deleted_at is null order by created_at, group_id", (name,))]
+
+    def membership(self, group_id: str, kind: str, value: str) -> int:
+        """When a member was added to a group (ns), 0 when it is none."""
+        row = self.db.execute("select present, at from group_members where group_id = ? and member_type = ? and member_value = ? "
+                              "order by at desc, event_id desc limit 1", (group_id, kind, value)).fetchone()
+        return row[1] if row and row[0] else 0
+
     def role_group(self, role: str) -> dict | None:
         """The group that each role is, as `group` gives stored ones; None when no agent has it."""
         since = self.value("select min(registered_at) from agents where role = ? and kind = 'agent'", role)
@@ -2245,10 +2280,11 @@ class Store:
         members = {(row["member_type"], row["member_value"]): row for row in last.values() if row["present"]}
         return [members[which] for which in sorted(members)]
 
-    def expand(self, kind: str, name: str, ns: int = FAR, path: tuple = ()) -> frozenset:
+    def expand(self, kind: str, name: str, ns: int = FAR) -> frozenset:
         """The keys of the agents behind a `group` (or role) or a `mention` (id, user or role) just before `ns`.
 
-        Answers for times after the latest change are remembered.  A group inside itself adds nothing.
+        Answers for times after the latest change are remembered.  A group inside itself adds nothing, and people
+        have no role.
         """
         if self._settled < 0:
             self._settled = max(self.value("select max(at) from roster", default=0),
@@ -2257,30 +2293,35 @@ class Store:
         known = ns > self._settled
         if known and (kind, name) in self._expanded:
             return self._expanded[kind, name]
-        roles = dict(self.db.execute("select agent, role from roster where at < ? order by agent, at, event_id", (ns,)))
-        present = {agent: role for agent, role in roles.items() if role is not None}
-        groups = () if kind == "mention" else self._groups_called(name, ns)
-        if kind == "group" and name == EVERYONE:
-            found = set(present)
-        elif groups:
-            found = set()
-            for group in groups:
+        roster = self.db.execute("select r.agent, r.role, a.agent_id from roster r join agents a using(agent) where at < ? "
+                                 "order by r.agent, at, event_id", (ns,))
+        present = {agent: None if role is None else "" if agent_id.startswith("user:") else role for agent, role, agent_id in roster}
+        present = {agent: role for agent, role in present.items() if role is not None}
+        found, left, met = set(), [name], set()
+        while left and kind == "group":     # all groups that are nested in it, each once
+            group = left.pop()
+            ids = self._groups_called(group, ns) if group not in met and group != EVERYONE else ()
+            if group == EVERYONE:
+                found.update(present)
+            elif group == name and not ids and not met:
+                found.update(agent for agent, role in present.items() if role == name)
+            met.add(group)
+            for group_id in ids:
                 members = {(row[0], row[1]): row[2] for row in self.db.execute(
                     "select member_type, member_value, present from group_members where group_id = ? and at < ? "
-                    "order by at, event_id", (group, ns))}
+                    "order by at, event_id", (group_id, ns))}
                 for member_type, value in (which for which, is_in in members.items() if is_in):
                     if member_type == "role":
                         found.update(a for a, role in present.items() if value in ("*", role))
-                    elif member_type == "group" and value not in path:
-                        found |= self.expand("group", value, ns, (*path, name))
+                    elif member_type == "group":
+                        left.append(value)
                     elif member_type == "agent":
                         found.update(key for key in [self.key_of(value)] if key in present)
-        else:
+        if kind == "mention":
             found = {agent for agent, role in present.items() if role == name}
-            if kind == "mention":
-                found.update(key for key in (self.key_of(name), self.key_of("user:" + name)) if key in present)
+            found.update(key for key in (self.key_of(name), self.key_of("user:" + name)) if key in present)
         found = frozenset(found)
-        if known and not path:
+        if known:
             self._expanded[kind, name] = found
         return found
 
@@ -2353,7 +2394,7 @@ class Store:
             if pushed_at:
                 state["pushed_at"], state["route"] = stamp_of(pushed_at), route
             if seen_at or read_at:
-                state["seen_at"] = stamp_of(seen_at or read_at)
+                state["seen_at"] = stamp_of(min(seen_at or FAR, read_at or FAR))      # who has read it has seen it
             if seen_at:
                 state["shown_at"] = stamp_of(seen_at)
             if read_at:
@@ -2935,8 +2976,9 @@ class Store:
             return              # of a newer version
         at, message, was_read, was_seen, hidden = row
         read_at = min(was_read or FAR, ns) if event["receipt_type"] == "read" else was_read
+        seen_at = min(was_seen or FAR, ns) if event["receipt_type"] == "seen" else was_seen
         self.db.execute("update deliveries set read_at = ?, seen_at = ? where agent = ? and at = ? and seq = ?",
-                        (read_at, min(was_seen or FAR, ns), key, at, message))
+                        (read_at, seen_at, key, at, message))
         if read_at and not was_read:
             self._read_by[message] = self._read_by.get(message, 0) + 1
             if not hidden:
@@ -3227,6 +3269,7 @@ class Ledger:
         self.export = []        # (stem, line) that wait for their branch file
         self.incomplete = False # whether branch files lack lines since `branch_seq`
         self.export_problem = ""
+        self._indexed_all = None    # what this batch has found out about that
         self.unindexed = True   # whether messages may be missing in the full-text index
         self.untidy = False     # whether bytes of removed messages are still to be freed
         self._to_tidy = None    # the files that are still to be looked at for that
@@ -3511,7 +3554,7 @@ class Ledger:
         happened: the batch is then carried out once more, `careful`.  A damaged database is made anew, and the
         batch carried out `again`.
         """
-        self.batch, self.afterwards, outcomes = [], [], []
+        self.batch, self.afterwards, self._indexed_all, outcomes = [], [], None, []
         try:
             self.store.begin()
             for request in requests:
@@ -3542,7 +3585,10 @@ class Ledger:
             problem = ThrumError(f"nothing was stored: {os_problem(error) if isinstance(error, OSError) else error}")
             return [o if isinstance(o, ThrumError) else problem for o in outcomes] + \
                    [problem] * (len(requests) - len(outcomes)), []
-        self.unindexed = self.unindexed or bool(self.batch)
+        if self.batch:
+            self.unindexed = True
+        elif self._indexed_all is not None:     # only now: whoever searches relies on what is committed
+            self.unindexed = not self._indexed_all
         first = self.journal.last - len(self.batch) + 1
         events = [(first + i, event) for i, (_, event, _) in enumerate(self.batch)]
         try:
@@ -3607,7 +3653,7 @@ class Ledger:
 
     def index(self, limit: int) -> None:
         """Bring so many messages into the full-text index.  In a transaction: a request calls it."""
-        self.unindexed = self.store.index_messages(limit)
+        self._indexed_all = not self.store.index_messages(limit)
 
     def flush(self, sync: bool = False) -> None:
         """Write waiting lines to the branch files; with `sync`, make them durable and remember how far.
@@ -3645,7 +3691,13 @@ class Ledger:
             self.flush(sync=True)
             shutil.rmtree(self.places.journal + ".damaged", ignore_errors=True)
             remove(self.places.bad_lines)       # it may hold halves of what is to be gone
-            files = [(self.branch.rewrite, path) for path in reversed(log_files(self.places.sync))]
+            for folder in (self.places.journal, self.places.sync, self.places.sync + "/messages"):
+                for name in os.listdir(folder):
+                    if name[0] == "." and name.endswith(".tmp"):        # of a write that a crash has cut short
+                        remove(f"{folder}/{name}")
+            # The last file of a stem first: one that is empty goes unless another follows.
+            files = sorted(log_files(self.places.sync), key=lambda path: (len(path), path))
+            files = [(self.branch.rewrite, path) for path in files]
             self._to_tidy = files + [(self.journal.rewrite, first) for first in reversed(self.journal.firsts())]
         try:
             while self._to_tidy:
@@ -3999,6 +4051,16 @@ class Lines:
 
 # ================================================================== 18  Integrations
 
+# The programs that agents run in; `all` and `amp` are accepted beside them.
+RUNTIMES = ("claude", "codex", "cursor", "gemini", "auggie", "cli-only", "all")
+
+
+def check_runtime(name: str | None) -> None:
+    """Raise Usage for the name of a runtime that nobody knows."""
+    if name is not None and name not in (*RUNTIMES, "amp"):
+        raise Usage(f'unknown runtime "{name}"; supported: {", ".join(RUNTIMES)}')
+
+
 IGNORED = (".thrum/", ".thrum.*.json", "scripts/thrum-startup.sh")
 IGNORED_BECAUSE = "# thrum: messages between agents, kept on the branch a-sync"
 
@@ -4282,7 +4344,6 @@ Call it as `{LAUNCHER}` from the top of the worktree.
 
 ACTIVE_S = 24 * 3600            # seconds after which somebody who was not seen is worth a warning
 STALE_DAYS = 30                 # days after which an agent that was not seen counts as an orphan, as in the reference
-USER_MAX = 32                   # characters of a user name, as in the reference
 REMOVE_MAX = 20_000             # messages removed by one call: bounds the transaction that others wait for
 REMOVE_BYTES = LINE_MAX // 2    # of ids in one event, which has to fit a line with its envelope and escapes
 OVERDUE_DAYS = 7                # days after which mail that nobody has read is no longer worth a notice
@@ -4294,7 +4355,7 @@ INTEGER_MAX = 1 << 53           # what every JSON reader keeps exactly (RFC 8259
 PAIR = object()                 # {"type": …, "value": …}
 PREVIEW_MAX = 200               # characters of a message in its trace
 SNIPPET = 160                   # characters of a message around what was searched for: two lines of a terminal
-SEARCH_WORDS_MAX = 32           # words and phrases of a query: more is a text, not a question
+SEARCH_WORDS_MAX = 32           # words of a query: more is a text, not a question
 AWAY_NAMES = 5                  # names in a warning
 DELIVERY_STATES = (("answered", "answered_at"), ("read", "read_at"), ("seen", "seen_at"), ("pushed", "pushed_at"),
                    ("delivered", "delivered_at"))      # the furthest first
@@ -4435,13 +4496,15 @@ def agent_register(context: Context, params: dict) -> dict:
     if store.group(agent_id):
         raise ThrumError(f'agent name "{agent_id}" is the name of a group — choose a different name')
     known = store.agent(agent_id)
+    if store.group(role) and not (known and known["role"] == role):
+        raise ThrumError(f'role "{role}" is the name of a group — choose a different role')
     force = params.get("force", False)
     if known and known["daemon"] != context.ledger.daemon_id and not force \
             and context.world.now_ns() - known["last_seen_at"] < ACTIVE_S * NS:
         raise Conflict(f"agent '{agent_id}' was registered on {known['hostname'] or 'another machine'} and last seen "
                        f"{_stamp(known['last_seen_at'])[:19]}Z; choose another name, or take it over with --force")
     if known and (known["role"], known["module"]) == (role, module):
-        if not again and not force:
+        if not again and not force and known["daemon"] == context.ledger.daemon_id:
             return {"agent_id": agent_id, "status": "registered"}
         status = "updated" if again else "registered"
     else:
@@ -4473,19 +4536,30 @@ def agent_delete(context: Context, params: dict) -> dict:
     return {"agent_id": name, "deleted": True, "message": f"Agent {name} deleted successfully"}
 
 
+def _identities_in(top: str) -> list:
+    """The identities of a worktree that can be read: pairs of file name and Identity."""
+    found = []
+    for file, content in read_identities(top + "/.thrum"):
+        try:
+            found.append((file, parse_identity(file, content)))
+        except NoIdentity:
+            pass
+    return found
+
+
 def _delete_agent(context: Context, agent_id: str, method: str, reason: str) -> None:
     """Take an agent out, with everything that it wrote: a tombstone, so that it stays out on all machines."""
     agent = context.store.agent(agent_id)
     if not agent:
         raise ThrumError(f"agent not found: {agent_id}")
-    newest = context.store.page(author=agent_id, limit=1)["messages"]
-    context.append("agent.cleanup", after=max([agent["registered_at"], *(m["at"] for m in newest)]), agent_id=agent_id,
+    context.append("agent.cleanup", after=max(agent["registered_at"], context.store.newest_act(agent_id)), agent_id=agent_id,
                    reason=reason, method=method)
     tops = worktrees_of(context.ledger.places.common)
 
-    def remove_files():
+    def remove_files():         # by the id in it, not by its name: a file may be called as it likes
         for top in tops:
-            for file in (f"identities/{agent_id}.json", *("context/" + name for name in context_files(agent_id))):
+            own = [f"identities/{file}" for file, identity in _identities_in(top) if identity.agent_id() == agent_id]
+            for file in (*own, *("context/" + name for name in context_files(agent_id))):
                 try:
                     remove(f"{top}/.thrum/{file}")
                 except OSError:
@@ -4493,24 +4567,12 @@ def _delete_agent(context: Context, agent_id: str, method: str, reason: str) -> 
     context.afterwards.append(remove_files)
 
 
-def _identity_files(places: Places) -> dict:
-    """The identities in all worktrees of the repository: agent id -> the content of its file."""
-    found = {}
-    for top in worktrees_of(places.common) or [places.root]:
-        for file, content in read_identities(top + "/.thrum"):
-            try:
-                identity = parse_identity(file, content)
-            except NoIdentity:
-                continue
-            found.setdefault(identity.agent_id(), identity.data)
-    return found
-
-
 def _orphans(context: Context, threshold: int) -> list:
     """The agents of this machine that nobody can be any more, each with the reason."""
     ledger, now, orphans = context.ledger, context.world.now_ns(), []
-    files = _identity_files(ledger.places)
-    worktrees = {printable(os.path.basename(top)) for top in worktrees_of(ledger.places.common) or [ledger.places.root]}
+    tops = worktrees_of(ledger.places.common) or [ledger.places.root]
+    files = {identity.agent_id(): identity.data for top in reversed(tops) for _, identity in _identities_in(top)}
+    worktrees = {printable(os.path.basename(top)) for top in tops}
     branches = set(Git(ledger.places.root).run("for-each-ref", "--format=%(refname:short)", "refs/heads", check=False).decode(
         errors="replace").split("\n"))
     for agent in context.store.agents():
@@ -4528,7 +4590,8 @@ def _orphans(context: Context, threshold: int) -> list:
             elif data and type(worktree) is str and worktree and worktree not in worktrees:
                 reasons.append(f"worktree {worktree} is gone")
                 missing["worktree_missing"] = True
-            if data and type(branch) is str and branch and branch not in branches:
+            # Somebody who works here may be on a branch that was merged and deleted, or that has no commit yet.
+            if data and type(branch) is str and branch and branch not in branches and not context.store.open_session(agent["agent_id"]):
                 reasons.append(f"branch {branch} is gone")
                 missing["branch_missing"] = True
         if seen and days > threshold:
@@ -4581,6 +4644,8 @@ def user_register(context: Context, params: dict) -> dict:
         raise InvalidParams(f"display must be a text of at most {PAIR_MAX} printable characters")
     user_id = "user:" + username
     known = context.store.agent(user_id)
+    if not known and context.store.group(username):
+        raise ThrumError(f'username "{username}" is the name of a group — choose a different name')
     if not known or (display and display != known["display"]):
         context.append("agent.register", after=known["registered_at"] if known else 0, agent_id=user_id, kind="user", role=username,
                        module="ui", display=display, hostname=context.world.hostname())
@@ -4712,8 +4777,8 @@ def group_create(context: Context, params: dict) -> dict:
                             "'_', '-' and '.'")
     if store.group(name):
         raise ThrumError(f'group "{name}" already exists')
-    if store.agent(name) or name in store.roles():
-        raise ThrumError(f'group "{name}" would hide the agent or role of that name — choose a different name')
+    if store.agent(name) or store.agent("user:" + name) or name in store.roles():
+        raise ThrumError(f'group "{name}" would hide the agent, person or role of that name — choose a different name')
     event = context.append("group.create", group_id=context.world.new_id("grp"), name=name,
                            description=check_text(params.get("description", ""), "description"),
                            created_by=params.get("caller_agent_id") or "system")
@@ -4748,7 +4813,8 @@ def group_member_add(context: Context, params: dict) -> dict:
         raise ThrumError(f"invalid member_type \"{kind}\" (must be 'agent', 'role' or 'group')")
     group = _group_for_change(context, params["group"])
     if kind == "agent" and not store.agent(value):
-        raise ThrumError(f'agent "{value}" not found — agent must be registered before being added to a group')
+        hint = "; it is a group: add it as one" if store.group(value) else "; it is a role: add it as one" if value in store.roles() else ""
+        raise ThrumError(f'agent "{value}" not found — agent must be registered before being added to a group{hint}')
     if kind == "role" and value != "*" and value not in store.roles():
         raise ThrumError(f'role "{value}" not found — no registered agents with this role')
     if kind == "group":
@@ -4777,12 +4843,14 @@ def _groups_inside(store: Store, name: str) -> set:
 
 def group_member_remove(context: Context, params: dict) -> dict:
     store, kind = context.store, params.get("member_type") or "agent"
-    value, group = params["member_value"].lstrip("@"), _group_for_change(context, params["group"])
-    member = next((m for m in store.group_members(group["name"]) if (m["member_type"], m["member_value"]) == (kind, value)), None)
-    if member:
-        context.append("group.member.remove", after=max(group["created_at"], member["at"]), group_id=member["group_id"],
-                       member_type=kind, member_value=value, removed_by=params.get("caller_agent_id") or "system")
-    return {"group": group["name"], "member_type": kind, "member_value": value, "member": value, "removed": bool(member)}
+    value, group, removed = params["member_value"].lstrip("@"), _group_for_change(context, params["group"]), False
+    for group_id in store.groups_named(group["name"]):
+        added = store.membership(group_id, kind, value)
+        if added:
+            removed = True
+            context.append("group.member.remove", after=added, group_id=group_id, member_type=kind, member_value=value,
+                           removed_by=params.get("caller_agent_id") or "system")
+    return {"group": group["name"], "member_type": kind, "member_value": value, "member": value, "removed": removed}
 
 
 def group_delete(context: Context, params: dict) -> dict:
@@ -4790,9 +4858,9 @@ def group_delete(context: Context, params: dict) -> dict:
     if name == EVERYONE:
         raise ThrumError("cannot delete built-in @everyone group")
     group = _stored_group(context.store, name)
-    members = context.store.group_members(name)
-    event = context.append("group.delete", after=max([group["created_at"], *(m["at"] for m in members)]),
-                           group_id=group["group_id"], deleted_by=by)
+    newest = max([group["created_at"], *(m["at"] for m in context.store.group_members(name))])
+    for group_id in context.store.groups_named(name):
+        event = context.append("group.delete", after=newest, group_id=group_id, deleted_by=by)
     if params.get("delete_messages"):
         _remove_messages(context, context.store.messages_with(scope=("group", name), limit=REMOVE_MAX), "group deleted", by)
     return {"name": name, "deleted_at": event["timestamp"], "deleted": True}
@@ -4859,17 +4927,7 @@ def message_send(context: Context, params: dict) -> dict:
     form = params.get("format") or "markdown"
     if form not in ("markdown", "plain", "json"):
         raise ThrumError(f"invalid format: {form} (must be 'markdown', 'plain', or 'json')")
-    caller = author = caller_of(context, params)
-    target = params.get("acting_as", "")
-    if target:
-        author = target
-    key = params.get("send_key", "")
-    if key and len(key) > PAIR_MAX:
-        raise InvalidParams(f"send_key is longer than {PAIR_MAX} characters")
-    before = store.message_by_key(author, key) if key else None
-    if before:
-        return _repeated(store, before)
-    session = session_of(context, caller)
+    caller, target = caller_of(context, params), params.get("acting_as", "")
     if target:
         if not caller.startswith("user:"):
             raise ThrumError(f"only users can impersonate agents (caller: {caller})")
@@ -4877,6 +4935,13 @@ def message_send(context: Context, params: dict) -> dict:
             raise ThrumError(f"users can only impersonate agents, not other users (target: {target})")
         if not store.agent(target):
             raise ThrumError(f"target agent does not exist: {target}")
+    author, key = target or caller, params.get("send_key", "")
+    if key and len(key) > PAIR_MAX:
+        raise InvalidParams(f"send_key is longer than {PAIR_MAX} characters")
+    before = store.message_by_key(author, key) if key else None
+    if before:
+        return _repeated(store, before)
+    session = session_of(context, caller)
     # Scopes and references of routing types are what they say, whether they come as mentions or not.
     given_scopes, given_refs = pairs_of(params.get("scopes")), pairs_of(params.get("refs"))
     wanted = [*params.get("mentions", []), *(v for k, v in given_refs if k in ("mention", "group")),
@@ -5106,9 +5171,9 @@ def message_trace(context: Context, params: dict) -> dict:
 
 def message_search(context: Context, params: dict) -> dict:
     """Messages whose text holds all words of the query, the best first; see `parse_query`."""
-    store, phrases = context.store, parse_query(params["query"])
+    store, phrases = context.store, parse_query(check_text(params["query"], "the query"))
     limit = min(max(params.get("limit") or 10, 1), PAGE_MAX)
-    if len(phrases) > SEARCH_WORDS_MAX:
+    if sum(len(words) for words, _ in phrases) > SEARCH_WORDS_MAX:
         raise InvalidParams(f"a query has at most {SEARCH_WORDS_MAX} words")
     found = {"messages": [], "total": 0}
     if phrases:
@@ -5132,7 +5197,7 @@ def _snippet(content: str, spans: list) -> tuple:
     end = start + SNIPPET
     text = ("…" if start else "") + content[start:end] + ("…" if end < len(content) else "")
     shift = start - bool(start)
-    return text, [[a - shift, b - shift] for a, b in spans if start <= a and b <= end]
+    return text, [[a - shift, min(b, end) - shift] for a, b in spans if start <= a < end]
 
 
 def _remove_messages(context: Context, rows: list, reason: str, by: str) -> int:
@@ -5918,6 +5983,7 @@ def _worktree_ref(console: Console) -> list:
 
 async def quickstart(console: Console, args: Args) -> int:
     environ = console.environ
+    check_runtime(args.runtime)
     name = await _chosen_name(console, args)
     old = Identity() if args.force else _continued(console, name)
     role = args.role or environ.get("THRUM_ROLE") or old.role
@@ -5928,18 +5994,29 @@ async def quickstart(console: Console, args: Args) -> int:
     if args.preamble_file is not None:
         own_words = check_text(await _given(console, args.preamble_file, f'failed to read preamble file "{args.preamble_file}"'),
                                "the preamble", PREAMBLE_MAX)
+    if args.dry_run:
+        check_word(role, "role")
+        plan = [f"register {handle(name or old.name or role)} ({role}, {module})", "start a session",
+                f"set the intent: {one_line(_intent(console, role, args.intent))}"]
+        await console.answer({"dry_run": True, "would": plan}, "".join(f"Would {step}\n" for step in plan))
+        return 0
     register, session, done = await enrol(console, old, name or old.name, role, module, args.display, args.intent, args.force, own_words)
     unread = (await console.call("message.list", for_agent=register["agent_id"], page_size=1))["unread"]
     thrum = console.program
     await console.answer(
-        {"register": register, "session": session, "intent": done},
-        f"✓ Registered as {handle(register['agent_id'])} ({role}, {module})\n✓ Session started: {session['session_id']}\n"
+        {"register": register, "session": session, "intent": done, **compact(runtime=args.runtime)},
+        (f"✓ Using runtime: {args.runtime}\n" if args.runtime else "")
+        + f"✓ Registered as {handle(register['agent_id'])} ({role}, {module})\n✓ Session started: {session['session_id']}\n"
         f"✓ Intent set: {one_line(done['intent'])}\n" + ("" if args.quiet else "\nNext:\n" + rows_of([
             [f"  {thrum} inbox", f"read what was sent to you ({unread} unread)" if unread else "read what others send you"],
             [f'  {thrum} send "…" --to @NAME', "write to an agent, a role or a group; without --to, to everyone"],
             [f"  {thrum} agent list", "see who is here"],
             [f"  {thrum} wait --timeout 5m", "wait for the next message"]])))
     return 0
+
+
+def _intent(console: Console, role: str, intent: str | None) -> str:
+    return intent or DEFAULT_INTENTS.get(role, "Working in {}").format(console.worktree)
 
 
 async def enrol(console: Console, old: Identity, name: str, role: str, module: str, display: str | None, intent: str | None,
@@ -5949,9 +6026,7 @@ async def enrol(console: Console, old: Identity, name: str, role: str, module: s
     `old` is the identity that it continues; `own_words` go into its preamble.
     """
     display = display or console.environ.get("THRUM_DISPLAY") or old.display or f"{role.capitalize()} ({module})"
-    repository = console.worktree
-    intent = intent or DEFAULT_INTENTS.get(role, "Working in {}").format(repository)
-    check_text(intent, "intent")
+    repository, intent = console.worktree, check_text(_intent(console, role, intent), "intent")
     repo_id = (await console.call("health"))["repo_id"]
     identity = Identity(name or unnamed_agent_id(repo_id, role, module), role, module, display, "agent", "", old.data)
 
@@ -6479,12 +6554,12 @@ def _message_text(message: dict, console: Console, own: bool = False) -> str:
 
 
 async def inbox(console: Console, args: Args) -> int:
-    me = console.me()
     page = max(args.page, 1)
     try:
         scope = parse_pair(args.scope, "scope") if args.scope else None
     except InvalidParams as error:
         raise Usage(str(error)) from None
+    me = console.me()
     base = {"caller_agent_id": me, "for_agent": None if args.all else me, "exclude_self": True, "unread": args.unread or None}
     found = await console.call(
         "message.list", **base, mentions=args.mentions or None, scope=scope, author_id=(args.from_ or "").lstrip("@") or None,
@@ -6531,7 +6606,7 @@ async def sent(console: Console, args: Args) -> int:
         states = message.get("recipients", [])
         to = ", ".join(f"{one_line(a['type'])}:{one_line(a['value'])}" for a in message["audiences"])
         deleted = "  DELETED" if message["deleted"] else ""
-        block = f"{console.bold(plain(message['message_id']))}  {console.ago(message['created_at'])}  to {to}  " \
+        block = f"{console.bold(plain(message['message_id']))}{_via_text(message)}  {console.ago(message['created_at'])}  to {to}  " \
                 f"{message['read_count']}/{len(states)} read{deleted}\n  {one_line(message['body']['content'], console.width - 2)}\n"
         if states:
             block += wrapped("Recipients: " + ", ".join(_state_text(state) for state in states[:20]), console.width, "  ")
@@ -7060,7 +7135,8 @@ COMMANDS = {
         Argument("--name", "your name: a-z, 0-9, _ and -"), Argument("--display", "your name for people"),
         Argument("--intent", "what you are going to do"), Argument("--preamble-file", "what is to stand before your saved context"),
         Argument("--force", "ignore an identity that is here already", bool),
-        Argument("--no-init", "accepted for compatibility", bool)),
+        Argument("--runtime", "the program that you run in: " + ", ".join(RUNTIMES[:-1])),
+        Argument("--dry-run", "only say what would be done", bool), Argument("--no-init", "accepted for compatibility", bool)),
         'thrum quickstart --name ada --role planner --module core', joins=True, does="changes"),
     "prime": Command(prime, "Who you are, who is here, what is unread, how to go on: to begin with."),
     "overview": Command(overview, "You, your team and your inbox."),
@@ -8439,7 +8515,6 @@ os._exit(launch(sys.argv[1:], home, sys.argv[0], {read_version(places.copy)!r}, 
 
 # ---- init and setup
 
-RUNTIMES = ("claude", "codex", "cursor", "gemini", "auggie", "cli-only", "all")
 
 
 class _Steps:
@@ -8578,8 +8653,7 @@ async def init(console: Console, args: Args) -> int:
         return await _remove(console, args)
     if args.yes:
         raise Usage("--yes goes with --remove")
-    if args.runtime is not None and args.runtime not in (*RUNTIMES, "amp"):
-        raise Usage(f'unknown runtime "{args.runtime}"; supported: {", ".join(RUNTIMES)}')
+    check_runtime(args.runtime)
     wanted = [args.agent_name, args.agent_role, args.agent_module]
     if args.agent_name:
         check_name(args.agent_name, "agent name")
@@ -9833,6 +9907,10 @@ def _main(argv: list, home: str, program: str, state: dict) -> int:
             show(1, help_text(name, row).encode())
             return 0
         places = None
+        if row.run is quickstart and args.dry_run:      # before anything is made, also where nothing is yet
+            console = LocalConsole(world, None, locate(os.path.realpath(start_directory(args)))[0], argv, program)
+            console.args, console.row = args, row
+            return run_now(row.run(console, args))
         if name not in UNPLACED:
             places = _find(args, home, row)
         top = places.top if places else os.getcwd()

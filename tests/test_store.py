@@ -204,14 +204,14 @@ class Model:
         return {agent: role for agent, role in roles.items() if role is not None}
 
     def behind(self, name, ns, path=()):
-        """The agents behind a group or role."""
-        present = self.present(ns)
+        """The agents behind a group or role; people have no role, and a group that was deleted is none."""
+        present = {agent: "" if agent.startswith("user:") else role for agent, role in self.present(ns).items()}
         if name == "everyone":
             return set(present)
         groups = [group for group, (known_as, created) in self.names.items()
                   if known_as == name and created < ns <= self.deleted_groups.get(group, ns)]
         if not groups:
-            return {agent for agent, role in present.items() if role == name}
+            return {agent for agent, role in present.items() if role == name and not path}
         found = set()
         for group in groups:
             members = {}
