@@ -1628,6 +1628,7 @@ class Journal:
             os.rename(spare, path)
         except OSError:
             os.close(descriptor)
+            remove(spare)
             raise
         os.close(self._descriptor)
         self._descriptor, self.size = descriptor, os.fstat(descriptor).st_size
@@ -1816,7 +1817,7 @@ create index messages_at on messages(at);
 create index messages_author on messages(author, at, unread_by);
 create index messages_thread on messages(thread_id, at) where thread_id is not null;
 create index messages_reply on messages(reply_to) where reply_to is not null;
-create table removed_messages(message_id text primary key) without rowid;
+create table removed(id text primary key) without rowid;
 create index messages_key on messages(send_key) where send_key is not null;
 create index messages_wide on messages(at) where wide;
 create table message_scopes(
@@ -2720,16 +2721,16 @@ class Store:
         if project:
             project(self, event, seq, ns)
 
-    def _is_removed(self, message_id: str) -> bool:
-        """Whether a message was removed for good."""
+    def _is_removed(self, parent: str) -> bool:
+        """Whether a message or session was removed for good."""
         if self._removals is None:
-            self._removals = self.value("select 1 from removed_messages limit 1") is not None
-        return self._removals and self.value("select 1 from removed_messages where message_id = ?", message_id) is not None
+            self._removals = self.value("select 1 from removed limit 1") is not None
+        return self._removals and self.value("select 1 from removed where id = ?", parent) is not None
 
-    def _gone(self, message_id: str) -> None:
-        """Remember that a message is gone: whatever comes about it later has nothing to wait for, and its bytes are to be freed."""
-        self.db.execute("insert or ignore into removed_messages values(?)", (message_id,))
-        self.db.execute("delete from pending where parent = ?", (message_id,))
+    def _gone(self, parent: str) -> None:
+        """Remember that a message or session is gone: what comes about it later waits for nothing, and its bytes are to be freed."""
+        self.db.execute("insert or ignore into removed values(?)", (parent,))
+        self.db.execute("delete from pending where parent = ?", (parent,))
         self.set_meta(untidy=1)
         self._removals = True
 
@@ -3038,7 +3039,7 @@ class Store:
 
     def _drop_session(self, session_id: str) -> None:
         self._sessions.clear()
-        self.set_meta(untidy=1)
+        self._gone(session_id)
         for table in ("sessions", "session_scopes", "session_refs", "agent_work_contexts", "subscriptions"):
             self.db.execute(f"delete from {table} where session_id = ?", (session_id,))
 
@@ -3046,7 +3047,7 @@ class Store:
         self._sessions.clear()
         key, removed_at = self._agent(event["agent_id"])
         if ns <= removed_at:
-            return
+            return self._gone(event["session_id"])
         self.db.execute("insert or ignore into sessions(session_id, agent, started_at, last_seen_at, daemon) values(?, ?, ?, ?, ?)",
                         (event["session_id"], key, ns, ns, event.get("origin_daemon")))
         self._saw(key, ns)
@@ -3154,7 +3155,7 @@ class Store:
         for key, total, unread in self.db.execute("select agent, count(*), sum(read_at is null) from deliveries where at < ? and "
                                                   "not hidden group by agent", (cutoff,)).fetchall():
             self._count([key], -total, -unread)
-        self.db.execute("insert or ignore into removed_messages select message_id from messages where at < ? order by at desc limit ?",
+        self.db.execute("insert or ignore into removed select message_id from messages where at < ? order by at desc limit ?",
                         (cutoff, REMOVED_MAX))
         self.db.execute("delete from pending where parent in (select message_id from messages where at < ?)", (cutoff,))
         self._removals = None
@@ -3264,6 +3265,7 @@ class Ledger:
         self.progress = lambda: None
         self.batch = []         # (line, event, ns) of the batch in progress
         self.afterwards = []    # functions to call once it is durable
+        self.appended = {}      # what its requests have appended to files of their own -> the size before
         self.seen = {}          # agent id -> when it was heard of (ns), until `note_presence`
         self.late = {}          # agent key -> the time (ns) up to which unread mail is overdue
         self.export = []        # (stem, line) that wait for their branch file
@@ -3309,7 +3311,8 @@ class Ledger:
         if not self.store.group(EVERYONE):
             self._create_everyone()
         self.flush(sync=True)
-        self.untidy = self.store.is_untidy()
+        self._remove_leftovers()
+        self.untidy, self.late = self.store.is_untidy(), self.store.idle_since(OVERDUE_S)
         self.progress = lambda: None    # whoever wanted to know has gone
 
     def close(self) -> None:
@@ -3555,6 +3558,8 @@ class Ledger:
         batch carried out `again`.
         """
         self.batch, self.afterwards, self._indexed_all, outcomes = [], [], None, []
+        if not careful and not again:
+            self.appended = {}
         try:
             self.store.begin()
             for request in requests:
@@ -3687,19 +3692,16 @@ class Ledger:
         Each file is replaced whole, and what a crash leaves undone is done after the next start.
         """
         give_up_at = self.world.monotonic() + seconds
-        if self._to_tidy is None:
-            self.flush(sync=True)
-            shutil.rmtree(self.places.journal + ".damaged", ignore_errors=True)
-            remove(self.places.bad_lines)       # it may hold halves of what is to be gone
-            for folder in (self.places.journal, self.places.sync, self.places.sync + "/messages"):
-                for name in os.listdir(folder):
-                    if name[0] == "." and name.endswith(".tmp"):        # of a write that a crash has cut short
-                        remove(f"{folder}/{name}")
-            # The last file of a stem first: one that is empty goes unless another follows.
-            files = sorted(log_files(self.places.sync), key=lambda path: (len(path), path))
-            files = [(self.branch.rewrite, path) for path in files]
-            self._to_tidy = files + [(self.journal.rewrite, first) for first in reversed(self.journal.firsts())]
         try:
+            if self._to_tidy is None:
+                self.flush(sync=True)
+                self._remove_leftovers()
+                shutil.rmtree(self.places.journal + ".damaged", ignore_errors=True)
+                remove(self.places.bad_lines)   # it may hold halves of what is to be gone
+                # The last file of a stem first: one that is empty goes unless another follows.
+                files = sorted(log_files(self.places.sync), key=lambda path: (len(path), path))
+                self._to_tidy = [(self.branch.rewrite, path) for path in files] + \
+                    [(self.journal.rewrite, first) for first in reversed(self.journal.firsts())]
             while self._to_tidy:
                 rewrite, which = self._to_tidy.pop()
                 rewrite(which, self._without_obsolete)
@@ -3718,6 +3720,13 @@ class Ledger:
             self._to_tidy, self._shrunk, self.untidy = None, False, False   # until the next start, or the next purge
             logging.getLogger("thrum").warning("the space of removed messages was not freed: %s", error)
         return self.untidy
+
+    def _remove_leftovers(self) -> None:
+        """Remove the temporary files of writes that a crash has cut short: they hold all that the file held then."""
+        for folder in (self.places.journal, self.places.sync, self.places.sync + "/messages"):
+            for name in os.listdir(folder) if os.path.isdir(folder) else ():
+                if name[0] == "." and name.endswith(".tmp"):
+                    remove(f"{folder}/{name}")
 
     def _without_obsolete(self, lines: list) -> list:
         """The lines of a file, those of removed messages and sessions empty."""
@@ -5026,7 +5035,7 @@ def _unmoved_thread(store: Store, last: str, thread_id: str) -> str:
     if thread_id and store.thread(thread_id) != thread:
         raise ThrumError(f"{last} is in thread {thread}, not in {thread_id}")
     newest = store.newest_of(thread, last)
-    if newest and newest["seq"] != row["seq"]:
+    if newest and (newest["at"], newest["seq"]) > (row["at"], row["seq"]):
         raise Conflict(f"the thread has moved on: @{newest['agent_id']} wrote {newest['message_id']} after {last}; read it, then send "
                        f"again with --if-last {newest['message_id']}", {"newer": _summary(newest)})
     return thread
@@ -5205,7 +5214,7 @@ def _remove_messages(context: Context, rows: list, reason: str, by: str) -> int:
     part, size = [], 0
     for number, row in enumerate(rows, 1):
         part.append(row)
-        size += len(row["message_id"]) + 3      # the quotes and the comma
+        size += len(canonical(row["message_id"])) + 1       # and the comma
         if size > REMOVE_BYTES or number == len(rows):
             context.append("message.remove", after=max(row["at"] for row in part), message_ids=[row["message_id"] for row in part],
                            reason=reason, removed_by=by)
@@ -5245,8 +5254,9 @@ def message_archive(context: Context, params: dict) -> dict:
             for row in rows]
         try:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            # A repetition after a crash adds lines twice, and loses none.
+            # A repetition after a crash adds lines twice, and loses none; of one in the same batch only the last stays.
             with open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)) as file:
+                file.truncate(context.ledger.appended.setdefault((path, name), file.tell()))
                 file.write(b"".join(line + b"\n" for line in lines))
                 file.flush()
                 durable_sync(file.fileno())
@@ -5325,7 +5335,8 @@ def message_mark_read(context: Context, params: dict) -> dict:
     """Marks what the caller received and has not read; `all`: the newest BATCH_READ_MAX of it up to `up_to_seq`."""
     store, reader = context.store, caller_of(context, params)
     if params.get("all"):
-        rows = store.page(receiver=reader, unread=True, up_to_seq=params.get("up_to_seq", FAR), limit=BATCH_READ_MAX)["messages"]
+        rows = store.page(receiver=reader, unread=True, up_to_seq=params.get("up_to_seq", FAR), limit=BATCH_READ_MAX)["messages"] \
+            if store.key_of(reader) else []     # a stranger sees what is for everybody, but received nothing
     elif not params.get("message_ids"):
         raise ThrumError("message_ids is required and must not be empty")
     else:
