@@ -1774,7 +1774,7 @@ QUERY_S = 10                    # seconds for one query; then it is interrupted
 REMOVED_MAX = 100_000           # purged messages that are remembered, because others may still write about them
 PRESENCE_GAP_S = 300            # seconds between two signs of life within which an agent counts as here: a long tool call
 PRESENCE_MAX = 64               # stretches of presence kept for an agent: more than a week of breaks
-SEARCH_TOTAL_MAX = 1_000        # hits that are counted: beyond, nobody reads on, and counting them all takes its time
+SEARCH_TOTAL_MAX = 1_000        # hits that are counted and ranked, the newest: who gets more asks again with more words
 
 SCHEMA = """
 create table schema_version(version integer not null, applied_at text not null);
@@ -2514,7 +2514,7 @@ class Store:
                limit: int = 10) -> dict:
         """Messages that hold all phrases (`parse_query`), the best first: {messages, total}.
 
-        `total` counts no further than SEARCH_TOTAL_MAX.  Without FTS5 the newest come first, and it takes longer.
+        Of more than SEARCH_TOTAL_MAX hits only the newest count.  Without FTS5 the newest come first, and it takes longer.
         """
         where, args = [], []
         if author:
@@ -2543,6 +2543,12 @@ class Store:
             self.db.create_function("holds", 1, lambda content: bool(find_phrases(content, phrases)))
             tables, seq, order = "messages m", "m.seq", "m.at desc"
             where += ["m.deleted_at is null", "holds(m.content)"]
+        # Ranking takes its time for each hit, so of a common word only the newest are ranked.
+        oldest = self.value(f"select {seq} from {tables} where {' and '.join(where)} order by {seq} desc limit 1 offset ?",
+                            *args, SEARCH_TOTAL_MAX - 1) if self.full_text() else None
+        if oldest:
+            where.append(f"{seq} >= ?")
+            args.append(oldest)
         condition = " and ".join(where)
         best = [row[0] for row in self.db.execute(f"select {seq} from {tables} where {condition} order by {order} limit ?",
                                                   (*args, limit))]
@@ -4582,8 +4588,9 @@ def _orphans(context: Context, threshold: int) -> list:
     tops = worktrees_of(ledger.places.common) or [ledger.places.root]
     files = {identity.agent_id(): identity.data for top in reversed(tops) for _, identity in _identities_in(top)}
     worktrees = {printable(os.path.basename(top)) for top in tops}
-    branches = set(Git(ledger.places.root).run("for-each-ref", "--format=%(refname:short)", "refs/heads", check=False).decode(
-        errors="replace").split("\n"))
+    named = {data.get("branch") for data in files.values() if type(data.get("branch")) is str} - {""}
+    listed = Git(ledger.places.root).run("for-each-ref", "--format=%(refname:short)", "refs/heads", check=False) if named else b""
+    gone = named - set(listed.decode(errors="replace").split("\n"))
     for agent in context.store.agents():
         if agent["kind"] != "agent":
             continue
@@ -4600,7 +4607,7 @@ def _orphans(context: Context, threshold: int) -> list:
                 reasons.append(f"worktree {worktree} is gone")
                 missing["worktree_missing"] = True
             # Somebody who works here may be on a branch that was merged and deleted, or that has no commit yet.
-            if data and type(branch) is str and branch and branch not in branches and not context.store.open_session(agent["agent_id"]):
+            if branch in gone and not context.store.open_session(agent["agent_id"]):
                 reasons.append(f"branch {branch} is gone")
                 missing["branch_missing"] = True
         if seen and days > threshold:
@@ -4608,7 +4615,7 @@ def _orphans(context: Context, threshold: int) -> list:
         if reasons:
             orphans.append({
                 "agent_id": agent["agent_id"], "name": agent["agent_id"], "role": agent["role"], "module": agent["module"],
-                "worktree": str(worktree), "branch": str(branch), "last_seen_at": _stamp(seen), **missing,
+                "worktree": str(worktree), "branch": branch if type(branch) is str else "", "last_seen_at": _stamp(seen), **missing,
                 "days_since_last_seen": days, "reason": ", ".join(reasons),
                 "message_count": context.store.page(author=agent["agent_id"], limit=1)["total"]})
     return orphans

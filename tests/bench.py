@@ -40,7 +40,7 @@ DAEMON_ID = "d_bench0000000"
 FILE_BYTES = 8 << 20            # of one journal file
 SURFACE = (
     "inbox --all", "inbox --from agent2", "inbox --scope module:core", "sent", "sent --unread", "sent --to @agent2", "search parser",
-    "trace MSG", "message get MSG", "message read --all", "reply MSG yes", "wait --unread --timeout 0s --all", "status", "overview",
+    "trace MSG", "message get MSG", "message read --all", "reply MSG yes", "wait --after-seq 0 --timeout 1s", "status", "overview",
     "prime", "whoami", "ping agent2", "agent list", "agent list --context", "agent context", "session list", "session heartbeat",
     "group list", "group info everyone", "group members everyone --expand", "purge --before 1d", "agent cleanup --dry-run", "context show",
     "config show", "version", "help")
@@ -520,15 +520,14 @@ class Bench:
         repo = self.repo(10_000 if self.quick else 100_000)
         repo.start()
         os.chdir(repo.path)
-        env = {**CLEAN, "THRUM_AGENT_ID": "agent1"}
+        run([repo.launcher, "quickstart", "--name", "agent1", "--role", "coder", "--module", "module1"])
         with repo.client() as client:
             sent = client.call("message.outbox", caller_agent_id="agent1", page_size=1)["messages"][0]["message_id"]
-            client.call("session.start", agent_id="agent1")
         commands = [line.replace("MSG", sent).split() for line in SURFACE]
         for command in commands:
-            run([repo.launcher, *command], env)
+            run([repo.launcher, *command])
         spent = self.in_turns(self.rounds(12), lambda: run(EMPTY),
-                              *(lambda command=command: run([repo.launcher, *command], env) for command in commands), warm_up=1)
+                              *(lambda command=command: run([repo.launcher, *command]) for command in commands), warm_up=1)
         for command, seconds in zip(SURFACE, spent[1:]):
             self.row(f"{command} / empty Python", seconds * 1e3, spent[0] * 1e3, "ms", TIMES, 3)
         repo.stop()
