@@ -2798,7 +2798,8 @@ class Store:
         """Take a message back from agents who should not have had it; what they did with it is remembered."""
         for key in keys:
             which = (key, message["at"], message["seq"])
-            row = self.db.execute("select read_at, seen_at from deliveries where agent = ? and at = ? and seq = ?", which).fetchone()
+            row = self.db.execute("select read_at, seen_at, pushed_at, route from deliveries where agent = ? and at = ? and seq = ?",
+                                  which).fetchone()
             self.db.execute("delete from deliveries where agent = ? and at = ? and seq = ?", which)
             if row[0] is None:
                 self.db.execute("update messages set unread_by = unread_by - 1 where seq = ?", (message["seq"],))
@@ -2810,6 +2811,10 @@ class Store:
                     self._wait_for(message["message_id"], {
                         "type": "message.receipt", "timestamp": stamp_of(at), "message_id": message["message_id"],
                         "agent_id": agent_id, "receipt_type": kind, "event_id": f"{kind}:{agent_id}"})
+            if row[2]:
+                self._wait_for(message["message_id"], {
+                    "type": "message.route", "timestamp": stamp_of(row[2]), "message_ids": [message["message_id"]],
+                    "agent_id": agent_id, "route": row[3], "event_id": f"route:{agent_id}"})
 
     def _count(self, keys, total: int, unread: int) -> None:
         counts = self._counts
@@ -3005,8 +3010,11 @@ class Store:
         key = self._agent(event["agent_id"])[0]
         self.flush()
         for message_id in event["message_ids"]:
-            self.db.execute("update deliveries set pushed_at = ?, route = ? where pushed_at is null and (agent, at, seq) in "
-                            "(select ?, at, seq from messages where message_id = ?)", (ns, event["route"], key, message_id))
+            if not self.db.execute(
+                    "update deliveries set route = case when ifnull(pushed_at, ?) > ? then ? else route end, "
+                    "pushed_at = min(ifnull(pushed_at, ?), ?) where (agent, at, seq) in (select ?, at, seq from messages where "
+                    "message_id = ?)", (FAR, ns, event["route"], FAR, ns, key, message_id)).rowcount:
+                self._wait_for(message_id, {**event, "message_ids": [message_id]})
 
     def _thread_create(self, event: dict, seq: int, ns: int) -> None:
         self.db.execute("insert into threads values(?, ?, ?, ?, ?) on conflict(thread_id) do update set title = excluded.title, "
@@ -4944,6 +4952,11 @@ def message_send(context: Context, params: dict) -> dict:
     if form not in ("markdown", "plain", "json"):
         raise ThrumError(f"invalid format: {form} (must be 'markdown', 'plain', or 'json')")
     caller, target = caller_of(context, params), params.get("acting_as", "")
+    author, key = target or caller, params.get("send_key", "")
+    if key and len(key) > PAIR_MAX:
+        raise InvalidParams(f"send_key is longer than {PAIR_MAX} characters")
+    before = store.message_by_key(author, key) if key else None
+    session = session_of(context, caller) if not before else None       # a repetition is answered after the session's end too
     if target:
         if not caller.startswith("user:"):
             raise ThrumError(f"only users can impersonate agents (caller: {caller})")
@@ -4951,13 +4964,8 @@ def message_send(context: Context, params: dict) -> dict:
             raise ThrumError(f"users can only impersonate agents, not other users (target: {target})")
         if not store.agent(target):
             raise ThrumError(f"target agent does not exist: {target}")
-    author, key = target or caller, params.get("send_key", "")
-    if key and len(key) > PAIR_MAX:
-        raise InvalidParams(f"send_key is longer than {PAIR_MAX} characters")
-    before = store.message_by_key(author, key) if key else None
     if before:
         return _repeated(store, before)
-    session = session_of(context, caller)
     # Scopes and references of routing types are what they say, whether they come as mentions or not.
     given_scopes, given_refs = pairs_of(params.get("scopes")), pairs_of(params.get("refs"))
     wanted = [*params.get("mentions", []), *(v for k, v in given_refs if k in ("mention", "group")),
@@ -8678,14 +8686,13 @@ async def init(console: Console, args: Args) -> int:
     if args.agent_role:
         check_word(args.agent_role, "role")
     if args.agent_name and args.agent_name == (args.agent_role or "implementer"):       # known before anything is made
-        raise ThrumError(NAME_IS_ROLE.format(args.agent_name))
+        raise ThrumError("agent setup: " + NAME_IS_ROLE.format(args.agent_name))
     if args.agent_module and not is_label(args.agent_module):
         raise InvalidParams(f"module must be a text of at most {PAIR_MAX} printable characters")
     places, done, fresh = initialize(start_directory(args), args.force, args.stealth, args.dry_run)
     linked = places.top != places.root
-    if args.runtime and get_setting(load_config(places.thrum), "runtime.primary") != args.runtime:
-        if not args.dry_run:
-            save_config(places.thrum, {"runtime.primary": args.runtime})
+    if args.runtime and (args.dry_run or save_config(places.thrum, {"runtime.primary": args.runtime}) != {
+            "runtime.primary": args.runtime}):
         done.append(f"Runtime saved to .thrum/config.json (primary: {args.runtime})")
     renewed = any(line.startswith(INSTALLED) for line in done)
     report = {"initialized": fresh, "repository": places.root, "worktree": places.top, "done": done}
@@ -9485,7 +9492,7 @@ def fish_completion(descriptions: bool) -> str:
         where = "" if name == "*" else f" -n '__thrum_at \"{name}\"'"
         lines += [f"complete -c thrum{where} -l {flag[2:]}{f' -s {short[1:]}' if short else ''}"
                   f"{'' if kind is None else values(kind)}{about(meaning)}" for flag, (meaning, short, kind) in row.items()
-                  if name == "*" or flag not in flags["*"]]
+                  if name == "*" or row[flag] != flags["*"].get(flag)]
     valued = sorted({flag for row in flags.values() for flag, (_, _, kind) in row.items() if kind is not None})
     paths = sorted(f"{name} {word}".strip() for name, row in words.items() for word in row)
     return FISH.replace("@VALUED@", " ".join(valued)).replace("@PATHS@", " ".join(map(quoted, paths))) + "\n".join(lines) + "\n"

@@ -227,6 +227,9 @@ class History:
             reader = rng.choice(sorted(listed or self.agents)) if self.chance(0.9) else rng.choice(sorted(self.agents))
             self.emit(self.agents[reader], "message.receipt", ns, message_id=message_id, agent_id=reader,
                       receipt_type="read" if self.chance(0.8) else "seen")
+            if self.chance(0.2) and not self.agents[reader].rough:      # the reference has no such event
+                self.emit(self.agents[reader], "message.route", ns, message_ids=[message_id], agent_id=reader,
+                          route=rng.choice(("wait", "inbox")))
         elif step < 0.85:
             self.emit(self.agents[author], "message.edit", ns, message_id=message_id, agent_id=author,
                       body={"format": "markdown", "content": self.text(), **({"structured": "[1]"} if self.chance(0.2) else {})})

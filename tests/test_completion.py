@@ -88,8 +88,8 @@ DRIVES = {"bash": BASH, "fish": FISH, "zsh": ZSH}
 HERE = [shell for shell in DRIVERS if shutil.which(shell)]
 
 OFFERED = {
-    "se": ["send", "sent", "session", "setup"], "agent li": ["list"], "agent set-": ["set-intent", "set-task"], "sent ": ["show"],
-    "--json agent li": ["list"], "--repo . con": ["config"], "completion ": ["bash", "fish", "powershell", "zsh"],
+    "se": ["search", "send", "sent", "session", "setup"], "agent li": ["list"], "agent set-": ["set-intent", "set-task"], "sent ": ["show"],
+    "--json agent li": ["list"], "--repo . con": ["config", "context"], "completion ": ["bash", "fish", "powershell", "zsh"],
     "help ses": ["session"], "send --th": ["--thread"], "daemon restart --fr": ["--from"], "--verb": ["--verbose"],
     "send --to @b": ["@backend", "@bob"], "send --mention @ad": ["@ada"],
     "send --from": [], "inbox --from @p": [], "inbox --from @": ["@ada", "@bob"], "wait --role pl": ["planner"],
@@ -246,7 +246,7 @@ def test_the_command(repo):
 def test_names_come_from_the_daemon(team):
     ada = team.ada
     assert ada.ok("complete", "agents").split() == ["@ada", "@bob"] and ada.ok("complete", "roles").split() == ["implementer", "planner"]
-    assert ada.ok("complete", "groups").split() == ["backend", "everyone"]
+    assert ada.ok("complete", "groups").split() == ["backend", "everyone", "implementer", "planner"], "each role is a group"
     assert ada.ok("complete", "names").split() == ["@ada", "@backend", "@bob", "@everyone", "@implementer", "@planner"]
     assert team.bob.ok("complete", "agents") == ada.ok("complete", "agents")
 
