@@ -110,11 +110,21 @@ def test_handle(agent_id, expected):
 # ---------------------------------------------------------------- commands with text of others
 
 WHEN = "2026-03-10T09:15:00.000000001Z"
-STATES = [{"agent_id": POISON, "delivered_at": WHEN, "read_at": WHEN}]
+STATES = [{"agent_id": POISON, "delivered_at": WHEN, "read_at": WHEN},
+          {"agent_id": "b" + POISON, "delivered_at": WHEN, "pushed_at": WHEN, "route": POISON, "shown_at": WHEN, "seen_at": WHEN,
+           "overdue": True},
+          {"agent_id": "c" + POISON, "delivered_at": WHEN, "gone": True, "last_seen_at": WHEN, "host": POISON, "answer": POISON,
+           "answered_at": WHEN}]
+VIA = {"authored_by": POISON, "disclosed": True}
 PAIRS = [{"type": POISON, "value": POISON}]
 LISTED = {"message_id": "msg_1", "thread_id": POISON, "reply_to": POISON, "agent_id": POISON, "body": {"format": POISON, "content": POISON},
           "created_at": WHEN, "updated_at": WHEN, "deleted": True, "is_read": False, "seq": 1, "recipients": STATES, "audiences": PAIRS,
-          "read_count": 1}
+          "read_count": 1, **VIA}
+MEMBERS = [{"member_type": POISON, "member_value": POISON, "added_at": WHEN, "added_by": POISON},
+           {"member_type": "agent", "member_value": POISON, "added_at": WHEN},
+           {"member_type": "role", "member_value": "*", "added_at": WHEN}]
+ORPHAN = {"agent_id": POISON, "name": POISON, "role": POISON, "module": POISON, "worktree": POISON, "branch": POISON, "last_seen_at": WHEN,
+          "worktree_missing": True, "branch_missing": False, "days_since_last_seen": 1, "reason": POISON, "message_count": 1}
 PAGE = {"messages": [LISTED], "total": 1, "unread": 1, "page": 1, "page_size": 10, "total_pages": 1, "last_seq": 1, "epoch": "e"}
 REPLIES = {         # what a daemon would say whose log came from somebody who means harm
     "health": {"status": "ok", "uptime_ms": 5, "version": POISON, "repo_id": POISON, "sync_state": POISON, "agents": 1, "messages": 1,
@@ -136,7 +146,21 @@ REPLIES = {         # what a daemon would say whose log came from somebody who m
     "message.get": {"message": {"message_id": "msg_1", "thread_id": POISON, "author": {"agent_id": POISON, "session_id": POISON},
                                 "body": {"format": POISON, "content": POISON}, "scopes": PAIRS, "refs": PAIRS, "created_at": WHEN,
                                 "updated_at": WHEN, "metadata": {"deleted_at": WHEN, "delete_reason": POISON}, "deleted": True,
-                                "audiences": PAIRS, "recipients": STATES}},
+                                "audiences": PAIRS, "recipients": STATES, **VIA,
+                                "history": [{"at": WHEN, "editor": POISON, "body": {"format": POISON, "content": POISON}}]}},
+    "message.trace": {"message_id": POISON, "thread_id": POISON, "agent_id": POISON, "created_at": WHEN, "deleted": True, "seq": 1,
+                      "content": POISON, "audiences": PAIRS, "recipients": STATES, **VIA},
+    "message.search": {"messages": [{**LISTED, "snippet": POISON + "hit" + POISON, "hits": [[0, 3], [len(POISON), len(POISON) + 3]]}],
+                       "total": 1, "complete": True, "query": POISON},
+    "message.markShown": {"marked_count": 1, "pushed_count": 1},
+    "purge.execute": {"before": WHEN, "dry_run": False, "messages_deleted": 1, "sessions_deleted": 1, "events_deleted": 1,
+                      "sync_message_files": 1, "sync_events_filtered": 1},
+    "agent.delete": {"agent_id": POISON, "deleted": True, "message": POISON},
+    "agent.cleanup": {"orphans": [ORPHAN], "deleted": [POISON], "deleted_count": 1, "dry_run": False, "message": POISON},
+    "group.info": {"group_id": POISON, "name": POISON, "description": POISON, "created_at": WHEN, "created_by": POISON, "members": MEMBERS},
+    "group.members": {"name": POISON, "members": MEMBERS, "expanded": [POISON]},
+    "group.member.remove": {"group": POISON, "member_type": "agent", "member_value": POISON, "member": POISON, "removed": True},
+    "group.delete": {"name": POISON, "deleted_at": WHEN, "deleted": True},
     "message.send": {"message_id": "msg_2", "thread_id": POISON, "warnings": [POISON], "recipients": STATES, "audiences": PAIRS,
                      "resolved_to": 1, "created_at": WHEN},
     "message.markRead": {"marked_count": 1, "remaining": 0, "also_read_by": {"msg_1": [POISON]}},
@@ -169,6 +193,12 @@ class Recorder(thrum.Console):
     async def save(self, path, data):
         pass
 
+    async def ask(self, question):
+        if "0" not in self.terminals:
+            return ""
+        self.streams["O"] += thrum.plain(question)
+        return "y"
+
     async def load(self, file):
         return POISON.encode(), 10 ** 18
 
@@ -180,9 +210,19 @@ def run(argv, **more):
 
 
 SHOWING = ["status", "whoami", "agent list", "session list", "group list", "inbox", "inbox --all", "inbox --unread", "sent",
-           "message get msg_1", "wait --unread", "send x", "reply msg_1 x", "group add g @x", "agent whoami", "prime", "overview",
-           f"ping {POISON.split()[0]}", "ping nobody\x1b", "agent context", "agent context x", "agent list --context", "context show",
-           "context preamble"]
+           "message get msg_1", "wait --unread", "send x", "reply msg_1 x", "group add g @x", "agent whoami", "message get msg_1 --history",
+           "sent --overdue", "search x", "trace msg_1", "purge --all", "purge --before 2d --confirm", "agent delete x --force",
+           "agent delete x", "agent cleanup", "agent cleanup --dry-run", "agent cleanup --force", "group info g", "group members g",
+           "group members g --expand", "group remove g @x", "group delete g", "prime", "overview", f"ping {POISON.split()[0]}",
+           "ping nobody\x1b", "agent context", "agent context x", "agent list --context", "context show", "context preamble"]
+
+
+@pytest.mark.parametrize("words", ["agent delete x", "agent cleanup"])
+def test_what_asks_shows_no_control_characters_raw(words):
+    """The question too, and what comes after a yes."""
+    replies = {**REPLIES, "agent.cleanup": {**REPLIES["agent.cleanup"], "deleted": []}}
+    status, out, err = run(words.split(), replies=replies, terminals="0")
+    assert (status, err) == (0, "") and "eleted " in out and not raw_in(out), raw_in(out)
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "json"])
