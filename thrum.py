@@ -1291,7 +1291,7 @@ def unnamed_agent_id(repo_id: str, role: str, module: str) -> str:
 
 def user_name_from_git(name: str) -> str:
     """The user name for somebody called `name` in git: `Jürgen Doe` is `jurgen-doe`; at most USER_MAX characters."""
-    bare = unicodedata.normalize("NFKD", name.lower()).encode("ascii", "ignore").decode()
+    bare = unicodedata.normalize("NFKD", name.casefold()).encode("ascii", "ignore").decode()
     kept = "".join("-" if c in " -_" else c for c in bare if c.isalnum() or c in " -_")
     return kept[:USER_MAX].strip("-") or "user"
 
@@ -1867,6 +1867,16 @@ def _text(keys) -> str:
     return ",".join(map(str, sorted(keys)))
 
 
+def parents_of(event: dict) -> list:
+    """The messages or sessions that an event hangs on; [] for one that stands alone."""
+    if event["type"] == "agent.update":
+        contexts = event.get("work_contexts")
+        found = [context.get("session_id") for context in contexts if type(context) is dict] if type(contexts) is list else []
+    else:
+        found = [event.get("message_id") or event.get("session_id")]
+    return [parent for parent in found if type(parent) is str]
+
+
 def _index_text(content: str) -> str:
     """What the full-text index gets to see of a message."""
     return " ".join([word for _, word in words_of(content)])
@@ -2025,18 +2035,22 @@ class Store:
         return bool(self.meta("untidy", 0))
 
     def obsolete(self, events: list) -> set:
-        """Those of some events (at most STORE_BATCH) that are about messages and sessions which were removed."""
-        about = {}              # the message or session -> event ids
-        for event in events:
-            about.setdefault(event.get("message_id") or event.get("session_id"), []).append(event["event_id"])
-        about.pop(None, None)
-        marks, ids = ", ".join("?" * len(about)), list(about)
-        kept = self.db.execute(f"select message_id from messages where message_id in ({marks}) union all "
-                               f"select session_id from sessions where session_id in ({marks}) union all "
-                               f"select parent from pending where parent in ({marks})", ids * 3)
-        for (parent,) in kept.fetchall():
-            about.pop(parent, None)
-        return {event_id for found in about.values() for event_id in found}
+        """The ids of those of some events (at most STORE_BATCH) that are only about messages and sessions which were removed."""
+        about = {event["event_id"]: parents for event in events if (parents := parents_of(event))}
+        ids = sorted({parent for parents in about.values() for parent in parents})
+        left = set()
+        for start in range(0, len(ids), STORE_BATCH):
+            part = ids[start:start + STORE_BATCH]
+            marks = ", ".join("?" * len(part))
+            left.update(row[0] for row in self.db.execute(
+                f"select message_id from messages where message_id in ({marks}) union all select session_id from sessions where "
+                f"session_id in ({marks}) union all select parent from pending where parent in ({marks})", part * 3))
+        return {event_id for event_id, parents in about.items() if left.isdisjoint(parents)}
+
+    def ended_before(self, cutoff: int) -> set:
+        """The sessions that a purge removes."""
+        return {row[0] for row in self.db.execute("select session_id from sessions where started_at < ? and ended_at is not null",
+                                                  (cutoff,))}
 
     def forget_events(self, event_ids) -> None:
         """Drop the ids of events that are no longer in the journal."""
@@ -2344,10 +2358,12 @@ class Store:
         if not found:
             if self.group(name):
                 found = "group", self.expand("group", name)
-            elif self.agent(name) or self.agent("user:" + name):
-                found = "agent", frozenset([self.key_of(name if self.agent(name) else "user:" + name)])
+            elif self.agent(name):
+                found = "agent", frozenset([self.key_of(name)])
             elif name and name in self.roles():
                 found = "role", self.expand("group", name)
+            elif self.agent("user:" + name):
+                found = "agent", frozenset([self.key_of("user:" + name)])
             else:
                 return "", frozenset()
             self._expanded[name] = found
@@ -2907,7 +2923,7 @@ class Store:
         refs, scopes, body = pairs_of(event.get("refs")), pairs_of(event.get("scopes")), event["body"]
         reply_to = next((value for kind, value in refs if kind == "reply_to"), None)
         author, removed_at = self._agent(event["agent_id"])
-        self._saw(author, ns)
+        self._saw(self._agent(event["authored_by"])[0] if event.get("authored_by") else author, ns)
         if self._cutoff < 0:
             self._cutoff = self.meta("purge_cutoff", 0)
         if ns <= removed_at or ns < self._cutoff or self._is_removed(message_id):
@@ -3060,7 +3076,7 @@ class Store:
     def _session_start(self, event: dict, seq: int, ns: int) -> None:
         self._sessions.clear()
         key, removed_at = self._agent(event["agent_id"])
-        if ns <= removed_at:
+        if ns <= removed_at or self._is_removed(event["session_id"]):
             return self._gone(event["session_id"])
         self.db.execute("insert or ignore into sessions(session_id, agent, started_at, last_seen_at, daemon) values(?, ?, ?, ?, ?)",
                         (event["session_id"], key, ns, ns, event.get("origin_daemon")))
@@ -3221,7 +3237,7 @@ EXPORT_MAX = 512                # lines that may wait for their branch file
 TIDY_AT_ONCE_S = 2              # seconds that a purge may hold up others; the rest is done when nothing else is
 TOMBSTONES = ("purge.executed", "agent.cleanup", "message.remove")
 ABOUT_REMOVABLE = ("message.create", "message.edit", "message.delete", "message.receipt", "agent.session.start",
-                   "agent.session.end", "session.update")
+                   "agent.session.end", "session.update", "agent.update")
 
 
 class Context:
@@ -3286,6 +3302,7 @@ class Ledger:
         self.incomplete = False # whether branch files lack lines since `branch_seq`
         self.export_problem = ""
         self._indexed_all = None    # what this batch has found out about that
+        self._index_failed = False  # whether it could not be written
         self.unindexed = True   # whether messages may be missing in the full-text index
         self.untidy = False     # whether bytes of removed messages are still to be freed
         self._to_tidy = None    # the files that are still to be looked at for that
@@ -3605,7 +3622,7 @@ class Ledger:
             return [o if isinstance(o, ThrumError) else problem for o in outcomes] + \
                    [problem] * (len(requests) - len(outcomes)), []
         if self.batch:
-            self.unindexed = True
+            self.unindexed, self._index_failed = True, False
         elif self._indexed_all is not None:     # only now: whoever searches relies on what is committed
             self.unindexed = not self._indexed_all
         first = self.journal.last - len(self.batch) + 1
@@ -3657,17 +3674,17 @@ class Ledger:
 
     def restless(self) -> bool:
         """Whether `idle` has something to do."""
-        return bool(self.export or self.untidy or self.unindexed)
+        return bool(self.export or self.untidy or (self.unindexed and not self._index_failed))
 
     def idle(self) -> None:
         """A little of what can wait until nothing else is to be done."""
         self.flush()
         if self.untidy:
             self.tidy()
-        elif self.unindexed:
+        elif self.unindexed and not self._index_failed:
             (outcome,), _ = self.commit([lambda context: self.index(INDEX_STEP)])
             if isinstance(outcome, Exception):
-                self.unindexed = False      # a full disk: until the next message
+                self._index_failed = True   # a full disk: until the next message, or search
                 raise outcome
 
     def index(self, limit: int) -> None:
@@ -4598,7 +4615,7 @@ def _orphans(context: Context, threshold: int) -> list:
     worktrees = {printable(os.path.basename(top)) for top in tops}
     named = {data.get("branch") for data in files.values() if type(data.get("branch")) is str} - {""}
     listed = Git(ledger.places.root).run("for-each-ref", "--format=%(refname:short)", "refs/heads", check=False) if named else b""
-    gone = named - set(listed.decode(errors="replace").split("\n"))
+    gone = named - set(listed.decode(errors="replace").split("\n")) if listed else set()       # without a commit there is no branch
     for agent in context.store.agents():
         if agent["kind"] != "agent":
             continue
@@ -4654,7 +4671,10 @@ def user_identify(context: Context, params: dict) -> dict:
     name, email = (git.run("config", "--get", key, check=False).decode(errors="replace").strip() for key in ("user.name", "user.email"))
     if not name:
         raise ThrumError("git config user.name not set: configure with 'git config user.name \"Your Name\"'")
-    return {"username": user_name_from_git(name), "email": email, "display": name}
+    username = user_name_from_git(name)
+    if username == "user":      # nothing of the name is left in ASCII
+        username = user_name_from_git(email.partition("@")[0])
+    return {"username": username, "email": email, "display": name}
 
 
 def user_register(context: Context, params: dict) -> dict:
@@ -5305,7 +5325,11 @@ def purge_execute(context: Context, params: dict) -> dict:
         cutoff = min(ns_of(before), context.world.now_ns())
     except ValueError:
         raise InvalidParams(f'invalid before timestamp "{before[:64]}": must be RFC 3339') from None
-    counts = context.store.older_than(cutoff)
+    counts, ended = context.store.older_than(cutoff), context.store.ended_before(cutoff)
+    for _, line in context.ledger.journal.read() if ended else ():      # the tables keep only the last of these
+        if b'"type":"session.update"' in line or b'"type":"agent.update"' in line:
+            parents = parents_of(decode_object(line))
+            counts["events"] += bool(parents) and ended.issuperset(parents)
     if not params.get("dry_run"):
         context.append("purge.executed", cutoff=stamp_of(cutoff), after=cutoff - 1)
     return {"before": before, "dry_run": params.get("dry_run", False), "messages_deleted": counts["messages"],
@@ -6767,7 +6791,7 @@ async def wait(console: Console, args: Args) -> int:
             return 1
     count = len(found["messages"]) + found["remaining"]
     text = "MESSAGES_RECEIVED\n" + "".join(
-        f"  {handle(m['agent_id'])}: {one_line(m['body']['content'])}  [{m['message_id']}]\n" for m in found["messages"])
+        f"  {handle(m['agent_id'])}{_via_text(m)}: {one_line(m['body']['content'])}  [{m['message_id']}]\n" for m in found["messages"])
     text += (f"  … and {found['remaining']} more\n" if found["remaining"] else "") + \
         f"Read with: {console.program} inbox --unread      Go on with: --after-seq {found['after_seq']}\n"
     await console.answer({
