@@ -7509,6 +7509,26 @@ class Connection:
         self.busy = False       # a request is being answered
         self.waiting = 0        # it waits for a message, which it can do again with the next daemon
         self.agent = ""         # who it called for last
+        self.reader = None      # of JSON-RPC: what it sends while it waits is read ahead, to see it leave
+        self.socket = None
+        self.ahead = b""
+
+    def has_left(self) -> bool:
+        """Whether nobody is at the other end; who only sends no more (shutdown(2) for writing) still reads."""
+        poll = select.poll()
+        poll.register(self.socket, 0)
+        return bool(poll.poll(0))       # POLLHUP or POLLERR
+
+    async def left(self) -> None:
+        """Return when the other end has gone."""
+        while len(self.ahead) < REQUEST_MAX:
+            data = await self.reader.read(65536)
+            if not data and self.has_left():
+                return
+            if not data:
+                break
+            self.ahead += data
+        await asyncio.Event().wait()    # for ever: it reads on, or has sent so much that it has to wait itself
 
 
 def _callable(program: str, top: str, cwd: str) -> str:
@@ -7671,7 +7691,9 @@ class Daemon:
                 self.stopping.set()
                 return
             for connection in list(self.connections):
-                if connection.busy and connection.agent:        # whoever waits is here
+                if connection.waiting and connection.reader and connection.has_left():
+                    connection.task.cancel()    # it had only stopped to send when we looked last
+                elif connection.busy and connection.agent:      # whoever waits is here
                     self.ledger.seen[connection.agent] = self.world.now_ns()
             if self.ledger.seen:
                 await self._note_presence()
@@ -7790,22 +7812,29 @@ class Daemon:
         everything = params.get("all") or "caller_agent_id" not in params
         token = self.waiters.add("" if everything else params["caller_agent_id"], wake.set)
         connection.waiting += 1
+        waking = self.loop.create_task(wake.wait())
+        leaving = self.loop.create_task(connection.left()) if connection.reader else None
         try:
             while True:
-                wake.clear()    # before asking: what comes while we ask wakes us again
+                if waking.done():       # before asking: what comes while we ask wakes us again
+                    wake.clear()
+                    waking = self.loop.create_task(wake.wait())
                 found = await self._read(handler, params)
                 left = deadline - self.world.monotonic()
                 if found:
                     return found
                 if left > 0:
-                    try:
-                        await asyncio.wait_for(wake.wait(), left)
+                    await asyncio.wait({waking, leaving} - {None}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                    if leaving and leaving.done():
+                        raise ConnectionError("the client has gone")
+                    if waking.done():
                         continue
-                    except asyncio.TimeoutError:
-                        pass
                 return {"messages": [], "timed_out": True, "after_seq": params.get("after_seq", self.last_seq),
                         "epoch": self.ledger.journal.epoch, "remaining": 0}
         finally:
+            waking.cancel()
+            if leaving:
+                leaving.cancel()
             connection.waiting -= 1
             self.waiters.remove(token)
 
@@ -7832,7 +7861,7 @@ class Daemon:
             if method.writes:
                 return await self._write(lambda context: context.store.once(key, lambda: method.handler(context, checked)))
             return await self._read(method.handler, checked)
-        except (ThrumError, asyncio.CancelledError):
+        except (ThrumError, asyncio.CancelledError, ConnectionError):
             raise
         except Exception as error:
             self.log.exception("%s failed", name)
@@ -7867,6 +7896,7 @@ class Daemon:
     async def _serve_calls(self, connection: Connection, reader, writer, data: bytes) -> None:
         """JSON-RPC: one line after the other, each answered before the next is looked at."""
         lines = Lines(REQUEST_MAX)
+        connection.reader, connection.socket = reader, writer.get_extra_info("socket")
         while data:
             try:
                 complete = lines.feed(data)
@@ -7883,7 +7913,7 @@ class Daemon:
                 if len(complete) > 1:
                     await asyncio.sleep(0)      # who sends thousands of lines at once must not keep others waiting
             connection.since = self.world.monotonic()
-            data = await reader.read(65536)
+            data, connection.ahead = connection.ahead or await reader.read(65536), b""
 
     async def _answer(self, line: bytes, connection: Connection) -> bytes:
         calls, is_batch = decode_request(line)
