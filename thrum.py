@@ -3235,6 +3235,7 @@ INDEX_STEP = 500                # messages brought into the full-text index at a
 OVERDUE_S = 15 * 60             # seconds for which a recipient was here without reading its mail, before the sender is told
 EXPORT_MAX = 512                # lines that may wait for their branch file
 TIDY_AT_ONCE_S = 2              # seconds that a purge may hold up others; the rest is done when nothing else is
+UNTIDY_SINCE = 2                # of the mark in the database: files are being rewritten; 1: something was removed
 TOMBSTONES = ("purge.executed", "agent.cleanup", "message.remove")
 ABOUT_REMOVABLE = ("message.create", "message.edit", "message.delete", "message.receipt", "agent.session.start",
                    "agent.session.end", "session.update", "agent.update")
@@ -3726,6 +3727,7 @@ class Ledger:
         try:
             if self._to_tidy is None:
                 self.flush(sync=True)
+                self.store.set_meta(untidy=UNTIDY_SINCE)    # what is removed from now on says so again
                 self._remove_leftovers()
                 shutil.rmtree(self.places.journal + ".damaged", ignore_errors=True)
                 remove(self.places.bad_lines)   # it may hold halves of what is to be gone
@@ -3744,8 +3746,10 @@ class Ledger:
                 return True
             if self._shrunk and not self.store.checkpoint():
                 return True
-            self.store.set_meta(untidy=0)
-            self._to_tidy, self._shrunk, self.untidy = None, False, False
+            again = self.store.meta("untidy") != UNTIDY_SINCE   # more was removed: some of it from files that were done already
+            if not again:
+                self.store.set_meta(untidy=0)
+            self._to_tidy, self._shrunk, self.untidy = None, False, again
         except (OSError, sqlite3.Error) as error:       # a full disk: what was removed is removed, the bytes can wait
             self.store.rollback()
             self._to_tidy, self._shrunk, self.untidy = None, False, False   # until the next start, or the next purge
