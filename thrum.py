@@ -4173,6 +4173,55 @@ def remove_ignore_lines(path: str) -> bool:
     return changed
 
 
+LAUNCHER = ".thrum/bin/thrum"   # how generated instructions call us, from the top of a worktree
+
+ROLE_DUTIES = {                 # what an agent of a well-known role does for its team
+    "coordinator": "You divide the work, give it to agents by name, answer their questions and bring results together.",
+    "implementer": "You build what you were given, say when it is done or stuck, and leave the rest to its owners.",
+    "planner": "You turn goals into pieces of work that others can take, and write down what was decided and why.",
+    "researcher": "You find out what others need to know and report it with sources, without changing the code.",
+    "reviewer": "You read what others have finished and send them what has to change, most important first.",
+    "tester": "You try what others have finished, report failures with the way to repeat them, and keep the tests true.",
+    "deployer": "You bring out what was released, watch it, and tell the team at once when something breaks.",
+    "documenter": "You keep what users and agents read in step with the code, and ask its authors where it is unclear.",
+    "monitor": "You watch builds, services and messages, and tell whom it concerns as soon as something is wrong.",
+}
+
+
+def default_preamble(name: str, role: str = "") -> str:
+    """What an agent of a role finds before its saved context, until somebody writes something better."""
+    duties = f"## Your Role: {role}\n\n{ROLE_DUTIES[role]}\n\n---\n\n" if role in ROLE_DUTIES else ""
+    who = f"You are @{name}" + (f" ({role})" if role else "")
+    return duties + f"""# Working with your team through thrum
+
+{who}. Other agents work on this repository too; thrum carries your messages.
+Call it as `{LAUNCHER}` from the top of the worktree.
+
+## When you begin
+
+1. `{LAUNCHER} prime`: who you are, who is here, what is unread
+2. `{LAUNCHER} inbox`: read your messages, and answer those that ask something
+3. `{LAUNCHER} session set-intent "…"`: say what you are going to do
+
+## While you work
+
+- Look for messages between two steps: `{LAUNCHER} inbox --unread`
+- Write to an agent by its name; a role or a group reaches all of its members
+- Say when you are done or stuck; silence helps nobody
+- With nothing left to do, wait for the next message: `{LAUNCHER} wait --timeout 5m`
+- Before your context runs out, write down where you are: `{LAUNCHER} context save --file NOTES.md`
+
+## Commands
+
+    {LAUNCHER} send "…" --to @NAME        write to an agent, a role or a group
+    {LAUNCHER} reply MSG_ID "…"           answer, in the same thread
+    {LAUNCHER} sent                       what you sent, and who has read it
+    {LAUNCHER} agent list                 who is here
+    {LAUNCHER} status                     you, your inbox and the daemon
+    {LAUNCHER} context show               what you saved
+"""
+
+
 # ================================================================== 19  Operations
 #
 # Removal leaves a repository as it was before `init`, byte for byte, `.git` included.  Each step finds for itself what
@@ -4330,55 +4379,6 @@ def _drop_lines(path: str, unwanted) -> bool:
         return False
     _write_again(path, b"".join(kept))
     return True
-
-
-LAUNCHER = ".thrum/bin/thrum"   # how generated instructions call us, from the top of a worktree
-
-ROLE_DUTIES = {                 # what an agent of a well-known role does for its team
-    "coordinator": "You divide the work, give it to agents by name, answer their questions and bring results together.",
-    "implementer": "You build what you were given, say when it is done or stuck, and leave the rest to its owners.",
-    "planner": "You turn goals into pieces of work that others can take, and write down what was decided and why.",
-    "researcher": "You find out what others need to know and report it with sources, without changing the code.",
-    "reviewer": "You read what others have finished and send them what has to change, most important first.",
-    "tester": "You try what others have finished, report failures with the way to repeat them, and keep the tests true.",
-    "deployer": "You bring out what was released, watch it, and tell the team at once when something breaks.",
-    "documenter": "You keep what users and agents read in step with the code, and ask its authors where it is unclear.",
-    "monitor": "You watch builds, services and messages, and tell whom it concerns as soon as something is wrong.",
-}
-
-
-def default_preamble(name: str, role: str = "") -> str:
-    """What an agent of a role finds before its saved context, until somebody writes something better."""
-    duties = f"## Your Role: {role}\n\n{ROLE_DUTIES[role]}\n\n---\n\n" if role in ROLE_DUTIES else ""
-    who = f"You are @{name}" + (f" ({role})" if role else "")
-    return duties + f"""# Working with your team through thrum
-
-{who}. Other agents work on this repository too; thrum carries your messages.
-Call it as `{LAUNCHER}` from the top of the worktree.
-
-## When you begin
-
-1. `{LAUNCHER} prime`: who you are, who is here, what is unread
-2. `{LAUNCHER} inbox`: read your messages, and answer those that ask something
-3. `{LAUNCHER} session set-intent "…"`: say what you are going to do
-
-## While you work
-
-- Look for messages between two steps: `{LAUNCHER} inbox --unread`
-- Write to an agent by its name; a role or a group reaches all of its members
-- Say when you are done or stuck; silence helps nobody
-- With nothing left to do, wait for the next message: `{LAUNCHER} wait --timeout 5m`
-- Before your context runs out, write down where you are: `{LAUNCHER} context save --file NOTES.md`
-
-## Commands
-
-    {LAUNCHER} send "…" --to @NAME        write to an agent, a role or a group
-    {LAUNCHER} reply MSG_ID "…"           answer, in the same thread
-    {LAUNCHER} sent                       what you sent, and who has read it
-    {LAUNCHER} agent list                 who is here
-    {LAUNCHER} status                     you, your inbox and the daemon
-    {LAUNCHER} context show               what you saved
-"""
 
 
 # ================================================================== 20  Methods
