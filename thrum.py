@@ -1795,7 +1795,7 @@ create table roster(
 create table sessions(
     session_id text primary key, agent integer not null, started_at integer not null, ended_at integer,
     end_reason text, end_event text, last_seen_at integer not null, daemon text, scopes_at integer not null default 0,
-    refs_at integer not null default 0);
+    refs_at integer not null default 0, updates integer not null default 0);
 create index sessions_of on sessions(agent, started_at);
 create table session_scopes(
     session_id text, scope_type text, scope_value text, primary key(session_id, scope_type, scope_value)) without rowid;
@@ -2035,8 +2035,12 @@ class Store:
         return bool(self.meta("untidy", 0))
 
     def obsolete(self, events: list) -> set:
-        """The ids of those of some events (at most STORE_BATCH) that are only about messages and sessions which were removed."""
-        about = {event["event_id"]: parents for event in events if (parents := parents_of(event))}
+        """The ids of those of some events (at most STORE_BATCH) that are only about messages and sessions which were removed.
+
+        What was never applied is none of them: it may have come from elsewhere, or be of a newer version.
+        """
+        known = self.known_events([event["event_id"] for event in events])
+        about = {event["event_id"]: parents for event in events if event["event_id"] in known and (parents := parents_of(event))}
         ids = sorted({parent for parents in about.values() for parent in parents})
         left = set()
         for start in range(0, len(ids), STORE_BATCH):
@@ -2047,14 +2051,11 @@ class Store:
                 f"session_id in ({marks}) union all select parent from pending where parent in ({marks})", part * 3))
         return {event_id for event_id, parents in about.items() if left.isdisjoint(parents)}
 
-    def ended_before(self, cutoff: int) -> set:
-        """The sessions that a purge removes."""
-        return {row[0] for row in self.db.execute("select session_id from sessions where started_at < ? and ended_at is not null",
-                                                  (cutoff,))}
-
     def forget_events(self, event_ids) -> None:
         """Drop the ids of events that are no longer in the journal."""
+        self.begin()
         self.db.executemany("delete from events where event_id = ?", [(event_id,) for event_id in event_ids])
+        self.commit()
 
     def shrink(self) -> bool:
         """Give the space of removed rows back: True when what they held is no longer in any file."""
@@ -2245,10 +2246,12 @@ class Store:
         counts = self.row(
             "select count(*) as messages, count(distinct author) as authors, count(deleted_at) as deleted, "
             "(select count(*) from sessions where started_at < ? and ended_at is not null) as sessions, "
+            "(select ifnull(sum(updates), 0) from sessions where started_at < ? and ended_at is not null) as updates, "
             "(select count(read_at) + count(case when seen_at is not read_at then seen_at end) from deliveries where at < ?) as "
             "receipts, (select count(*) from message_edits e join messages n using(seq) where n.at < ? and e.event_id != '') as edits "
-            "from messages where at < ?", cutoff, cutoff, cutoff, cutoff)
-        return {**counts, "events": counts["messages"] + counts["edits"] + counts["deleted"] + counts["receipts"] + 2 * counts["sessions"]}
+            "from messages where at < ?", cutoff, cutoff, cutoff, cutoff, cutoff)
+        return {**counts, "events": sum(counts[what] for what in ("messages", "edits", "deleted", "receipts", "updates"))
+                + 2 * counts["sessions"]}
 
     # ---- groups, roles, recipients
 
@@ -2608,11 +2611,12 @@ class Store:
             if value is not None:
                 filters.append(condition)
                 args.append(value)
+        short = mention[5:] if mention.startswith("user:") else mention        # a person is mentioned without the prefix too
         for table, kind, pair in (("message_scopes", "scope", scope), ("message_refs", "ref", ref),
-                                  ("message_refs", "ref", ("mention", mention) if mention else None)):
+                                  ("message_refs", "ref", ("mention", mention, short) if mention else None)):
             if pair:
-                filters.append(f"exists(select 1 from {table} x where x.{kind}_type = ? and x.{kind}_value = ? and "
-                               "x.at = m.at and x.seq = m.seq)")
+                filters.append(f"exists(select 1 from {table} x where x.{kind}_type = ? and x.{kind}_value in "
+                               f"({', '.join('?' * (len(pair) - 1))}) and x.at = m.at and x.seq = m.seq)")
                 args += pair
         condition = " and ".join(where + filters)
         at = "d" if tables.startswith("deliveries") else "m"
@@ -3102,6 +3106,7 @@ class Store:
         if not self.session(event["session_id"]):
             return self._wait_for(event["session_id"], event)
         key = self._agent(event["agent_id"])[0]
+        self.db.execute("update sessions set updates = updates + 1 where session_id = ?", (event["session_id"],))
         self.db.execute("insert or ignore into agent_work_contexts(session_id, agent) values(?, ?)", (event["session_id"], key))
         for field, at in (("intent", "intent_updated_at"), ("current_task", "task_updated_at")):
             if field in event:
@@ -3124,6 +3129,8 @@ class Store:
             if not self.session(session_id):
                 self._wait_for(session_id, {**event, "work_contexts": [context]})
                 continue
+            if context is event["work_contexts"][0]:        # one event, whatever it holds
+                self.db.execute("update sessions set updates = updates + 1 where session_id = ?", (session_id,))
             self.db.execute("insert or ignore into agent_work_contexts(session_id, agent) values(?, ?)", (session_id, key))
             for at, fields in (
                     ("git_updated_at", ("branch", "worktree_path", "unmerged_commits", "uncommitted_files", "changed_files",
@@ -3590,8 +3597,9 @@ class Ledger:
         batch carried out `again`.
         """
         self.batch, self.afterwards, self._indexed_all, outcomes = [], [], None, []
-        if not careful and not again:
-            self.appended = {}
+        for path, size in self.appended.items() if careful or again else ():
+            os.truncate(path, size)     # what the requests have appended when they were carried out before
+        self.appended = {}
         try:
             self.store.begin()
             for request in requests:
@@ -3639,7 +3647,7 @@ class Ledger:
         for function in self.afterwards:
             function()
         if any(event["type"] in TOMBSTONES for _, event in events) and self.store.is_untidy():
-            self.untidy = True
+            self.untidy, self._to_tidy, self._shrunk = True, None, False
             self.tidy(TIDY_AT_ONCE_S)   # so that whoever asked for it hears that it is done
         return outcomes, events
 
@@ -3731,13 +3739,12 @@ class Ledger:
                 self._remove_leftovers()
                 shutil.rmtree(self.places.journal + ".damaged", ignore_errors=True)
                 remove(self.places.bad_lines)   # it may hold halves of what is to be gone
-                # The last file of a stem first: one that is empty goes unless another follows.
-                files = sorted(log_files(self.places.sync), key=lambda path: (len(path), path))
-                self._to_tidy = [(self.branch.rewrite, path) for path in files] + \
-                    [(self.journal.rewrite, first) for first in reversed(self.journal.firsts())]
+                # The branch files first, because the journal's lines take their ids with them; of a stem the last file first,
+                # because one that is empty goes unless another follows.
+                files = sorted(log_files(self.places.sync), key=lambda path: (len(path), path), reverse=True)
+                self._to_tidy = [*files, *self.journal.firsts()]
             while self._to_tidy:
-                rewrite, which = self._to_tidy.pop()
-                rewrite(which, self._without_obsolete)
+                self._tidy_file(self._to_tidy.pop(0))
                 if self.world.monotonic() > give_up_at:
                     return True
             self.store.set_meta(branch_sizes=canonical(self.branch.measure()).decode())
@@ -3763,24 +3770,29 @@ class Ledger:
                 if name[0] == "." and name.endswith(".tmp"):
                     remove(f"{folder}/{name}")
 
-    def _without_obsolete(self, lines: list) -> list:
-        """The lines of a file, those of removed messages and sessions empty."""
-        kept = []
-        self.store.begin()
-        for start in range(0, len(lines), STORE_BATCH):
-            chunk = lines[start:start + STORE_BATCH]
-            events = []
-            for line in chunk:
-                try:
-                    event = decode_object(line)
-                except ValueError:
-                    event = {}          # damaged: for a person to look at
-                events.append(event if event.get("type") in ABOUT_REMOVABLE and type(event.get("event_id")) is str else {})
-            gone = self.store.obsolete([event for event in events if event])
-            self.store.forget_events(gone)
-            kept += [b"" if event.get("event_id") in gone else line for line, event in zip(chunk, events)]
-        self.store.commit()
-        return kept
+    def _tidy_file(self, which) -> None:
+        """Empty the lines of removed messages and sessions in a branch file (its path) or journal file (its first sequence)."""
+        obsolete = set()
+
+        def without(lines):
+            kept = []
+            for start in range(0, len(lines), STORE_BATCH):
+                chunk, events = lines[start:start + STORE_BATCH], []
+                for line in chunk:
+                    try:
+                        event = decode_object(line)
+                    except ValueError:
+                        event = {}          # damaged: for a person to look at
+                    events.append(event if event.get("type") in ABOUT_REMOVABLE and type(event.get("event_id")) is str else {})
+                gone = self.store.obsolete([event for event in events if event])
+                kept += [b"" if event.get("event_id") in gone else line for line, event in zip(chunk, events)]
+                obsolete.update(gone)
+            return kept
+
+        if type(which) is str:
+            return self.branch.rewrite(which, without)
+        self.journal.rewrite(which, without)
+        self.store.forget_events(obsolete)      # only now: without their ids they would be taken for events of somebody else
 
     def unsynced(self) -> bool:
         """Whether branch files were written that a power cut could still take back."""
@@ -4573,7 +4585,8 @@ def agent_delete(context: Context, params: dict) -> dict:
     if not name:
         raise ThrumError("agent name is required")
     try:
-        check_name(name)
+        if (context.store.agent(name) or {}).get("kind") != "agent":    # one that there is may have an id that nobody would choose
+            check_name(name)
     except InvalidParams as error:
         raise InvalidParams(f"invalid agent name: {error}") from None
     _delete_agent(context, name, "manual", "manual deletion")
@@ -5172,9 +5185,11 @@ def _pair(scope):
 
 def message_outbox(context: Context, params: dict) -> dict:
     store, to = context.store, params.get("to", "")
-    wanted = to.strip().lstrip("@").lower()
+    wanted = to.strip().lstrip("@")
     if to and not wanted:
         raise ThrumError("invalid to filter")
+    if not store.resolve(wanted)[0]:
+        wanted = wanted.lower()
     size, page = _paging(params)
     author = caller_of(context, params)
     late = {(row["message_id"], row["agent_id"]) for row in _overdue(context, author)}
@@ -5282,9 +5297,10 @@ def message_archive(context: Context, params: dict) -> dict:
         raise ThrumError("identifier is required")
     name = name.lstrip("@")
     try:
-        path = f"{context.ledger.places.thrum}/archive/{file_stem(name)}.jsonl"
+        stem = name if kind == "group" and (WORD | {"."}).issuperset(name) and name.strip(".") else file_stem(name)
     except ValueError:
         raise InvalidParams(f"identifier {name[:NAME_MAX]!r} cannot be a file name") from None
+    path = f"{context.ledger.places.thrum}/archive/{stem}.jsonl"
     rows = store.messages_with(author=name, limit=REMOVE_MAX) if kind == "agent" else \
         store.messages_with(scope=("group", name), limit=REMOVE_MAX)
     if rows:
@@ -5293,9 +5309,9 @@ def message_archive(context: Context, params: dict) -> dict:
             for row in rows]
         try:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            # A repetition after a crash adds lines twice, and loses none; of one in the same batch only the last stays.
+            # A repetition after a crash adds lines twice, and loses none.
             with open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)) as file:
-                file.truncate(context.ledger.appended.setdefault((path, name), file.tell()))
+                context.ledger.appended.setdefault(path, file.tell())
                 file.write(b"".join(line + b"\n" for line in lines))
                 file.flush()
                 durable_sync(file.fileno())
@@ -5329,11 +5345,7 @@ def purge_execute(context: Context, params: dict) -> dict:
         cutoff = min(ns_of(before), context.world.now_ns())
     except ValueError:
         raise InvalidParams(f'invalid before timestamp "{before[:64]}": must be RFC 3339') from None
-    counts, ended = context.store.older_than(cutoff), context.store.ended_before(cutoff)
-    for _, line in context.ledger.journal.read() if ended else ():      # the tables keep only the last of these
-        if b'"type":"session.update"' in line or b'"type":"agent.update"' in line:
-            parents = parents_of(decode_object(line))
-            counts["events"] += bool(parents) and ended.issuperset(parents)
+    counts = context.store.older_than(cutoff)
     if not params.get("dry_run"):
         context.append("purge.executed", cutoff=stamp_of(cutoff), after=cutoff - 1)
     return {"before": before, "dry_run": params.get("dry_run", False), "messages_deleted": counts["messages"],
