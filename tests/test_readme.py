@@ -52,7 +52,7 @@ def test_the_python_example_runs(make_repo, tmp_path):
 
 def test_the_build_runs_the_readmes_test_command():
     commands = [block.strip() for _, test, block in BLOCKS if test]
-    assert len(commands) == 1 and commands[0].endswith("python -m pytest")
+    assert len(commands) == 1 and commands[0].endswith("python tests/run.py")
     assert "```sh test" in (ROOT / ".ci" / "run").read_text()
 
 
