@@ -630,7 +630,8 @@ EVENTS = {
 }
 
 
-ID_FIELDS = frozenset(("message_id", "agent_id", "session_id", "event_id", "thread_id", "group_id", "type", "origin_daemon"))
+ID_FIELDS = frozenset(("message_id", "agent_id", "session_id", "event_id", "thread_id", "group_id", "type", "origin_daemon",
+                       "authored_by", "send_key", "route"))
 SHAPES_MAX = 1_000              # shapes remembered: unknown fields can make any number of them
 _shapes = {}                    # fields and types of events that were found well-formed -> their ids
 
@@ -668,7 +669,7 @@ def check_event(event: dict) -> int:
             _shapes[shape] = ids
     for name in ids:
         value = event[name]
-        if not (0 < len(value) <= PAIR_MAX and value.isprintable()):
+        if not is_label(value):
             raise ValueError(f"{name} is not an id")
     fields = EVENTS[kind].fields if kind in EVENTS else ()
     if "body" in fields and type(event["body"].get("content", "")) is not str:
@@ -678,8 +679,8 @@ def check_event(event: dict) -> int:
             if type(pair) is not dict or type(pair.get("type")) is not str or type(pair.get("value")) is not str:
                 raise ValueError(f"{name} holds what is not a pair of texts")
     for name in ("recipients?", "message_ids"):
-        if name in fields and any(type(one) is not str for one in event.get(name.rstrip("?"), ())):
-            raise ValueError(f"{name.rstrip('?')} holds what is not a text")
+        if name in fields and any(type(one) is not str or not is_label(one) for one in event.get(name.rstrip("?"), ())):
+            raise ValueError(f"{name.rstrip('?')} holds what is not an id")
     ns = ns_of(event["timestamp"])
     if ns >= FAR:
         raise ValueError("timestamp is later than 2116")
@@ -822,6 +823,14 @@ def worktrees_of(common: str) -> list:
     """The roots of a repository's worktrees that are there: the main one first, that of the branch a-sync left out."""
     found = [os.path.dirname(common)] if os.path.basename(common) == ".git" else []
     return found + [top for _, top in registered_worktrees(common) if os.path.isdir(top) and not top.startswith(common + "/")]
+
+
+def is_connected(top: str, thrum: str) -> bool:
+    """Whether a worktree has no installation but the one in `thrum`; where that is a link, its target is another one."""
+    target = locate(top)[1]
+    if target == thrum or os.path.realpath(target) == os.path.realpath(os.path.dirname(thrum)) + "/.thrum" or not os.path.isdir(target):
+        return True
+    return target == top + "/.thrum" and not os.path.isdir(target + "/var")
 
 
 def find_places(start: str) -> Places:
@@ -1342,12 +1351,19 @@ def read_identities(local):
     """The identity files below a `.thrum`, as pairs of name and bytes.  (The launcher carries this function.)"""
     files = []
     try:
-        for name in sorted(os.listdir(local + "/identities")):
-            if name.endswith(".json") and name[0] != "." and len(files) < 64:       # IDENTITIES_MAX
-                with open(local + "/identities/" + name, "rb") as file:
-                    files.append((name, file.read(65537)))                          # IDENTITY_MAX, and one more
+        names = sorted(os.listdir(local + "/identities"))
     except OSError:
-        pass
+        names = ()
+    for name in names:
+        if name.endswith(".json") and name[0] != "." and len(files) < 64:       # IDENTITIES_MAX
+            try:                # non-blocking: a FIFO of that name must stop nobody
+                descriptor = os.open(local + "/identities/" + name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    files.append((name, os.read(descriptor, 65537)))            # IDENTITY_MAX, and one more
+                finally:
+                    os.close(descriptor)
+            except OSError:
+                pass            # a folder, or a link that leads nowhere
     return files
 
 
@@ -1614,6 +1630,8 @@ class Journal:
     def rewrite(self, first: int, change) -> None:
         """Replace the lines of one file by what `change(lines)` makes of them; an empty line keeps the place of a removed one."""
         path = self._path(first)
+        if first == self.firsts()[-1]:      # what a failed append could not take back was promised to nobody
+            os.ftruncate(self._descriptor, self.size)
         header, *lines = read_lines(path)
         changed = change(lines)
         if changed == lines:
@@ -1771,7 +1789,8 @@ STORE_BATCH = 400               # events in a transaction of a rebuild; larger o
 REPLIES_MAX = 1_000             # answers kept for clients that ask again: more than run at once
 BUSY_S = 5                      # seconds for another connection to let go of the database
 QUERY_S = 10                    # seconds for one query; then it is interrupted
-REMOVED_MAX = 100_000           # purged messages that are remembered, because others may still write about them
+SHRINK_MAX = 32 << 20           # bytes that are written anew at once: others wait half a second
+REMOVED_MAX = 100_000           # removed messages and sessions that are remembered, because others may still write about them
 PRESENCE_GAP_S = 300            # seconds between two signs of life within which an agent counts as here: a long tool call
 PRESENCE_MAX = 64               # stretches of presence kept for an agent: more than a week of breaks
 SEARCH_TOTAL_MAX = 1_000        # hits that are counted and ranked, the newest: who gets more asks again with more words
@@ -1817,7 +1836,7 @@ create index messages_at on messages(at);
 create index messages_author on messages(author, at, unread_by);
 create index messages_thread on messages(thread_id, at) where thread_id is not null;
 create index messages_reply on messages(reply_to) where reply_to is not null;
-create table removed(id text primary key) without rowid;
+create table removed(number integer primary key, id text not null unique);
 create index messages_key on messages(send_key) where send_key is not null;
 create index messages_wide on messages(at) where wide;
 create table message_scopes(
@@ -1919,12 +1938,14 @@ class Store:
             # The journal is what is durable; the database only must not be torn, which WAL with NORMAL ensures.
             self.db.execute("pragma synchronous=normal")
             self.db.execute("pragma temp_store=memory")
+            self.db.execute("pragma secure_delete=on")      # what is deleted is gone from the file, too
             self.db.execute(f"pragma query_only={0 if writable else 1}")
         except sqlite3.Error:
             self.db.close()
             raise
         self._deadline = FAR
         self._full_text = None  # whether there is FTS5; None: not tried yet
+        self.untidy = False     # whether something was removed whose bytes are still to be freed
         self.watch()
         self._late = FAR        # the earliest change of roster or groups that came after younger messages
         self.forget()
@@ -2030,6 +2051,16 @@ class Store:
                                 [(count, seq) for seq, count in self._read_by.items()])
         self._counts, self._seen, self._read_by = {}, {}, {}
 
+    def cutoff(self) -> int:
+        """The time (ns) before which everything was purged."""
+        if self._cutoff < 0:
+            self._cutoff = self.meta("purge_cutoff", 0)
+        return self._cutoff
+
+    def removed_at(self, agent_id: str) -> int:
+        """When an agent was last deleted (ns), 0 if never: the clock that said so may be ahead."""
+        return self.value("select removed_at from agents where agent_id = ?", agent_id, default=0)
+
     def is_untidy(self) -> bool:
         """Whether files may hold events that were purged, archived or deleted."""
         return bool(self.meta("untidy", 0))
@@ -2058,10 +2089,22 @@ class Store:
         self.commit()
 
     def shrink(self) -> bool:
-        """Give the space of removed rows back: True when what they held is no longer in any file."""
-        if self.full_text():
+        """Give the space of removed rows back: True when what they held is no longer in any file.
+
+        Where much is left the file is not written anew, which would take as long as there is data: SQLite has overwritten
+        what was removed and uses the room again.  The full-text index is then built again, a little at a time.
+        """
+        self.db.execute("delete from removed where number <= (select max(number) from removed) - ?", (REMOVED_MAX,))
+        pages, free = self.value("pragma page_count"), self.value("pragma freelist_count", default=0)
+        small = (pages - free) * self.value("pragma page_size") < SHRINK_MAX
+        if not small:
+            self.begin()
+            self._clear_index()
+            self.commit()
+        elif self.full_text():
             self.db.execute("insert into message_search(message_search) values('optimize')")
-        self.db.execute("vacuum")
+        if small:
+            self.db.execute("vacuum")
         return self.checkpoint()
 
     def changes(self) -> int:
@@ -2227,19 +2270,23 @@ class Store:
         return found
 
     def overdue(self, author: str, late: dict, since_ns: int, limit: int) -> list:
-        """What an author wrote and nobody reads: {message_id, agent_id, at}, the newest first.
+        """What an author wrote and nobody reads: {message_id, agent_id, at}, the newest of at most `limit` messages first.
 
         `late` says from `idle_since` up to when the mail of each reader is overdue; mail of readers that were deleted
         always is.  What is older than `since_ns` is left out.
         """
         gone = self.db.execute("select agent from agents where registered_at is null and removed_at > 0 and inbox_unread > 0")
-        found, mine = [], self.key_of(author)
-        for key, until in {**late, **{key: FAR for (key,) in gone.fetchall()}}.items():
-            found += self.rows(
-                "select m.message_id, a.agent_id, m.at from deliveries d join messages m on m.seq = d.seq join agents a on "
-                "a.agent = d.agent where d.agent = ? and d.read_at is null and not d.hidden and d.at <= ? and d.at > ? and "
-                "m.author = ? order by d.at desc limit ?", key, until, since_ns, mine, limit)
-        return sorted(found, key=lambda row: -row["at"])[:limit]
+        late, found = {**late, **{key: FAR for (key,) in gone.fetchall()}}, []
+        if not late:
+            return []
+        for row in self.rows("select message_id, at, seq, delivered from messages where author = ? and unread_by > 0 and at > ? and "
+                             "deleted_at is null order by at desc limit ?", self.key_of(author), since_ns, limit):
+            waiting = [key for key in _keys(row["delivered"]) if row["at"] <= late.get(key, 0)]
+            unread = self.db.execute(f"select agent from deliveries where agent in ({_text(waiting)}) and at = ? and seq = ? and "
+                                     "read_at is null", (row["at"], row["seq"])) if waiting else ()
+            found += [{"message_id": row["message_id"], "agent_id": agent_id, "at": row["at"]}
+                      for agent_id in self.agent_ids([key for (key,) in unread])]
+        return found
 
     def older_than(self, cutoff: int) -> dict:
         """How much a purge would remove: messages, their authors, ended sessions, and the events about them."""
@@ -2446,12 +2493,13 @@ class Store:
         """The versions of an edited message, the original first: {at, editor, content, structured}; [] without an edit."""
         return self.rows("select at, editor, content, structured from message_edits where seq = ? order by at, event_id", seq)
 
-    def messages_with(self, *, author: str = "", scope=None, limit: int = LIST_MAX) -> list:
-        """Messages of an author or with a scope (a pair), deleted ones too, the oldest first."""
+    def messages_with(self, limit: int, *, author: str = "", scope=None) -> tuple:
+        """Messages of an author or with a scope (a pair), deleted ones too, the oldest first, and how many more there are."""
         condition, args = ("m.author = ?", [self.key_of(author)]) if author else (
             "m.seq in (select seq from message_scopes where scope_type = ? and scope_value = ?)", list(scope))
-        return self.rows(f"select {_MESSAGE} from messages m join agents a on a.agent = m.author where {condition} "
-                         "order by m.at, m.seq limit ?", *args, limit)
+        found = self.rows(f"select {_MESSAGE} from messages m join agents a on a.agent = m.author where {condition} "
+                          "order by m.at, m.seq limit ?", *args, limit)
+        return found, self.value(f"select count(*) from messages m where {condition}", *args) - len(found)
 
     def newest_of(self, thread_id: str, lone: str = "") -> dict | None:
         """The newest message of a thread that was not deleted; `lone` is a message that may have no thread yet."""
@@ -2486,8 +2534,11 @@ class Store:
             self.db.execute("create virtual table if not exists message_search using fts5(text, content='', tokenize='ascii')")
         except sqlite3.OperationalError:
             pass                # no FTS5
-        if not self.full_text():
-            self.set_meta(indexed=-1)       # whatever another SQLite has left there is out of date from now on
+        # What another SQLite has left there is out of date, and another Unicode has other words.
+        unicode = unicodedata.unidata_version
+        if not self.full_text() or self.meta("indexed_unicode", unicode) != unicode:
+            self.set_meta(indexed=-1)
+        self.set_meta(indexed_unicode=unicode)
 
     def index_messages(self, limit: int) -> bool:
         """Bring so many messages into the full-text index; whether some are left.
@@ -2753,17 +2804,20 @@ class Store:
             self._removals = self.value("select 1 from removed limit 1") is not None
         return self._removals and self.value("select 1 from removed where id = ?", parent) is not None
 
+    def _note_untidy(self) -> None:
+        self.untidy = True
+        self.set_meta(untidy=1)
+
     def _gone(self, parent: str) -> None:
         """Remember that a message or session is gone: what comes about it later waits for nothing, and its bytes are to be freed."""
-        self.db.execute("insert or ignore into removed values(?)", (parent,))
+        self.db.execute("insert or ignore into removed(id) values(?)", (parent,))
         self.db.execute("delete from pending where parent = ?", (parent,))
-        self.set_meta(untidy=1)
+        self._note_untidy()
         self._removals = True
 
     def _wait_for(self, parent: str, event: dict) -> None:
         if self._is_removed(parent):
-            self.set_meta(untidy=1)
-            return
+            return self._note_untidy()
         self._pending = True
         self.db.execute("insert or ignore into pending values(?, ?, ?)",
                         (parent, event["event_id"], canonical(event).decode()))
@@ -2928,9 +2982,7 @@ class Store:
         reply_to = next((value for kind, value in refs if kind == "reply_to"), None)
         author, removed_at = self._agent(event["agent_id"])
         self._saw(self._agent(event["authored_by"])[0] if event.get("authored_by") else author, ns)
-        if self._cutoff < 0:
-            self._cutoff = self.meta("purge_cutoff", 0)
-        if ns <= removed_at or ns < self._cutoff or self._is_removed(message_id):
+        if ns <= removed_at or ns < self.cutoff() or self._is_removed(message_id):
             self._gone(message_id)
             return              # purged, removed, or of an agent that was deleted later
         thread = self._thread_for(message_id, event.get("thread_id"), reply_to)
@@ -3097,9 +3149,7 @@ class Store:
             self.db.execute("update sessions set ended_at = ?, end_reason = ?, end_event = ? where session_id = ?",
                             (ns, event.get("reason") or "normal", event["event_id"], event["session_id"]))
         self.db.execute("delete from subscriptions where session_id = ?", (event["session_id"],))
-        if self._cutoff < 0:
-            self._cutoff = self.meta("purge_cutoff", 0)
-        if session["started_at"] < self._cutoff:
+        if session["started_at"] < self.cutoff():
             self._drop_session(event["session_id"])
 
     def _session_update(self, event: dict, seq: int, ns: int) -> None:
@@ -3154,7 +3204,8 @@ class Store:
 
     def _group_update(self, event: dict, seq: int, ns: int) -> None:
         self.db.execute("insert or ignore into groups(group_id) values(?)", (event["group_id"],))
-        self._group_fields(event, event["fields"], ns)
+        if event["group_id"] != "grp_everyone":     # nobody changes it
+            self._group_fields(event, event["fields"], ns)
 
     def _group_fields(self, event: dict, fields: dict, ns: int) -> None:
         for field in ("name", "description"):
@@ -3184,7 +3235,7 @@ class Store:
             cutoff = min(ns_of(event["cutoff"]), ns)        # never in the future: it would swallow what is to come
         except ValueError:
             return
-        if cutoff <= self.meta("purge_cutoff", 0):
+        if cutoff <= self.cutoff():
             return
         self.set_meta(purge_cutoff=cutoff)
         self._cutoff = cutoff
@@ -3192,7 +3243,7 @@ class Store:
         for key, total, unread in self.db.execute("select agent, count(*), sum(read_at is null) from deliveries where at < ? and "
                                                   "not hidden group by agent", (cutoff,)).fetchall():
             self._count([key], -total, -unread)
-        self.db.execute("insert or ignore into removed select message_id from messages where at < ? order by at desc limit ?",
+        self.db.execute("insert or ignore into removed(id) select message_id from messages where at < ? order by at desc limit ?",
                         (cutoff, REMOVED_MAX))
         self.db.execute("delete from pending where parent in (select message_id from messages where at < ?)", (cutoff,))
         self._removals = None
@@ -3203,7 +3254,7 @@ class Store:
         if dropped:
             self._rethread(threads)
             self._clear_index()             # one by one would take longer than to index what is left
-            self.set_meta(untidy=1)
+            self._note_untidy()
         for (session_id,) in self.db.execute("select session_id from sessions where started_at < ? and ended_at is not null",
                                              (cutoff,)).fetchall():
             self._drop_session(session_id)
@@ -3266,7 +3317,7 @@ class Context:
         row = EVENTS[kind]
         event = {k: v for k, v in fields.items()
                  if v is not None and (k in row.fields or row.empty or v not in ("", False, []))}
-        ns = self.world.stamp_ns(after)
+        ns = self.world.stamp_ns(max(after, self.store.cutoff()))      # who has purged may have a clock that is ahead of ours
         sequence = self.ledger.journal.last + len(self.ledger.batch) + len(self.lines) + 1
         event.update(type=kind, timestamp=stamp_of(ns), event_id=self.world.new_id("evt"), v=1,
                      origin_daemon=self.ledger.daemon_id, sequence=sequence)
@@ -3279,6 +3330,8 @@ class Context:
         if len(line) > LINE_MAX:
             raise ThrumError(f"this is too large: {len(line):,} bytes with its envelope, the limit is {LINE_MAX:,}; "
                              "put the content into a file in the repository and send its path")
+        if kind in TOMBSTONES:
+            self.store.limit(FAR)           # it takes as long as there is to remove: cut short, it would never succeed
         self.store.apply(event, sequence, ns, fresh=True)
         self.lines.append((line, event, ns))
         return event
@@ -3433,8 +3486,8 @@ class Ledger:
         seq, event_id, _ = store.reached()
         if trusted or seq == 0:
             return True
-        _, line = next(self.journal.read(seq - 1), (0, b"")) if seq <= self.journal.last else (0, b"")
-        return bool(line) and event_id.encode() in line
+        found, line = next(self.journal.read(seq - 1), (0, b"")) if seq <= self.journal.last else (0, b"")
+        return found == seq and (not line or event_id.encode() in line)         # or its bytes were freed
 
     def _project_from(self, after: int) -> int:
         """Apply the events after a sequence in transactions of STORE_BATCH; their count."""
@@ -3645,9 +3698,12 @@ class Ledger:
         if len(self.export) > EXPORT_MAX:
             self.flush()
         for function in self.afterwards:
-            function()
-        if any(event["type"] in TOMBSTONES for _, event in events) and self.store.is_untidy():
-            self.untidy, self._to_tidy, self._shrunk = True, None, False
+            try:
+                function()
+            except Exception:   # what was asked for is done and durable; this was only the tidying up after it
+                logging.getLogger("thrum").exception("tidying up after a request failed")
+        if self.store.untidy:
+            self.untidy, self._to_tidy, self._shrunk, self.store.untidy = True, None, False, False
             self.tidy(TIDY_AT_ONCE_S)   # so that whoever asked for it hears that it is done
         return outcomes, events
 
@@ -3678,7 +3734,7 @@ class Ledger:
     def note_presence(self) -> None:
         """Write down who was heard of, and work out whose unread mail is overdue.  In a transaction: a request calls it."""
         seen, self.seen = self.seen, {}
-        self.store.note_presence(seen)
+        self.store.note_presence(dict(seen))    # a copy: the loop's thread may still hold the old one
         self.late = self.store.idle_since(OVERDUE_S)
 
     def restless(self) -> bool:
@@ -3753,6 +3809,7 @@ class Ledger:
                 return True
             if self._shrunk and not self.store.checkpoint():
                 return True
+            self.unindexed = True
             again = self.store.meta("untidy") != UNTIDY_SINCE   # more was removed: some of it from files that were done already
             if not again:
                 self.store.set_meta(untidy=0)
@@ -3979,7 +4036,10 @@ def missing_lines(files: list, places: Places) -> tuple:
                 continue
             try:
                 event = decode_object(line)
-                event.setdefault("event_id", event.get("event_id") or backfilled_id(event))
+                if type(event.get("type")) is not str:
+                    raise ValueError("type is missing, or not a text")
+                if not event.get("event_id"):
+                    event["event_id"] = backfilled_id(event)
                 check_event(event)
                 line = canonical(event)
                 if len(line) > LINE_MAX:
@@ -4292,7 +4352,7 @@ def removal(places: Places, branch: bool) -> list:
     if there and not branch and not branch_problem(places):
         steps.insert(0, ("", lambda: commit_branch(places, "Keep what was said")))
     for _, path in registered_worktrees(common):
-        if is_there(path + "/.thrum") and _is_connected(path, places.local):
+        if is_there(path + "/.thrum") and is_connected(path, places.local) and not is_tracked(path):
             steps.append((f"Removed: {path}/.thrum/", lambda path=path: remove_tree(path + "/.thrum")))
     if is_there(sync) or sync_entries(places):
         steps.append((f"Removed: the worktree of {BRANCH}", lambda: remove_sync(places)))
@@ -4302,16 +4362,6 @@ def removal(places: Places, branch: bool) -> list:
         if IGNORED_BECAUSE.encode() in (file_bytes(path) or b""):
             steps.append((f"Cleaned: {name}", lambda path=path: remove_ignore_lines(path)))
     return steps + last         # of a very large repository git may take too long to say what is unreached; its gc removes that
-
-
-def _is_connected(top: str, thrum: str) -> bool:
-    """Whether a linked worktree's `.thrum` belongs to the installation in `thrum`, and not to git or another one."""
-    if is_tracked(top):
-        return False
-    target = locate(top)[1]
-    if target == top + "/.thrum":
-        return not os.path.isdir(target + "/var")       # else it is an installation of its own
-    return os.path.realpath(target) == os.path.realpath(os.path.dirname(thrum)) + "/.thrum" or not os.path.isdir(target)
 
 
 def remove_sync(places: Places) -> None:
@@ -4413,7 +4463,7 @@ PREVIEW_MAX = 200               # characters of a message in its trace
 SNIPPET = 160                   # characters of a message around what was searched for: two lines of a terminal
 SEARCH_WORDS_MAX = 32           # words of a query: more is a text, not a question
 AWAY_NAMES = 5                  # names in a warning
-DELIVERY_STATES = (("answered", "answered_at"), ("read", "read_at"), ("seen", "seen_at"), ("pushed", "pushed_at"),
+DELIVERY_STATES = (("answered", "answered_at"), ("read", "read_at"), ("seen", "shown_at"), ("pushed", "pushed_at"),
                    ("delivered", "delivered_at"))      # the furthest first
 
 
@@ -4426,6 +4476,7 @@ class Method(Record):
     writes: bool = False
     waits: bool = False         # the handler gives None until there is something
     aliases: dict = {}          # other spellings of parameters (design, decision 23)
+    preview: str = ""           # with this parameter, or without it if it begins with "!", it changes nothing and is a read
     indexes: bool = False       # every message has to be in the full-text index first
     elsewhere: str = ""         # it is for WebSocket clients only, and this is what others are told
 
@@ -4527,6 +4578,15 @@ def _agent_info(row: dict) -> dict:
     return info
 
 
+def _refuse_taken(store: Store, name: str, what: str, kinds: tuple) -> None:
+    """Raise ThrumError when something else goes by a name: mail to it would go to one of the two."""
+    taken = {"group": lambda: store.group(name), "agent": lambda: store.agent(name), "person": lambda: store.agent("user:" + name),
+             "role": lambda: name in store.roles()}
+    for kind in kinds:
+        if taken[kind]():
+            raise ThrumError(f'{what} "{name}" is taken: there is {"an" if kind[0] == "a" else "a"} {kind} of that name — choose another')
+
+
 def agent_register(context: Context, params: dict) -> dict:
     store, role = context.store, check_word(params["role"], "role")
     module = params["module"]
@@ -4541,24 +4601,28 @@ def agent_register(context: Context, params: dict) -> dict:
             check_name(name)
         except InvalidParams as error:
             raise InvalidParams(f"invalid agent name: {error}") from None
-        if name == role and not again:
+        if name == role and not (again and store.agent(name)):
             raise ThrumError(NAME_IS_ROLE.format(name))
     agent_id = name or unnamed_agent_id(context.ledger.repo_id, role, module)
-    if not again:
+    if not (again and store.agent(agent_id)):
         if name and name in store.roles():
             raise ThrumError(f"agent name \"{name}\" conflicts with existing role '{name}' — choose a different name")
         if store.agent(role):
             raise ThrumError(f"role \"{role}\" conflicts with existing agent name '{role}' — choose a different role")
-    if store.group(agent_id):
-        raise ThrumError(f'agent name "{agent_id}" is the name of a group — choose a different name')
     known = store.agent(agent_id)
-    if store.group(role) and not (known and known["role"] == role):
-        raise ThrumError(f'role "{role}" is the name of a group — choose a different role')
+    _refuse_taken(store, agent_id, "agent name", ("group", "person"))
+    if not (known and known["role"] == role):
+        _refuse_taken(store, role, "role", ("group", "person"))
     force = params.get("force", False)
     if known and known["daemon"] != context.ledger.daemon_id and not force \
             and context.world.now_ns() - known["last_seen_at"] < ACTIVE_S * NS:
         raise Conflict(f"agent '{agent_id}' was registered on {known['hostname'] or 'another machine'} and last seen "
                        f"{_stamp(known['last_seen_at'])[:19]}Z; choose another name, or take it over with --force")
+    elsewhere, session = params.get("worktree", ""), store.open_session(agent_id)
+    if known and session and not force and known["worktree"] and elsewhere and known["worktree"] != elsewhere \
+            and context.world.now_ns() - max(known["last_seen_at"], context.ledger.seen.get(agent_id, 0)) < PRESENCE_GAP_S * NS:
+        raise Conflict(f"agent '{agent_id}' is active in the worktree {known['worktree']}; choose another name, or take it over "
+                       "with --force")
     if known and (known["role"], known["module"]) == (role, module):
         if not again and not force and known["daemon"] == context.ledger.daemon_id:
             return {"agent_id": agent_id, "status": "registered"}
@@ -4574,8 +4638,8 @@ def agent_register(context: Context, params: dict) -> dict:
     if known and known["daemon"] != context.ledger.daemon_id:
         for session in store.sessions(agent_id, active=True):
             context.append("agent.session.end", after=session["started_at"], session_id=session["session_id"], reason="superseded")
-    context.append("agent.register", after=known["registered_at"] if known else 0, agent_id=agent_id, kind="agent", name=name,
-                   role=role, module=module, display=display, worktree=params.get("worktree", ""),
+    context.append("agent.register", after=known["registered_at"] if known else store.removed_at(agent_id), agent_id=agent_id,
+                   kind="agent", name=name, role=role, module=module, display=display, worktree=params.get("worktree", ""),
                    hostname=context.world.hostname())
     return {"agent_id": agent_id, "status": status}
 
@@ -4591,6 +4655,11 @@ def agent_delete(context: Context, params: dict) -> dict:
         raise InvalidParams(f"invalid agent name: {error}") from None
     _delete_agent(context, name, "manual", "manual deletion")
     return {"agent_id": name, "deleted": True, "message": f"Agent {name} deleted successfully"}
+
+
+def _our_worktrees(places: Places) -> list:
+    """The worktrees of the repository that use this installation; another may have one of its own."""
+    return [top for top in worktrees_of(places.common) or [places.root] if is_connected(top, places.thrum)]
 
 
 def _identities_in(top: str) -> list:
@@ -4611,7 +4680,7 @@ def _delete_agent(context: Context, agent_id: str, method: str, reason: str) -> 
         raise ThrumError(f"agent not found: {agent_id}")
     context.append("agent.cleanup", after=max(agent["registered_at"], context.store.newest_act(agent_id)), agent_id=agent_id,
                    reason=reason, method=method)
-    tops = worktrees_of(context.ledger.places.common)
+    tops = _our_worktrees(context.ledger.places)
 
     def remove_files():         # by the id in it, not by its name: a file may be called as it likes
         for top in tops:
@@ -4624,11 +4693,20 @@ def _delete_agent(context: Context, agent_id: str, method: str, reason: str) -> 
     context.afterwards.append(remove_files)
 
 
+def _names_in(folder: str) -> list:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
 def _orphans(context: Context, threshold: int) -> list:
     """The agents of this machine that nobody can be any more, each with the reason."""
     ledger, now, orphans = context.ledger, context.world.now_ns(), []
-    tops = worktrees_of(ledger.places.common) or [ledger.places.root]
+    tops = _our_worktrees(ledger.places)
     files = {identity.agent_id(): identity.data for top in reversed(tops) for _, identity in _identities_in(top)}
+    named_files = [file for top in tops for file in _names_in(top + "/.thrum/identities")]      # also what cannot be read
+    all_read = len(named_files) < IDENTITIES_MAX
     worktrees = {printable(os.path.basename(top)) for top in tops}
     named = {data.get("branch") for data in files.values() if type(data.get("branch")) is str} - {""}
     listed = Git(ledger.places.root).run("for-each-ref", "--format=%(refname:short)", "refs/heads", check=False) if named else b""
@@ -4642,10 +4720,11 @@ def _orphans(context: Context, threshold: int) -> list:
         worktree = (data or {}).get("worktree") or agent["worktree"] or ""
         branch = (data or {}).get("branch") or ""
         if agent["daemon"] == ledger.daemon_id:     # of others only their own machine can know
-            if data is None and agent["worktree"]:  # an agent that no worktree was named for never had a file
+            # An agent that no worktree was named for never had a file.
+            if data is None and agent["worktree"] and all_read and agent["agent_id"] + ".json" not in named_files:
                 reasons.append("no identity file")
                 missing = {"worktree_missing": True, "branch_missing": True}
-            elif data and type(worktree) is str and worktree and worktree not in worktrees:
+            elif data and type(worktree) is str and worktree and worktree not in worktrees and days:    # else it was renamed
                 reasons.append(f"worktree {worktree} is gone")
                 missing["worktree_missing"] = True
             # Somebody who works here may be on a branch that was merged and deleted, or that has no commit yet.
@@ -4705,8 +4784,8 @@ def user_register(context: Context, params: dict) -> dict:
         raise InvalidParams(f"display must be a text of at most {PAIR_MAX} printable characters")
     user_id = "user:" + username
     known = context.store.agent(user_id)
-    if not known and context.store.group(username):
-        raise ThrumError(f'username "{username}" is the name of a group — choose a different name')
+    if not known:
+        _refuse_taken(context.store, username, "username", ("group", "agent", "role"))
     if not known or (display and display != known["display"]):
         context.append("agent.register", after=known["registered_at"] if known else 0, agent_id=user_id, kind="user", role=username,
                        module="ui", display=display, hostname=context.world.hostname())
@@ -4838,8 +4917,7 @@ def group_create(context: Context, params: dict) -> dict:
                             "'_', '-' and '.'")
     if store.group(name):
         raise ThrumError(f'group "{name}" already exists')
-    if store.agent(name) or store.agent("user:" + name) or name in store.roles():
-        raise ThrumError(f'group "{name}" would hide the agent, person or role of that name — choose a different name')
+    _refuse_taken(store, name, "group name", ("agent", "person", "role"))
     event = context.append("group.create", group_id=context.world.new_id("grp"), name=name,
                            description=check_text(params.get("description", ""), "description"),
                            created_by=params.get("caller_agent_id") or "system")
@@ -4923,7 +5001,7 @@ def group_delete(context: Context, params: dict) -> dict:
     for group_id in context.store.groups_named(name):
         event = context.append("group.delete", after=newest, group_id=group_id, deleted_by=by)
     if params.get("delete_messages"):
-        _remove_messages(context, context.store.messages_with(scope=("group", name), limit=REMOVE_MAX), "group deleted", by)
+        _remove_messages(context, context.store.messages_with(FAR, scope=("group", name))[0], "group deleted", by)
     return {"name": name, "deleted_at": event["timestamp"], "deleted": True}
 
 
@@ -5034,8 +5112,9 @@ def message_send(context: Context, params: dict) -> dict:
         recipients = store.expand("group", EVERYONE)
     after, thread, if_last = session["started_at"], params.get("thread_id", ""), params.get("if_last", "")
     if if_last:
-        thread = _unmoved_thread(store, if_last, thread)
-    if thread:
+        thread, newest = _unmoved_thread(store, if_last, thread)
+        after = max(after, newest)
+    elif thread:
         thread, newest = _thread_to_continue(store, thread)
         after = max(after, newest)
     reply_to = params.get("reply_to") or next((v for k, v in given_refs if k == "reply_to"), "")
@@ -5058,7 +5137,8 @@ def message_send(context: Context, params: dict) -> dict:
         refs=[{"type": k, "value": v} for k, v in dict.fromkeys(refs)], recipients=ids, send_key=key,
         authored_by=caller if target else "", disclosed=bool(target) and params.get("disclose", False))
     if not ids:
-        warnings.append("nobody else is registered, so nobody received this")
+        warnings.append("only you were named, so nobody received this" if resolved else
+                        "nobody else is registered, so nobody received this")
     warnings += _away(context, recipients - {store.key_of(author)})
     return compact(
         message_id=event["message_id"], thread_id=thread, created_at=event["timestamp"], seq=event["sequence"],
@@ -5080,8 +5160,8 @@ def _away(context: Context, keys) -> list:
             f"{', '.join('@' + agent_id for agent_id, _ in away[:AWAY_NAMES])}{more}"]
 
 
-def _unmoved_thread(store: Store, last: str, thread_id: str) -> str:
-    """The thread whose newest message is `last`; raises Conflict with the newer one when it has moved on."""
+def _unmoved_thread(store: Store, last: str, thread_id: str) -> tuple:
+    """The thread whose newest message is `last`, and its time; raises Conflict with the newer one when it has moved on."""
     row = _message(store, last)
     thread = row["thread_id"] or thread_of(last)
     if thread_id and store.thread(thread_id) != thread:
@@ -5090,7 +5170,7 @@ def _unmoved_thread(store: Store, last: str, thread_id: str) -> str:
     if newest and (newest["at"], newest["seq"]) > (row["at"], row["seq"]):
         raise Conflict(f"the thread has moved on: @{newest['agent_id']} wrote {newest['message_id']} after {last}; read it, then send "
                        f"again with --if-last {newest['message_id']}", {"newer": _summary(newest)})
-    return thread
+    return thread, row["at"]
 
 
 def _repeated(store: Store, row: dict) -> dict:
@@ -5163,7 +5243,7 @@ def message_list(context: Context, params: dict) -> dict:
     return {"messages": [_summary(row) for row in found["messages"]], "total": found["total"], "unread": found["unread"],
             "page": page, "page_size": size, "total_pages": -(-found["total"] // size),
             "last_seq": store.reached()[0], "epoch": store.meta("epoch", ""),
-            **compact(overdue=len(_overdue(context, receiver)) or None if receiver == caller else None)}
+            **compact(overdue=len({row["message_id"] for row in _overdue(context, receiver)}) or None if receiver == caller else None)}
 
 
 def _created_after(params: dict) -> int:
@@ -5276,16 +5356,21 @@ def _remove_messages(context: Context, rows: list, reason: str, by: str) -> int:
     return len(rows)
 
 
+def _left(count: int) -> dict:
+    """How many more there are for the next call."""
+    return {"remaining": count} if count else {}
+
+
 def message_delete_by_scope(context: Context, params: dict) -> dict:
     if not params.get("scope_type") or not params.get("scope_value"):
         raise ThrumError("scope_type and scope_value are required")
-    rows = context.store.messages_with(scope=(params["scope_type"], params["scope_value"]), limit=REMOVE_MAX)
-    return {"deleted_count": _remove_messages(context, rows, "deleted by scope", params.get("caller_agent_id", ""))}
+    rows, left = context.store.messages_with(REMOVE_MAX, scope=(params["scope_type"], params["scope_value"]))
+    return {"deleted_count": _remove_messages(context, rows, "deleted by scope", params.get("caller_agent_id", "")), **_left(left)}
 
 
 def message_delete_by_agent(context: Context, params: dict) -> dict:
-    rows = context.store.messages_with(author=params["agent_id"], limit=REMOVE_MAX)
-    return {"deleted_count": _remove_messages(context, rows, "deleted by agent", params.get("caller_agent_id", ""))}
+    rows, left = context.store.messages_with(REMOVE_MAX, author=params["agent_id"])
+    return {"deleted_count": _remove_messages(context, rows, "deleted by agent", params.get("caller_agent_id", "")), **_left(left)}
 
 
 def message_archive(context: Context, params: dict) -> dict:
@@ -5301,33 +5386,39 @@ def message_archive(context: Context, params: dict) -> dict:
     except ValueError:
         raise InvalidParams(f"identifier {name[:NAME_MAX]!r} cannot be a file name") from None
     path = f"{context.ledger.places.thrum}/archive/{stem}.jsonl"
-    rows = store.messages_with(author=name, limit=REMOVE_MAX) if kind == "agent" else \
-        store.messages_with(scope=("group", name), limit=REMOVE_MAX)
+    rows, left = store.messages_with(REMOVE_MAX, **({"author": name} if kind == "agent" else {"scope": ("group", name)}))
     if rows:
         lines = [canonical({
             **message_get(context, {"message_id": row["message_id"], "history": True})["message"], "agent_id": row["agent_id"]})
             for row in rows]
         try:
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            # A repetition after a crash adds lines twice, and loses none.
+            folder = os.path.dirname(path)
+            if os.path.islink(folder):
+                raise ThrumError(f"cannot archive: {folder} is a link")
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            # A repetition after a crash adds lines twice, and loses none; an unfinished last line must not swallow the next.
             with open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)) as file:
                 context.ledger.appended.setdefault(path, file.tell())
-                file.write(b"".join(line + b"\n" for line in lines))
+                file.write(b"\n" * (file.tell() > 0 and file_bytes(path)[-1:] != b"\n") + b"".join(line + b"\n" for line in lines))
                 file.flush()
                 durable_sync(file.fileno())
+            for directory in (folder, os.path.dirname(folder)):
+                sync_directory(directory)
         except OSError as error:
             raise ThrumError(f"cannot archive: {os_problem(error)}") from None
         _remove_messages(context, rows, "archived", params.get("caller_agent_id", ""))
-    return {"archived_count": len(rows), "archive_path": path}
+    return {"archived_count": len(rows), "archive_path": path, **_left(left)}
 
 
 def message_mark_shown(context: Context, params: dict) -> dict:
-    """Notes that messages were pushed to the caller (by `route`) and, unless `pushed` says no more, shown to it."""
-    store, reader, route = context.store, caller_of(context, params), check_text(params["route"], "route", PAIR_MAX)
+    """Notes that messages were shown to the caller; with a `route`, that they were pushed to it, and with `pushed`, no more than that."""
+    store, reader, route = context.store, caller_of(context, params), params.get("route", "")
+    if route and not is_label(route):
+        raise InvalidParams(f"route must be a text of at most {PAIR_MAX} printable characters")
     session, pushed, marked = store.open_session(reader), [], 0
     for row in [row for row in map(store.message, dict.fromkeys(params["message_ids"])) if row]:
         own, _ = store.states(row, reader)
-        if own and not own["pushed"]:
+        if own and not own["pushed"] and route:
             pushed.append(row["message_id"])
         if own and not own["seen"] and not own["read"] and not params.get("pushed"):
             context.append("message.receipt", after=row["at"], message_id=row["message_id"], agent_id=reader, receipt_type="seen",
@@ -5509,7 +5600,7 @@ def _write_context(top: str, file: str, data: bytes) -> None:
     if not os.path.isdir(top + "/.thrum"):      # made by the way, it would hide the one of the main worktree
         raise ThrumError(f"{top} is not set up; run 'thrum setup' there first")
     try:
-        os.makedirs(top + "/.thrum/context", mode=0o750, exist_ok=True)
+        make_folder(top + "/.thrum/context")
         atomic_write(context_path(top, file), data)
     except OSError as error:
         raise ThrumError(f"cannot write the context: {os_problem(error)}") from None
@@ -5584,7 +5675,7 @@ METHODS = {
     "agent.delete": Method(agent_delete, {"name": str, **CALLER}, "Delete an agent with everything that it wrote.", writes=True,
                            aliases={"agent_name": "name", "agent_id": "name"}),
     "agent.cleanup": Method(agent_cleanup, {"dry_run": bool, "force": bool, "threshold": int, **CALLER},
-                            "Find agents that nobody can be any more; with force, delete them.", writes=True),
+                            "Find agents that nobody can be any more; with force, delete them.", writes=True, preview="!force"),
     "user.register": Method(user_register, {"username!": str, "display": str}, "Join as a person.", writes=True,
                             elsewhere="User registration only available via WebSocket"),
     "user.identify": Method(user_identify, {}, "Who git says is working here."),
@@ -5636,9 +5727,11 @@ METHODS = {
                                     "Remove the messages with a scope for good.", writes=True),
     "message.deleteByAgent": Method(message_delete_by_agent, {"agent_id!": str, **CALLER},
                                     "Remove the messages of an agent for good.", writes=True),
-    "message.markShown": Method(message_mark_shown, {"message_ids!": [str], "route!": str, "pushed": bool, **CALLER},
+    "message.markShown": Method(message_mark_shown, {"message_ids!": [str], "route": str, "pushed": bool, **CALLER},
                                 "Note that messages were pushed or shown to the caller.", writes=True),
-    "purge.execute": Method(purge_execute, {"before!": str, "dry_run": bool}, "Remove everything from before a time.", writes=True),
+    "purge.execute": Method(purge_execute, {"before!": str, "dry_run": bool}, "Remove everything from before a time.", writes=True,
+                            preview="dry_run"),
+    # Decision 16: `mentions` goes by the agent's id, so the roles that the reference wants to know have no effect.
     "message.list": Method(
         message_list, {"scope": PAIR, "ref": PAIR, "thread_id": str, "author_id": str, "mentions": bool, "mention_role": str,
                        "caller_mention_role": str, "unread": bool, "unread_for_agent": str, "exclude_self": bool,
@@ -5992,6 +6085,8 @@ class Console:
         elif given is None:
             places = sum(argument.name[0] != "-" for argument in self.row.arguments)
             raise Usage(f"accepts {places} arg(s), received {places - 1}")
+        if not given.strip():
+            raise ThrumError("content is required")
         return check_text(given, "the message", REQUEST_MAX)
 
     async def session(self) -> str:
@@ -6063,7 +6158,7 @@ async def quickstart(console: Console, args: Args) -> int:
     if args.dry_run:
         check_word(role, "role")
         plan = [f"register {handle(name or old.name or role)} ({role}, {module})", "start a session",
-                f"set the intent: {one_line(_intent(console, role, args.intent))}"]
+                f"set the intent: {one_line(_intent(console, old, role, args.intent))}"]
         await console.answer({"dry_run": True, "would": plan}, "".join(f"Would {step}\n" for step in plan))
         return 0
     register, session, done = await enrol(console, old, name or old.name, role, module, args.display, args.intent, args.force, own_words)
@@ -6081,8 +6176,9 @@ async def quickstart(console: Console, args: Args) -> int:
     return 0
 
 
-def _intent(console: Console, role: str, intent: str | None) -> str:
-    return intent or DEFAULT_INTENTS.get(role, "Working in {}").format(console.worktree)
+def _intent(console: Console, old: Identity, role: str, intent: str | None) -> str:
+    before = old.data.get("intent") if old.role == role else ""         # who comes back goes on with what it was doing
+    return intent or (before if type(before) is str else "") or DEFAULT_INTENTS.get(role, "Working in {}").format(console.worktree)
 
 
 async def enrol(console: Console, old: Identity, name: str, role: str, module: str, display: str | None, intent: str | None,
@@ -6092,7 +6188,7 @@ async def enrol(console: Console, old: Identity, name: str, role: str, module: s
     `old` is the identity that it continues; `own_words` go into its preamble.
     """
     display = display or console.environ.get("THRUM_DISPLAY") or old.display or f"{role.capitalize()} ({module})"
-    repository, intent = console.worktree, check_text(_intent(console, role, intent), "intent")
+    repository, intent = console.worktree, check_text(_intent(console, old, role, intent), "intent")
     repo_id = (await console.call("health"))["repo_id"]
     identity = Identity(name or unnamed_agent_id(repo_id, role, module), role, module, display, "agent", "", old.data)
 
@@ -6150,7 +6246,8 @@ async def _save_identity(console: Console, identity: Identity, repo_id: str, **c
 
 def _who_text(who: dict, console: Console) -> str:
     """The agent summary: who somebody is, in a block."""
-    session = f"{who['session_id']} ({console.ago(who.get('session_start', ''))})" if who.get("session_id") \
+    age = f" ({console.ago(who['session_start'])})" if "session_start" in who else ""       # without the daemon nobody knows
+    session = who["session_id"] + age if who.get("session_id") \
         else "none (use 'thrum session start' to begin)"
     lines = [("Agent ID:", one_line(who["agent_id"])), ("Role:", "@" + one_line(who["role"])), ("Module:", one_line(who["module"])),
              ("Display:", one_line(who.get("display", ""))), ("Branch:", one_line(who.get("branch", ""))),
@@ -6646,7 +6743,7 @@ async def inbox(console: Console, args: Args) -> int:
         text = f"No messages matching filter {plain(' '.join(flags))}\n" \
                f"Showing 0 of {whole['total']} total messages (filter: {plain(', '.join(filters))})\n"
     elif found["total"]:
-        text = f"No messages on page {page}; there are {found['total_pages']}.\n"
+        text = f"No messages on page {page}; there are {found['total_pages']} pages.\n"
     else:
         text = "No messages in inbox.\n" if args.all else \
             f"No {'unread ' if args.unread else ''}messages for {handle(me)}.\n"
@@ -6657,7 +6754,7 @@ async def inbox(console: Console, args: Args) -> int:
     if unread:
         await console.end(0)    # mail that never left the process stays unread
         if args.unread:
-            await console.call("message.markShown", message_ids=unread, route="inbox", caller_agent_id=me)
+            await console.call("message.markShown", message_ids=unread, caller_agent_id=me)
         else:
             await console.call("message.markRead", message_ids=unread, caller_agent_id=me)
     return 0
@@ -6682,7 +6779,9 @@ async def sent(console: Console, args: Args) -> int:
     if blocks:
         first = (found["page"] - 1) * found["page_size"] + 1
         text += f"\nShowing {first}-{first + len(blocks) - 1} of {found['total']} sent messages\n"
-    await console.answer(found, text or ("No overdue messages.\n" if args.overdue else "No sent messages.\n"))
+    nothing = f"No messages on page {found['page']}; there are {found['total_pages']} pages.\n" if found["total"] else \
+        "No overdue messages.\n" if args.overdue else "No sent messages match.\n" if args.to or args.unread else "No sent messages.\n"
+    await console.answer(found, text or nothing)
     return 0
 
 
@@ -6858,7 +6957,7 @@ async def trace(console: Console, args: Args) -> int:
            f"  {one_line(found['content'], console.width - 2)}\n\n"
     table = []
     for state in found["recipients"]:
-        steps = sorted((state[field], name) for name, field in DELIVERY_STATES if field in state)
+        steps = sorted(((state[field], name) for name, field in reversed(DELIVERY_STATES) if field in state), key=lambda step: step[0])
         told = [f"{STATE_WORDS.get(name, name)} {when(at)[11 if at[:10] == found['created_at'][:10] else 0:]}"
                 + (f" by {one_line(state['route'])}" if name == "pushed" else "") for at, name in steps]
         if state.get("gone"):
@@ -6990,7 +7089,8 @@ async def agent_list_command(console: Console, args: Args) -> int:
                  ("Branch:", _branch_text(work)), ("Active:", console.ago(agent["last_seen_at"]) if agent.get("last_seen_at") else "")] \
             if work else [("Last seen:", console.ago(agent["last_seen_at"]) if agent.get("last_seen_at") else "")]
         text += "".join(f"    {label} {value}\n" for label, value in lines if value)
-    await console.answer({"agents": found, "contexts": contexts}, text if found["agents"] else "No agents registered.\n")
+    await console.answer({"agents": found, "contexts": contexts}, text if found["agents"] else
+                         "No agents with that role and module.\n" if args.role or args.module else "No agents registered.\n")
     return 0
 
 
@@ -7689,41 +7789,40 @@ class Daemon:
             _, late = await asyncio.wait(tasks, timeout=STOP_S)
             for task in late:
                 task.cancel()
-        await self._note_presence()
+        try:
+            await self._write(lambda context: self.ledger.note_presence())
+        except ThrumError as error:             # a full disk: who was here is not worth more
+            self.log.warning("who was here was not noted: %s", error)
         self._writes.put(None)
         await self.loop.run_in_executor(None, writer.join)
         self._readers.shutdown()
 
     async def _housekeeping(self) -> None:
         """What has to be done from time to time; nothing is done, and nothing wakes, more often than once a minute."""
-        while True:
+        while not self.stopping.is_set():
             await asyncio.sleep(SYNC_S)
-            now = self.world.monotonic()
-            for connection in list(self.connections):
-                if not connection.busy and now - connection.since > IDLE_S:
-                    connection.task.cancel()
-            if not os.path.exists(self.places.var + "/thrum.pid") or read_pid(self.places) not in (0, os.getpid()):
-                self.log.warning("%s is gone, or another daemon's: stopping", self.places.var)
-                self.stopping.set()
-                return
-            for connection in list(self.connections):
-                if connection.waiting and connection.reader and connection.has_left():
-                    connection.task.cancel()    # it had only stopped to send when we looked last
-                elif connection.busy and connection.agent:      # whoever waits is here
-                    self.ledger.seen[connection.agent] = self.world.now_ns()
-            if self.ledger.seen:
-                await self._note_presence()
-            if self.ledger.unsynced():
-                try:
-                    await self._write(lambda context: self.ledger.flush(sync=True))
-                except ThrumError as error:     # a full or slow disk: it is tried again
-                    self.log.warning("the branch files were not synced: %s", error)
+            try:
+                await self._look_after()
+            except Exception as error:      # a full or slow disk, most likely: it is tried again
+                self.log.warning("housekeeping was cut short: %s", error)
 
-    async def _note_presence(self) -> None:
-        try:
+    async def _look_after(self) -> None:
+        now = self.world.monotonic()
+        for connection in list(self.connections):
+            if not connection.busy and now - connection.since > IDLE_S:
+                connection.task.cancel()
+            elif connection.waiting and connection.reader and connection.has_left():
+                connection.task.cancel()    # it had only stopped to send when we looked last
+            elif connection.busy and connection.agent:      # whoever waits is here
+                self.ledger.seen[connection.agent] = self.world.now_ns()
+        if not os.path.exists(self.places.var + "/thrum.pid") or read_pid(self.places) not in (0, os.getpid()):
+            self.log.warning("%s is gone, or another daemon's: stopping", self.places.var)
+            self.stopping.set()
+            return
+        if self.ledger.seen:
             await self._write(lambda context: self.ledger.note_presence())
-        except ThrumError as error:             # a full or slow disk: who was here is not worth more
-            self.log.warning("who was here was not noted: %s", error)
+        if self.ledger.unsynced():
+            await self._write(lambda context: self.ledger.flush(sync=True))
 
     # ---- the writer
 
@@ -7848,11 +7947,12 @@ class Daemon:
                 return {"messages": [], "timed_out": True, "after_seq": params.get("after_seq", self.last_seq),
                         "epoch": self.ledger.journal.epoch, "remaining": 0}
         finally:
-            waking.cancel()
-            if leaving:
-                leaving.cancel()
             connection.waiting -= 1
             self.waiters.remove(token)
+            waking.cancel()
+            if leaving:             # a stream has one reader at a time, so this one must have ended
+                leaving.cancel()
+                await asyncio.wait({leaving})
 
     async def call(self, name: str, params, connection: Connection, key: str = ""):
         """The result of a method; raises ThrumError.  The one way in for sockets and commands alike.
@@ -7874,7 +7974,8 @@ class Daemon:
                 await self._write(lambda context: self.ledger.index(INDEX_AT_ONCE))
             if method.waits:
                 return await self._wait(method.handler, checked, connection)
-            if method.writes:
+            only_reads = method.preview and bool(checked.get(method.preview.lstrip("!"))) != (method.preview[0] == "!")
+            if method.writes and not only_reads:
                 return await self._write(lambda context: context.store.once(key, lambda: method.handler(context, checked)))
             return await self._read(method.handler, checked)
         except (ThrumError, asyncio.CancelledError, ConnectionError):
@@ -8001,7 +8102,7 @@ class Daemon:
         except Exception:
             self.log.exception("%s failed", console.argv[:2])
             await console.write("E", "Error: internal error; see 'thrum daemon logs'\n")
-            status = 1
+            status = row.failure
         await console.end(status)
 
 
@@ -8196,7 +8297,7 @@ def forward(sock, var, call, state, other):
             data = b""
         if not data:
             return status
-        rest += data
+        rest, silences = rest + data, 0
         while len(rest) > 4 and len(rest) >= 5 + int.from_bytes(rest[1:5], "big"):
             size = 5 + int.from_bytes(rest[1:5], "big")
             kind, payload, rest = rest[:1], rest[5:size], rest[size:]
@@ -8227,7 +8328,7 @@ def give_up(end, argv):
     if not end.args:
         return 0
     show(2, ("Error: " + printable(end.args[0]) + "\n").encode(errors="backslashreplace"))
-    return 2 if argv[:1] == ["wait"] else 1
+    return 2 if ([word for word in argv if word[:1] != "-"] or [""])[0] == "wait" else 1
 
 
 def launch(argv, home, program, version, forwarded, words, state, whole):
@@ -8336,6 +8437,8 @@ class Client:
         """The result of a method; raises ThrumError with the daemon's words, Unreachable when it went away."""
         self._id += 1
         line = json.dumps({"jsonrpc": "2.0", "id": self._id, "method": method, "params": params}).encode() + b"\n"
+        if len(line) > REQUEST_MAX:
+            raise InvalidRequest(f"{method}: the request is larger than {REQUEST_MAX:,} bytes")
         self._sock.settimeout(self._answer_s + params.get("timeout_ms", WAIT_DEFAULT_MS if method == "message.wait" else 0) / 1000)
         reply = {}
         try:
@@ -8772,7 +8875,8 @@ async def init(console: Console, args: Args) -> int:
         if any(wanted):
             done.append("Agent registered")
         del report["initialized"]
-        await console.answer({"dry_run": True, **report, "would": report.pop("done")}, "\n".join(done) or "Nothing to do")
+        report["would"] = report.pop("done")
+        await console.answer({"dry_run": True, **report}, "\n".join(done) or "Nothing to do")
         return 0
     lines = []
     if linked:
@@ -9061,12 +9165,15 @@ def refresh(places: Places) -> None:
 
 async def daemon_stop(console: Console, args: Args) -> int:
     places = console.places
+    stopped_before = os.path.exists(places.var + "/stopped")
     try:
         atomic_write(places.var + "/stopped", b"by 'thrum daemon stop'\n")
     except OSError as error:
         raise ThrumError(f"cannot note that the daemon is stopped: {os_problem(error)}") from None
     pid = stop_daemon(places)
     if not pid:
+        if not stopped_before:
+            remove(places.var + "/stopped")
         raise ThrumError("daemon is not running")
     await console.answer({"status": "stopped", "pid": pid}, "✓ Daemon stopped successfully")
     return 0

@@ -188,7 +188,7 @@ def test_sent_filters(fresh):
     unread = ada.json("sent", "--unread", "--limit", "100")["messages"]
     assert second in [m["message_id"] for m in unread] and first not in [m["message_id"] for m in unread]
     assert all(m["agent_id"] == "ada" for m in unread)
-    assert ada.ok("sent", "--to", "@nobody-here") == "No sent messages.\n"
+    assert ada.ok("sent", "--to", "@nobody-here") == "No sent messages match.\n"
     page = ada.json("sent", "--page-size", "1", "--page", "2")
     assert [m["message_id"] for m in page["messages"]] == [first] and page["total_pages"] == page["total"]
 
@@ -394,7 +394,7 @@ def test_agents_and_sessions(fresh):
         assert error_line(bob.run("session", "end", "--session-id", second)) == f"session {second} has already ended"
         assert re.search("(?i)no.*session|inactive|ended|stopped", bob.ok("status", env=who))
         assert bob.ok("agent", "list", "--role", "reviewer").startswith("Registered agents (1):")
-        assert bob.ok("agent", "list", "--role", "nobody") == "No agents registered.\n"
+        assert bob.ok("agent", "list", "--role", "nobody") == "No agents with that role and module.\n"
     finally:
         (bob.path / ".thrum/identities/cleo.json").unlink()
 
@@ -428,7 +428,7 @@ def test_groups(fresh):
     assert ada.ok("group", "add", "planners", "--role", "planner") == "✓ Added role:planner to planners\n"
     for line, text in {
             "create test-team": 'group "test-team" already exists', "create everyone": 'group "everyone" already exists',
-    "create ada": 'group "ada" ', "create planner": 'group "planner" ', "create all": "group name 'all' is",
+    "create ada": 'group name "ada" is taken', "create planner": 'group name "planner" is taken', "create all": "group name 'all' is",
     "create ../x": "group name ",
             "add nope @bob": 'group "nope" not found', "add test-team @ghost": 'agent "ghost" not found',
             "add test-team @planners": 'agent "planners" not found', "add test-team --role ghost": 'role "ghost" not found',

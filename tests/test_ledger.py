@@ -603,6 +603,7 @@ def test_events_go_to_their_branch_files(tmp_path):
 def test_a_crash_before_the_branch_files_were_written_is_made_up_for(tmp_path):
     places = places_in(tmp_path)
     ledger, _ = live(places, 6)
+    do(ledger, message(9999, to=("agent0",)))
     assert not shared_ids(places) <= branch_ids(places), "else this test shows nothing"
     crash(ledger)
     again = start(places)

@@ -349,7 +349,7 @@ def test_register_again_writes_nothing_and_re_register_says_updated(team):
     ({"name": "y2", "role": "a", "module": "z"}, "role \"a\" conflicts with existing agent name 'a'"),             # vector 10
     ({"name": "z", "role": "z", "module": "z"}, 'agent name "z" cannot be the same as its role'),
     ({"name": "everyone", "role": "z", "module": "z"}, "everyone"),
-    ({"name": "g", "role": "z", "module": "z"}, "name of a group"),
+    ({"name": "g", "role": "z", "module": "z"}, "there is a group of that name"),
     ({"name": "daemon", "role": "z", "module": "z"}, "invalid agent name: "),
     ({"name": "Upper", "role": "z", "module": "z"}, "invalid agent name: "),
     ({"name": "../x", "role": "z", "module": "z"}, "invalid agent name: "),

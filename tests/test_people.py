@@ -178,7 +178,7 @@ def test_role_groups_are_derived(abc):
                            ("group.member.remove", {"group": "y", "member_type": "role", "member_value": "y"})):
         assert str(abc.refused(method, **params)) == ('group "y" is made of the agents of that role; create a group of another name '
                                                       "to choose its members")
-    assert "would hide the agent, person or role" in str(abc.refused("group.create", name="y"))
+    assert "is taken: there is a role of that name" in str(abc.refused("group.create", name="y"))
     abc.call("agent.delete", name="b")
     abc.call("agent.delete", name="c")
     assert str(abc.refused("group.info", name="y")) == 'group "y" not found'
@@ -807,6 +807,8 @@ def test_cleanup_finds_each_reason(old):
     identity(old.places.root, "notree", worktree="vanished", branch="main")
     identity(old.places.root, "nobranch", branch="merged-and-deleted")
     old.person("leon")
+    assert "notree" not in orphans(old), "seen a moment ago: the folder was renamed"
+    old.world.at += DAY + NS
     found = orphans(old)
     assert set(found) == {"nofile", "notree", "nobranch"}, "without a worktree it never had a file; people are left alone"
     base = {"role", "module", "worktree", "branch", "last_seen_at", "worktree_missing", "branch_missing", "days_since_last_seen",
@@ -818,8 +820,8 @@ def test_cleanup_finds_each_reason(old):
     old.world.at += 31 * DAY
     found = orphans(old)
     assert set(found) == {"fine", "nofile", "notree", "nobranch", "nothing"}
-    assert found["fine"]["reason"] == "not seen for 31 days" and found["fine"]["days_since_last_seen"] == 31
-    assert found["nofile"]["reason"] == "no identity file, not seen for 31 days"
+    assert found["fine"]["reason"] == "not seen for 32 days" and found["fine"]["days_since_last_seen"] == 32
+    assert found["nofile"]["reason"] == "no identity file, not seen for 32 days"
 
 
 def test_the_threshold_is_in_whole_days(old):

@@ -82,7 +82,7 @@ class Office(Team):
                  for r in m.get("recipients", []) if r.get("overdue")}
         assert whole == pairs, "all of `sent` marks the same ones"
         inbox = self.call("message.list", for_agent=who, caller_agent_id=who)
-        assert inbox.get("overdue", 0) == len(pairs)
+        assert inbox.get("overdue", 0) == len({message for message, _ in pairs})
         return pairs
 
     def restart(self, *, rebuild=False):
@@ -206,7 +206,7 @@ def test_states_of_group_role_and_broadcast_mail(office, to):
 
 def test_a_route_is_a_short_text(office):
     sent = office.send("ada", "m", mentions=["@bob"])["message_id"]
-    for route in ("", "x" * 257, "a\0b", "\ud800"):
+    for route in ("x" * 257, "a\0b", "\ud800"):
         with pytest.raises(thrum.ThrumError):
             office.call("message.markShown", message_ids=[sent], route=route, caller_agent_id="bob")
     assert office.fields(sent) == {"delivered_at"}
@@ -737,7 +737,7 @@ def test_a_command_that_died_before_it_printed_claims_nothing(two, proxy, words,
                                   env=proxy.env()))
     assert status == 0 and sent in out
     assert state_of(two, sent)["state"] == ("read" if words == ("inbox",) else "pushed" if words[0] == "wait" else "seen")
-    assert state_of(two, sent).get("route", "") == ("" if words == ("inbox",) else words[0])
+    assert state_of(two, sent).get("route", "") == ("wait" if words[0] == "wait" else "")
 
 
 @pytest.mark.slow
@@ -866,7 +866,7 @@ def test_filters_and_footers_on_the_command_line(two):
     newest = [m["message_id"] for m in bob.json("inbox", "--unread", "--limit", "100")["messages"]]
     assert oldest == newest[::-1] and len(newest) == 4
     assert "scope must be in 'type:value' format, got: nope" in bob.run("inbox", "--scope", "nope").stderr
-    assert bob.ok("inbox", "--page", "99") == f"No messages on page 99; there are {-(-total // 10)}.\n"
+    assert bob.ok("inbox", "--page", "99") == f"No messages on page 99; there are {-(-total // 10)} pages.\n"
     bob.ok("inbox", "--scope", "module:core")
     assert unread(two) == ["wide"], "only what was shown is read"
     bob.ok("inbox")

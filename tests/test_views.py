@@ -363,7 +363,7 @@ def test_agent_list(team):
         found = bob.json("agent", "list", *words)
         assert [agent["agent_id"] for agent in found["agents"]["agents"]] == ["tess"], words
         assert bob.ok("agent", "list", *words).startswith("Registered agents (1):\n\n● ")
-    assert bob.ok("agent", "list", "--role", "tester", "--module", "nope") == "No agents registered.\n"
+    assert bob.ok("agent", "list", "--role", "tester", "--module", "nope") == "No agents with that role and module.\n"
     for line in bob.ok("agent", "list", env={"COLUMNS": "80"}).splitlines():
         assert len(line) <= 80 or not line.startswith("    "), line
     team.tess.ok("session", "end")
