@@ -36,7 +36,7 @@ import os
 import sys
 import time
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "main", "connect", "read_log", "World", "ThrumError", "InvalidParams", "Unreachable",
     "decode_request", "Lines",
@@ -4952,7 +4952,8 @@ def group_member_add(context: Context, params: dict) -> dict:
         raise ThrumError(f"invalid member_type \"{kind}\" (must be 'agent', 'role' or 'group')")
     group = _group_for_change(context, params["group"])
     if kind == "agent" and not store.agent(value):
-        hint = "; it is a group: add it as one" if store.group(value) else "; it is a role: add it as one" if value in store.roles() else ""
+        hint = "; it is a group: use --group-member" if store.group(value) else \
+            "; it is a role: use --role" if value in store.roles() else ""
         raise ThrumError(f'agent "{value}" not found — agent must be registered before being added to a group{hint}')
     if kind == "role" and value != "*" and value not in store.roles():
         raise ThrumError(f'role "{value}" not found — no registered agents with this role')
@@ -6383,15 +6384,21 @@ def _age_of(work: dict, console: Console) -> str:
     return console.ago(max(stamps)) if stamps else "-"
 
 
+def _by_agent(found: dict) -> dict:
+    """The newest work context of each agent that has one."""
+    works = {}
+    for work in found["contexts"]:
+        works.setdefault(work["agent_id"], work)
+    return works
+
+
 async def prime(console: Console, args: Args) -> int:
     """Everything that an agent needs when it begins, or when its context was lost."""
     health = await console.call("health")
     me = _caller_or_nobody(console)
     report = {"repo_path": console.top, "sync_state": {
         "daemon_status": health["status"], **{key: health[key] for key in ("uptime_ms", "sync_state", "version")}}}
-    contexts = {}
-    for work in (await console.call("agent.listContext"))["contexts"]:
-        contexts.setdefault(work["agent_id"], work)
+    contexts = _by_agent(await console.call("agent.listContext"))
     agents = (await console.call("agent.list"))["agents"]
     report["agents"] = {"total": len(agents), "active": sum(agent["agent_id"] in contexts for agent in agents), "list": agents}
     if me:
@@ -6491,9 +6498,7 @@ async def ping(console: Console, args: Args) -> int:
     wanted = args.agent.lstrip("@")
     agents = await console.call("agent.list")
     contexts = await console.call("agent.listContext")
-    active = {}
-    for work in contexts["contexts"]:
-        active.setdefault(work["agent_id"], work)
+    active = _by_agent(contexts)
     found = [agent for agent in agents["agents"] if wanted and wanted in (agent["agent_id"], agent["display"])]
     by_role = [] if found else [agent for agent in agents["agents"] if wanted and agent["role"] == wanted]
     text = ""
@@ -6626,6 +6631,9 @@ async def context_preamble_command(console: Console, args: Args) -> int:
 
 # ---- messages
 
+SENT_NAMES, SENT_STATES = 8, 20         # recipients that are named after a send, and in a list: a line, and a few
+
+
 async def send(console: Console, args: Args) -> int:
     if args.broadcast and (args.to or args.everyone):
         raise Usage("--broadcast and --to are mutually exclusive")
@@ -6661,11 +6669,11 @@ async def _report_send(console: Console, sent_: dict, done: str) -> int:
         for warning in sent_.get("warnings", []):
             await console.note(f"  warning: {plain(warning)}")
     names = [handle(state["agent_id"]) for state in sent_.get("recipients", [])]
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    more = f" and {len(names) - SENT_NAMES} more" if len(names) > SENT_NAMES else ""
     text = f"✓ {done}: {plain(sent_['message_id'])}\n"
     if "thread_id" in sent_:
         text += f"  Thread: {sent_['thread_id']}\n"
-    text += "  To: " + (", ".join(names[:8]) + more if names else "nobody") + "\n"
+    text += "  To: " + (", ".join(names[:SENT_NAMES]) + more if names else "nobody") + "\n"
     await console.answer(sent_, text)
     return 0
 
@@ -6697,6 +6705,11 @@ async def reply(console: Console, args: Args) -> int:
     except ThrumError:
         pass                    # the reply was sent, and that is what was asked for
     return await _report_send(console, sent_, "Reply sent")
+
+
+def _pairs_text(pairs: list) -> str:
+    """Scopes, references or audiences on one line."""
+    return ", ".join(f"{one_line(pair['type'])}:{one_line(pair['value'])}" for pair in pairs)
 
 
 def _via_text(message: dict) -> str:
@@ -6767,13 +6780,13 @@ async def sent(console: Console, args: Args) -> int:
     blocks = []
     for message in found["messages"]:
         states = message.get("recipients", [])
-        to = ", ".join(f"{one_line(a['type'])}:{one_line(a['value'])}" for a in message["audiences"])
+        to = _pairs_text(message["audiences"])
         deleted = "  DELETED" if message["deleted"] else ""
         block = f"{console.bold(plain(message['message_id']))}{_via_text(message)}  {console.ago(message['created_at'])}  to {to}  " \
                 f"{message['read_count']}/{len(states)} read{deleted}\n  {one_line(message['body']['content'], console.width - 2)}\n"
         if states:
-            block += wrapped("Recipients: " + ", ".join(_state_text(state) for state in states[:20]), console.width, "  ")
-            block += f" and {len(states) - 20} more\n" if len(states) > 20 else "\n"
+            block += wrapped("Recipients: " + ", ".join(_state_text(state) for state in states[:SENT_STATES]), console.width, "  ")
+            block += f" and {len(states) - SENT_STATES} more\n" if len(states) > SENT_STATES else "\n"
         blocks.append(block)
     text = "\n".join(blocks)
     if blocks:
@@ -6794,7 +6807,7 @@ def _state_text(state: dict) -> str:
 def _detail_text(message: dict) -> str:
     """One message with everything about it."""
     def pairs(name):
-        return ", ".join(f"{one_line(pair['type'])}:{one_line(pair['value'])}" for pair in message.get(name) or [])
+        return _pairs_text(message.get(name) or [])
     lines = [("Message:", message["message_id"]), ("From:", handle(message["author"]["agent_id"]) + _via_text(message)),
              ("Time:", when(message["created_at"])), ("Thread:", message.get("thread_id", "")), ("To:", pairs("audiences")),
              ("Scopes:", pairs("scopes")), ("Refs:", pairs("refs")), ("Edited:", when(message.get("updated_at", "")))]
@@ -6872,6 +6885,8 @@ TIMED_OUT = "NO_MESSAGES_TIMEOUT — re-run thrum wait to continue listening"
 
 async def wait(console: Console, args: Args) -> int:
     now = console.world.now_ns
+    if args.timeout < 0:
+        raise Usage("invalid timeout: it must not be negative")
     params = {"caller_agent_id": console.me(), "all": args.all or None, "unread": args.unread or None, "thread_id": args.thread,
               "from": args.from_, "mention_role": args.mention, "scope": _pair_or_usage(args.scope, "scope") if args.scope else None}
     if args.scope or args.mention:
@@ -6951,7 +6966,7 @@ STATE_WORDS = {"delivered": "stored", "seen": "shown"}      # what the words of 
 
 async def trace(console: Console, args: Args) -> int:
     found = await console.call("message.trace", message_id=args.msg_id)
-    to = ", ".join(f"{one_line(a['type'])}:{one_line(a['value'])}" for a in found["audiences"])
+    to = _pairs_text(found["audiences"])
     text = f"{console.bold(found['message_id'])} from {handle(found['agent_id'])}{_via_text(found)} to {to}, " \
            f"{console.ago(found['created_at'])}{', DELETED' if found['deleted'] else ''}\n" \
            f"  {one_line(found['content'], console.width - 2)}\n\n"
@@ -6977,7 +6992,10 @@ async def purge(console: Console, args: Args) -> int:
     if args.before and args.all:
         raise Usage("--before and --all are mutually exclusive")
     now = console.world.now_ns()
-    before = stamp_of(_moment(console, args.before, "before") if args.before else now + 3600 * NS)
+    moment = _moment(console, args.before, "before") if args.before else now + 3600 * NS
+    if args.before and moment > now:
+        raise Usage(f"--before {args.before} is in the future; --all purges everything")
+    before = stamp_of(moment)
     done = await console.call("purge.execute", before=before, dry_run=not args.confirm)
     verb, gone = ("Purged", " deleted") if args.confirm else ("Purge preview", "")
     text = f"{verb} (before {when(before)}):\n" + "".join(f"  {label:<11}{done[key]}{gone}\n" for label, key in (
@@ -7076,9 +7094,7 @@ async def agent_list_command(console: Console, args: Args) -> int:
         await console.answer(contexts, _contexts_table(contexts["contexts"], console))
         return 0
     found = await console.call("agent.list", role=args.role, module=args.module)
-    active = {}
-    for work in contexts["contexts"]:
-        active.setdefault(work["agent_id"], work)
+    active = _by_agent(contexts)
     text = f"Registered agents ({len(found['agents'])}):\n"
     for agent in found["agents"]:
         work = active.get(agent["agent_id"])
@@ -7474,7 +7490,12 @@ def help_text(name: str, row: Command) -> str:
     text += "\nEverywhere: --json --quiet --verbose --repo PATH --role R --module M --help\n"
     below = ", ".join(f"thrum {other}" for other in COMMANDS if other.startswith(name + " "))
     text += f"See also:   {below}\n" if below else ""
-    return text + (f"\nExample: {row.example}\n" if row.example else f"\nExample: thrum {name} {usage.strip('[]').lower()}".rstrip() + "\n")
+    return f"{text}\nExample: {example_of(name, row)}\n"
+
+
+def example_of(name: str, row: Command) -> str:
+    """A command line that shows how a command is called."""
+    return row.example or " ".join(["thrum", name, *(a.name.lower() for a in row.arguments if a.name[0] != "-")])
 
 
 # ================================================================== 23  Daemon
@@ -9344,7 +9365,7 @@ def root_help() -> str:
 def group_help(word: str) -> str:
     """The commands that begin with a word."""
     rows = {name: row for name, row in visible_rows().items() if name.startswith(word + " ")}
-    example = next((row.example for row in rows.values() if row.example), f"thrum {next(iter(rows))}")
+    example = next((row.example for row in rows.values() if row.example), None) or example_of(*next(iter(rows.items())))
     about = f"{GROUPS[word]}\n\n" if word in GROUPS else ""
     return f"{about}Usage: thrum {word} COMMAND [flags]\n\n" \
         + rows_of([[f"  {name}", row.help] for name, row in rows.items()], WIDTH_DEFAULT) + f"\nExample: {example}\n"

@@ -328,7 +328,7 @@ def test_a_wrong_value_can_be_corrected(repo):
     assert config_of(repo) == {"x": 1}
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": NaN}', '{"a":' * 100_000, "\0", '{"daemon": [' * 50 + "]}" * 50])
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": NaN}', '{"a":' * 100_000, "\0", '{"daemon": [' * 50 + "]}" * 50], ids=range(7))
 def test_a_file_that_is_no_object_is_named(repo, content):
     write(repo, content)
     for words in (["show"], ["get", "daemon.autostart"], ["set", "daemon.autostart", "no"], ["unset", "daemon.autostart"]):
