@@ -880,24 +880,39 @@ def context_path(top: str, file: str) -> str:
     return path
 
 
+def look(top, name):
+    """A file below `.thrum/context/` of a worktree: (what is wrong, or "", its bytes or None, when it was changed in ns).
+
+    (The launcher carries this function: an agent that begins asks for its context.)
+    """
+    folder = os.path.realpath(top + "/.thrum") + "/context"
+    path = folder + "/" + name
+    if "/" in name or not name.endswith(".md") or os.path.realpath(path) != path:
+        return path + " is a link, or no file of a context", None, 0
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)     # a FIFO stops nobody
+        try:
+            data, changed_ns = os.read(descriptor, 262145), os.fstat(descriptor).st_mtime_ns        # CONTEXT_MAX, and one more
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        return "", None, 0
+    except OSError as error:
+        return "cannot read the context: " + error.strerror + ": " + path, None, 0
+    if len(data) > 262144:
+        return path + " is larger than 262,144 bytes", None, 0
+    return "", data, changed_ns
+
+
 def read_context(top: str, file: str) -> tuple | None:
     """The bytes of a file below `.thrum/context/` and the time of its last change (ns); None without one.
 
     Raises ThrumError for a link, a file that is too large, and what cannot be read.
     """
-    path = context_path(top, file)
-    try:
-        # Non-blocking, so that a FIFO of that name stops nobody.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file_:
-            data = file_.read(CONTEXT_MAX + 1) or b""
-            changed_ns = os.fstat(file_.fileno()).st_mtime_ns
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ThrumError(f"cannot read the context: {os_problem(error)}") from None
-    if len(data) > CONTEXT_MAX:
-        raise ThrumError(f"{path} is larger than {CONTEXT_MAX:,} bytes")
-    return data, changed_ns
+    problem, data, changed_ns = look(top, file)
+    if problem:
+        raise ThrumError(problem)
+    return None if data is None else (data, changed_ns)
 
 
 def file_bytes(path: str) -> bytes | None:
@@ -1835,6 +1850,7 @@ create table messages(
 create index messages_at on messages(at);
 create index messages_author on messages(author, at, unread_by);
 create index messages_thread on messages(thread_id, at) where thread_id is not null;
+create index messages_deleted on messages(author) where deleted_at is not null;
 create index messages_reply on messages(reply_to) where reply_to is not null;
 create table removed(number integer primary key, id text not null unique);
 create index messages_key on messages(send_key) where send_key is not null;
@@ -2639,7 +2655,7 @@ class Store:
         """
         self.flush()
         key, reader_key = self.key_of(receiver), self.key_of(reader or receiver)
-        tables, where, args = "messages m", ["m.deleted_at is null"], []
+        tables, where, args, by_scope = "messages m", ["m.deleted_at is null"], [], False
         plain = not (unread or author or scope or ref or mention or thread_id or after_ns or after_seq >= 0 or up_to_seq < FAR)
         if receiver and key:
             tables = "deliveries d join messages m on m.seq = d.seq"
@@ -2647,9 +2663,17 @@ class Store:
             args.append(key)
             if unread:
                 where.append("d.read_at is null")
-            if after_seq >= 0:  # few messages are that young, and many were delivered: go by the message
-                tables = "messages m join deliveries d on d.agent = ? and d.at = m.at and d.seq = m.seq"
+            # Few messages are that young, of that author, or in that scope, and many were delivered: go by the message.
+            few = after_seq >= 0 or bool(author and self._smaller(key, "messages where author = ?", self.key_of(author)))
+            by_scope = not few and bool(scope) and self._smaller(key, "message_scopes where scope_type = ? and scope_value = ?", *scope)
+            if few or by_scope:
+                tables = "messages m cross join deliveries d on d.agent = ? and d.at = m.at and d.seq = m.seq"
                 where = where[1:]
+            if by_scope:
+                tables = "message_scopes s cross join messages m on m.seq = s.seq " + tables[11:]
+                where += ["s.scope_type = ?", "s.scope_value = ?"]
+                args += scope
+                scope = None
         elif receiver:          # somebody unknown sees what is addressed to everybody, all of it unread
             where.append("m.wide = 2")
         filters = []
@@ -2684,14 +2708,39 @@ class Store:
         counted = self.row("select inbox_total, inbox_unread from agents where agent = ?", key) if key else None
         if plain and counted:
             total, left = counted["inbox_total"], counted["inbox_unread"]
-        elif unread and counted and not filters:
+        elif unread and counted and not filters and not by_scope:
             total = left = counted["inbox_unread"]
+        elif plain and not receiver:    # everything that was said
+            total = self._said() - (self._said(self.key_of(not_author)) if not_author else 0)
+            left = self.value("select inbox_unread from agents where agent = ?", reader_key, default=0)
+        elif key and reader_key == key:
+            # The numbers are in the deliveries too, and to count in them alone is faster.
+            alone = filters == ["m.seq > ?"] and not by_scope
+            among = "deliveries d where d.agent = ? and not d.hidden and d.seq > ?" + " and d.read_at is null" * unread if alone \
+                else f"{tables} where {condition}"
+            total = self.value(f"select count(*) from {among}", *args)
+            left = total if unread else self.value(f"select count(*) from {among} and d.read_at is null", *args)
         else:
             total = self.value(f"select count(*) from {tables} where {condition}", *args)
             left = total if unread or (receiver and not key) else self.value(
                 f"select count(*) from {tables} join deliveries u on u.agent = ? and u.at = m.at and u.seq = m.seq "
                 f"where {condition} and u.read_at is null and not u.hidden", reader_key, *args) if reader_key else 0
         return {"messages": found, "total": total, "unread": left}
+
+    def _smaller(self, key: int, table: str, *args) -> bool:
+        """Whether a selection has fewer rows than an agent has messages."""
+        most = self.value("select inbox_total from agents where agent = ?", key, default=0)
+        return self.value(f"select count(*) from (select 1 from {table} limit ?)", *args, most) < most
+
+    def _said(self, author: int = 0) -> int:
+        """How many messages there are, or of one author, that were not deleted; from the indices alone."""
+        condition, args = ("author = ?", [author]) if author else ("1", [])
+        return self.value(f"select count(*) from messages where {condition}", *args) - \
+            self.value(f"select count(*) from messages where deleted_at is not null and {condition}", *args)
+
+    def written(self, agent_id: str) -> int:
+        """How many messages an agent has written, deleted ones too."""
+        return self.value("select count(*) from messages where author = ?", self.key_of(agent_id))
 
     def outbox(self, agent_id: str, to: str = "", unread: bool = False, limit: int = 10, offset: int = 0, only=None) -> dict:
         """What an agent wrote, newest first: {messages, total}; `to` is an agent, role or group, or `everyone`.
@@ -4738,7 +4787,7 @@ def _orphans(context: Context, threshold: int) -> list:
                 "agent_id": agent["agent_id"], "name": agent["agent_id"], "role": agent["role"], "module": agent["module"],
                 "worktree": str(worktree), "branch": branch if type(branch) is str else "", "last_seen_at": _stamp(seen), **missing,
                 "days_since_last_seen": days, "reason": ", ".join(reasons),
-                "message_count": context.store.page(author=agent["agent_id"], limit=1)["total"]})
+                "message_count": context.store.written(agent["agent_id"])})
     return orphans
 
 
@@ -8344,6 +8393,14 @@ def forward(sock, var, call, state, other):
                 pass                    # it has gone; what it sent before is still to be read
 
 
+def context_answer(top, payload):
+    """The answer to `N` for a file of the worktree's context."""
+    problem, data, changed_ns = look(top, os.fsdecode(payload[1:]))
+    if problem:
+        return b"1" + problem.encode(errors="replace")
+    return b"0" if data is None else b"0" + pack([str(changed_ns).encode(), data])
+
+
 def give_up(end, argv):
     """The exit status after `show` or `alive` has raised EOFError: a closed pipe is no failure, the rest is."""
     if not end.args:
@@ -8363,7 +8420,8 @@ def launch(argv, home, program, version, forwarded, words, state, whole):
                     top, thrum = locate(home)
                 sock = dial(thrum + "/var")
                 status = forward(sock, thrum + "/var", describe(argv, top, program, version, forwarded, state), state,
-                                 lambda kind, payload: whole().answer_record(top, argv, kind, payload))
+                                 lambda kind, payload: context_answer(top, payload) if kind + payload[:1] == b"N\0"
+                                 else whole().answer_record(top, argv, kind, payload))
                 if status is not None:
                     return status
             except OSError:
@@ -8375,8 +8433,8 @@ def launch(argv, home, program, version, forwarded, words, state, whole):
         return 130
 
 
-LAUNCHER_FUNCTIONS = (locate, read_identities, pack, dial, alive, hold_streams, describe, show, forward,
-                      printable, give_up, launch)
+LAUNCHER_FUNCTIONS = (locate, look, read_identities, pack, dial, alive, hold_streams, describe, show, forward,
+                      context_answer, printable, give_up, launch)
 
 
 _stdin = None                   # what was read from it
@@ -8389,11 +8447,7 @@ def answer_record(top: str, argv: list, kind: bytes, payload: bytes) -> bytes | 
     the worktree's `.thrum`.
     """
     if kind == b"N" and payload[:1] == b"\0":
-        try:
-            found = read_context(top, os.fsdecode(payload[1:]))
-        except ThrumError as error:
-            return b"1" + str(error).encode(errors="replace")
-        return b"0" + (pack([str(found[1]).encode(), found[0]]) if found else b"")
+        return context_answer(top, payload)
     if kind == b"N":
         name = os.fsdecode(payload)
         if name != "-" and not any(word == name or word.endswith("=" + name) for word in argv):

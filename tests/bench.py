@@ -520,7 +520,7 @@ class Bench:
         repo = self.repo(10_000 if self.quick else 100_000)
         repo.start()
         os.chdir(repo.path)
-        run([repo.launcher, "quickstart", "--name", "agent1", "--role", "coder", "--module", "module1"])
+        run([repo.launcher, "quickstart", "--name", "agent1", "--role", "coder", "--module", "module1", "--force"])
         with repo.client() as client:
             sent = client.call("message.outbox", caller_agent_id="agent1", page_size=1)["messages"][0]["message_id"]
         commands = [line.replace("MSG", sent).split() for line in SURFACE]
