@@ -10029,9 +10029,9 @@ HERE = {
         does="changes", hushed=True),
     "config unset": Command(config_unset, "Remove a setting, so that its default counts.", (SETTING,),
                             "thrum config unset daemon.autostart", here=True, does="changes", hushed=True),
-    **{f"completion {shell}": Command(completion, f"Print the script for {shell}, which says how to load it.", (
-        Argument("--no-descriptions", "leave out what the words mean", bool),), f"thrum completion {shell}", here=True, does="tells")
-       for shell in SHELLS},
+    **{f"completion {_name}": Command(completion, f"Print the script for {_name}, which says how to load it.", (
+        Argument("--no-descriptions", "leave out what the words mean", bool),), f"thrum completion {_name}", here=True, does="tells")
+       for _name in SHELLS},
     "complete": Command(complete, "", (Argument("KIND", ""),), here=True),
     "daemon start": Command(daemon_start, "Start the daemon.", (Argument("--local", "nothing leaves this machine", bool),),
                             "thrum daemon start", here=True, does="changes", hushed=True),
@@ -10046,7 +10046,7 @@ HERE = {
 }
 HERE["setup worktree"] = HERE["setup"]
 UNPLACED = ("init", "setup", "setup worktree", "version", "help", "complete",          # these need no installation
-            *(f"completion {shell}" for shell in SHELLS))
+            *(f"completion {_name}" for _name in SHELLS))
 
 
 def start_directory(args: Args) -> str:
