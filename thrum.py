@@ -871,11 +871,17 @@ def context_files(agent_id: str) -> tuple:
     return stem + (".context.md" if stem.endswith("_preamble") else ".md"), stem + "_preamble.md", stem + ".preamble.md"
 
 
-def context_path(top: str, file: str) -> str:
-    """The path of a file below `.thrum/context/` of a worktree.  Raises ThrumError for one that lies elsewhere."""
+def context_place(top, name):
+    """The path of a file below `.thrum/context/` of a worktree, "" for one that lies elsewhere.  (The launcher carries this function.)"""
     folder = os.path.realpath(top + "/.thrum") + "/context"
-    path = f"{folder}/{file}"
-    if not file.endswith(".md") or "/" in file or os.path.realpath(path) != path:
+    path = folder + "/" + name
+    return path if "/" not in name and name.endswith(".md") and os.path.realpath(path) == path else ""
+
+
+def context_path(top: str, file: str) -> str:
+    """As `context_place`.  Raises ThrumError instead of giving ""."""
+    path = context_place(top, file)
+    if not path:
         raise ThrumError(f"{top}/.thrum/context/{file} is a link, or no file of a context")
     return path
 
@@ -885,10 +891,9 @@ def look(top, name):
 
     (The launcher carries this function: an agent that begins asks for its context.)
     """
-    folder = os.path.realpath(top + "/.thrum") + "/context"
-    path = folder + "/" + name
-    if "/" in name or not name.endswith(".md") or os.path.realpath(path) != path:
-        return path + " is a link, or no file of a context", None, 0
+    path = context_place(top, name)
+    if not path:
+        return top + "/.thrum/context/" + name + " is a link, or no file of a context", None, 0
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)     # a FIFO stops nobody
         try:
@@ -1924,6 +1929,11 @@ def pairs_of(value) -> list:
     return list(dict.fromkeys([(pair["type"], pair["value"]) for pair in value]))
 
 
+def pair_dicts(pairs) -> list:
+    """What `pairs_of` was given: each of some (type, value) tuples once, as events and callers write them."""
+    return [{"type": kind, "value": value} for kind, value in dict.fromkeys(pairs)]
+
+
 def thread_of(message_id: str) -> str:
     """The thread that a reply to a message opens, if it has none: the same on all machines."""
     return "thr_" + (message_id[4:] if message_id.startswith("msg_") else message_id)
@@ -1954,7 +1964,8 @@ class Store:
             # The journal is what is durable; the database only must not be torn, which WAL with NORMAL ensures.
             self.db.execute("pragma synchronous=normal")
             self.db.execute("pragma temp_store=memory")
-            self.db.execute("pragma secure_delete=on")      # what is deleted is gone from the file, too
+            if writable:        # what is deleted is gone from the file, too
+                self.db.execute("pragma secure_delete=on")
             self.db.execute(f"pragma query_only={0 if writable else 1}")
         except sqlite3.Error:
             self.db.close()
@@ -2451,12 +2462,12 @@ class Store:
 
     def message(self, message_id: str) -> dict | None:
         """One message with everything known of it."""
-        return self.row(f"select {_MESSAGE} from messages m join agents a on a.agent = m.author where message_id = ?",
+        return self.row(f"{_MESSAGES} message_id = ?",
                         message_id)
 
     def message_by_key(self, agent_id: str, send_key: str) -> dict | None:
         """The message that a send with this key has made before."""
-        return self.row(f"select {_MESSAGE} from messages m join agents a on a.agent = m.author where send_key = ? and "
+        return self.row(f"{_MESSAGES} send_key = ? and "
                         "a.agent_id = ?", send_key, agent_id)
 
     def recipients(self, message: dict) -> list:
@@ -2514,13 +2525,13 @@ class Store:
         """Messages of an author or with a scope (a pair), deleted ones too, the oldest first, and how many more there are."""
         condition, args = ("m.author = ?", [self.key_of(author)]) if author else (
             "m.seq in (select seq from message_scopes where scope_type = ? and scope_value = ?)", list(scope))
-        found = self.rows(f"select {_MESSAGE} from messages m join agents a on a.agent = m.author where {condition} "
+        found = self.rows(f"{_MESSAGES} {condition} "
                           "order by m.at, m.seq limit ?", *args, limit)
         return found, self.value(f"select count(*) from messages m where {condition}", *args) - len(found)
 
     def newest_of(self, thread_id: str, lone: str = "") -> dict | None:
         """The newest message of a thread that was not deleted; `lone` is a message that may have no thread yet."""
-        return self.row(f"select {_MESSAGE} from messages m join agents a on a.agent = m.author where (m.thread_id = ? or "
+        return self.row(f"{_MESSAGES} (m.thread_id = ? or "
                         "m.message_id = ?) and m.deleted_at is null order by m.at desc, m.seq desc limit 1", thread_id, lone)
 
     def unseen(self, keys, since_ns: int) -> list:
@@ -2642,7 +2653,7 @@ class Store:
         total = len(best) if len(best) < limit else self.value(f"select count(*) from (select 1 from {tables} where {condition} limit ?)",
                                                                *args, SEARCH_TOTAL_MAX)
         found = {row["seq"]: row for row in self.rows(
-            f"select {_MESSAGE} from messages m join agents a on a.agent = m.author where m.seq in ({', '.join(map(str, best))})")}
+            f"{_MESSAGES} m.seq in ({', '.join(map(str, best))})")}
         return {"messages": [found[seq] for seq in best if seq in found], "total": total}
 
     def page(self, *, receiver: str = "", unread: bool = False, reader: str = "", author: str = "", not_author: str = "",
@@ -2760,7 +2771,7 @@ class Store:
             where.append(f"m.message_id in ({', '.join('?' * len(only))})")
             args += only
         condition = " and ".join(where)
-        found = self.rows(f"select {_MESSAGE} from messages m join agents a on a.agent = m.author where {condition} "
+        found = self.rows(f"{_MESSAGES} {condition} "
                           "order by m.at desc, m.seq desc limit ? offset ?", *args, limit, offset)
         return {"messages": found, "total": self.value(f"select count(*) from messages m where {condition}", *args)}
 
@@ -3312,6 +3323,7 @@ class Store:
 
 _MESSAGE = ("m.seq, m.message_id, m.at, a.agent_id, m.session_id, m.thread_id, m.reply_to, m.format, m.content, m.structured, "
             "m.scopes, m.refs, m.delivered, m.wide, m.updated_at, m.deleted_at, m.delete_reason, m.authored_by, m.disclosed")
+_MESSAGES = f"select {_MESSAGE} from messages m join agents a on a.agent = m.author where"
 _EVENT_ROW = "insert into events values(?, ?)"
 _SCOPE_ROW = "insert or ignore into message_scopes values(?, ?, ?, ?)"
 _REF_ROW = "insert or ignore into message_refs values(?, ?, ?, ?)"
@@ -4930,7 +4942,7 @@ def session_heartbeat(context: Context, params: dict) -> dict:
         kept = [pair for pair in pairs if pair not in pairs_of(params.get("remove_" + kind))]
         kept += [pair for pair in pairs_of(params.get("add_" + kind)) if pair not in kept]
         if kept != pairs:
-            changed[kind] = [{"type": k, "value": v} for k, v in kept]
+            changed[kind] = pair_dicts(kept)
     if changed:
         context.append("session.update", after=session["started_at"], session_id=session["session_id"],
                        agent_id=session["agent_id"], **changed)
@@ -4960,6 +4972,11 @@ def session_set_task(context: Context, params: dict) -> dict:
 
 # ---- groups
 
+def _actor(params: dict) -> str:
+    """Who is noted as having changed a group."""
+    return params.get("caller_agent_id") or "system"
+
+
 def group_create(context: Context, params: dict) -> dict:
     name, store = params["name"].lstrip("@"), context.store
     if not (WORD | {"."}).issuperset(name) or len(name) > NAME_MAX or name in RESERVED_NAMES or not name.strip("."):
@@ -4970,7 +4987,7 @@ def group_create(context: Context, params: dict) -> dict:
     _refuse_taken(store, name, "group name", ("agent", "person", "role"))
     event = context.append("group.create", group_id=context.world.new_id("grp"), name=name,
                            description=check_text(params.get("description", ""), "description"),
-                           created_by=params.get("caller_agent_id") or "system")
+                           created_by=_actor(params))
     return {"group_id": event["group_id"], "name": name, "created_at": event["timestamp"]}
 
 
@@ -5016,7 +5033,7 @@ def group_member_add(context: Context, params: dict) -> dict:
     if not any((m["member_type"], m["member_value"]) == (kind, value) for m in members):
         context.append("group.member.add", after=max([group["created_at"], *(m["at"] for m in members)]),
                        group_id=group["group_id"], member_type=kind, member_value=value,
-                       added_by=params.get("caller_agent_id") or "system")
+                       added_by=_actor(params))
     return {"group": group["name"], "member_type": kind, "member_value": value, "member": value}
 
 
@@ -5039,12 +5056,12 @@ def group_member_remove(context: Context, params: dict) -> dict:
         if added:
             removed = True
             context.append("group.member.remove", after=added, group_id=group_id, member_type=kind, member_value=value,
-                           removed_by=params.get("caller_agent_id") or "system")
+                           removed_by=_actor(params))
     return {"group": group["name"], "member_type": kind, "member_value": value, "member": value, "removed": removed}
 
 
 def group_delete(context: Context, params: dict) -> dict:
-    name, by = params["name"].lstrip("@"), params.get("caller_agent_id") or "system"
+    name, by = params["name"].lstrip("@"), _actor(params)
     if name == EVERYONE:
         raise ThrumError("cannot delete built-in @everyone group")
     group = _stored_group(context.store, name)
@@ -5184,8 +5201,7 @@ def message_send(context: Context, params: dict) -> dict:
         "message.create", after=after, message_id=context.world.new_id("msg"), agent_id=author, session_id=session["session_id"],
         body={"format": form, "content": content,
               **({"structured": canonical(structured).decode()} if structured is not None else {})},
-        thread_id=thread, scopes=[{"type": k, "value": v} for k, v in dict.fromkeys(scopes)],
-        refs=[{"type": k, "value": v} for k, v in dict.fromkeys(refs)], recipients=ids, send_key=key,
+        thread_id=thread, scopes=pair_dicts(scopes), refs=pair_dicts(refs), recipients=ids, send_key=key,
         authored_by=caller if target else "", disclosed=bool(target) and params.get("disclose", False))
     if not ids:
         warnings.append("only you were named, so nobody received this" if resolved else
@@ -8434,7 +8450,7 @@ def launch(argv, home, program, version, forwarded, words, state, whole):
         return 130
 
 
-LAUNCHER_FUNCTIONS = (locate, look, read_identities, pack, dial, alive, hold_streams, describe, show, forward,
+LAUNCHER_FUNCTIONS = (locate, context_place, look, read_identities, pack, dial, alive, hold_streams, describe, show, forward,
                       context_answer, printable, give_up, launch)
 
 

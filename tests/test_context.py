@@ -419,3 +419,13 @@ def test_reading_what_comes_slowly(ada):
     process.stdin = None
     assert finish(process)[:2] == (0, "Context saved for ada (12 bytes)\n")
     assert Path(folder(ada) / "ada.md").read_bytes() == b"first second"
+
+
+def test_the_launcher_keeps_to_the_same_limit(tmp_path):
+    """It carries the number written out: it must not import the constant's file."""
+    folder = tmp_path / ".thrum" / "context"
+    folder.mkdir(parents=True)
+    for size, problem in ((thrum.CONTEXT_MAX, False), (thrum.CONTEXT_MAX + 1, True)):
+        (folder / "x.md").write_bytes(b"a" * size)
+        found = thrum.look(os.path.realpath(tmp_path), "x.md")
+        assert (bool(found[0]), len(found[1] or b"")) == (problem, 0 if problem else size)
