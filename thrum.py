@@ -15,6 +15,7 @@ machines on a branch of its own.  Read from the top: a section uses only those a
     8  Journal       the append-only files
     9  Store         the one place that speaks SQL
    10  Ledger        the one way to change anything
+   11  Work          what agents are doing: git state, claims, conflicts, why
    12  Routing       who is told what: waiting for a message
    13  Sync          the branch that carries the log
    14  JSON-RPC      lines in, calls out (JSON-RPC 2.0)
@@ -1215,6 +1216,7 @@ def save_config(thrum: str, changes: dict) -> dict:
 # ================================================================== 6  Git
 
 GIT_LOCAL_S = 5                 # seconds for a command that stays on this machine
+GIT_AT_ONCE = 8                 # processes of git at a time: more only wait for the disk and each other
 
 
 class Git:
@@ -1232,12 +1234,18 @@ class Git:
     def __init__(self, directory: str):
         self.directory = directory
 
-    def run(self, *args: str, input: bytes = b"", timeout_s: float = GIT_LOCAL_S, check: bool = True) -> bytes:
-        """What git prints.  Raises GitError when it fails (unless `check` is False: then b""), is missing or too slow."""
-        environ = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-        environ.update(self.AUTHOR, GIT_TERMINAL_PROMPT="0", GIT_OPTIONAL_LOCKS="0", LC_ALL="C")
+    def run(self, *args: str, input: bytes = b"", timeout_s: float = GIT_LOCAL_S, check: bool = True, statuses: tuple = (0,),
+            environ: dict = {}, as_user: bool = False) -> bytes:
+        """What git prints.  Raises GitError when it fails (unless `check` is False: then b""), is missing or too slow.
+
+        Any of `statuses` is success.  `environ` comes on top; `as_user` leaves the user's hooks and settings in force, for
+        what they asked for.
+        """
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+        ours = {} if as_user else self.AUTHOR
         try:
-            done = subprocess.run(["git", *self.SETTINGS, *args], cwd=self.directory, input=input, env=environ,
+            done = subprocess.run(["git", *(() if as_user else self.SETTINGS), *args], cwd=self.directory, input=input,
+                                  env={**inherited, **ours, "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C", **environ},
                                   capture_output=True, timeout=timeout_s, start_new_session=True)
         except FileNotFoundError as error:
             if error.filename == "git":
@@ -1247,13 +1255,21 @@ class Git:
             raise GitError(f"cannot run git in {self.directory}: not a directory") from None
         except subprocess.TimeoutExpired:
             raise GitError(f"git {args[0]} took longer than {timeout_s:g} s") from None
-        if done.returncode:
+        if done.returncode not in statuses:
             if not check:
                 return b""
             reason = [line for line in done.stderr.decode(errors="replace").splitlines() if line and not line.startswith("hint:")] \
                 or [f"exit status {done.returncode}"]
             raise GitError(f"git {args[0]} failed: {reason[-1]}")
         return done.stdout
+
+
+def together(jobs: list) -> list:
+    """What each of some functions without arguments returns, in their order; they run side by side.  Raises what the first raises."""
+    if len(jobs) < 2:
+        return [job() for job in jobs]
+    with concurrent.futures.ThreadPoolExecutor(min(len(jobs), GIT_AT_ONCE), "thrum-git") as threads:
+        return [outcome.result() for outcome in [threads.submit(job) for job in jobs]]
 
 
 # ================================================================== 7  Identity
@@ -3931,6 +3947,9 @@ class Ledger:
         self._remove_database()
         self._open_store({})
         return True
+
+
+# ================================================================== 11  Work
 
 
 # ================================================================== 12  Routing
