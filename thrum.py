@@ -1235,17 +1235,16 @@ class Git:
         self.directory = directory
 
     def run(self, *args: str, input: bytes = b"", timeout_s: float = GIT_LOCAL_S, check: bool = True, statuses: tuple = (0,),
-            environ: dict = {}, as_user: bool = False) -> bytes:
+            environ: dict | None = None, as_user: bool = False) -> bytes:
         """What git prints.  Raises GitError when it fails (unless `check` is False: then b""), is missing or too slow.
 
         Any of `statuses` is success.  `environ` comes on top; `as_user` leaves the user's hooks and settings in force, for
         what they asked for.
         """
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-        ours = {} if as_user else self.AUTHOR
+        variables = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+        variables.update({} if as_user else self.AUTHOR, GIT_TERMINAL_PROMPT="0", GIT_OPTIONAL_LOCKS="0", LC_ALL="C", **environ or {})
         try:
-            done = subprocess.run(["git", *(() if as_user else self.SETTINGS), *args], cwd=self.directory, input=input,
-                                  env={**inherited, **ours, "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C", **environ},
+            done = subprocess.run(["git", *(() if as_user else self.SETTINGS), *args], cwd=self.directory, input=input, env=variables,
                                   capture_output=True, timeout=timeout_s, start_new_session=True)
         except FileNotFoundError as error:
             if error.filename == "git":
