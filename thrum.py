@@ -1024,6 +1024,7 @@ SETTINGS = {                    # what is not listed here is kept as it is
     "daemon.autostart": Setting(bool, True, "commands start the daemon when it is absent", variable="THRUM_AUTOSTART"),
     "wake.max_hops": Setting(int, 12, "length of a chain of messages that wakes nobody any more", 1, HOPS_MAX, later=True),
     "peers.plaintext": Setting(bool, False, "peers may connect where the network is not encrypted", restart=True, later=True),
+    "work.base": Setting(str, "", "the branch that work is compared with; empty: origin's default, main, master or trunk"),
     "runtime.primary": Setting(str, "cli-only", "the agent program that files are written for", later=True),
     "backup.dir": Setting(str, "", "where backups go; empty: .thrum/backup", later=True),
     "backup.schedule": Setting("duration", "", "time from one backup to the next; empty: none", restart=True, later=True),
@@ -1242,7 +1243,9 @@ class Git:
         what they asked for.
         """
         variables = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-        variables.update({} if as_user else self.AUTHOR, GIT_TERMINAL_PROMPT="0", GIT_OPTIONAL_LOCKS="0", LC_ALL="C", **environ or {})
+        variables.update({} if as_user else self.AUTHOR, GIT_TERMINAL_PROMPT="0", GIT_OPTIONAL_LOCKS="0", GIT_LITERAL_PATHSPECS="1",
+                         LC_ALL="C", **environ or {})
+        command = next((word for word in args if word[0] != "-" and "=" not in word), "")
         try:
             done = subprocess.run(["git", *(() if as_user else self.SETTINGS), *args], cwd=self.directory, input=input, env=variables,
                                   capture_output=True, timeout=timeout_s, start_new_session=True)
@@ -1253,13 +1256,13 @@ class Git:
         except NotADirectoryError:
             raise GitError(f"cannot run git in {self.directory}: not a directory") from None
         except subprocess.TimeoutExpired:
-            raise GitError(f"git {args[0]} took longer than {timeout_s:g} s") from None
+            raise GitError(f"git {command} took longer than {timeout_s:g} s") from None
         if done.returncode not in statuses:
             if not check:
                 return b""
             reason = [line for line in done.stderr.decode(errors="replace").splitlines() if line and not line.startswith("hint:")] \
                 or [f"exit status {done.returncode}"]
-            raise GitError(f"git {args[0]} failed: {reason[-1]}")
+            raise GitError(f"git {command} failed: {reason[-1]}")
         return done.stdout
 
 
@@ -3949,6 +3952,232 @@ class Ledger:
 
 
 # ================================================================== 11  Work
+#
+# What agents do is read from git, and nothing is written to it.  `git status` says what is uncommitted; what a branch has
+# that its base lacks depends on two commits alone, so that is remembered.  An agent that edits costs a status and a diff of
+# the files it has changed.  Paths are bytes on the way to the disk, and text everywhere else.
+
+WORK_FILES = 500                # files in a list of a work context: more are not work, but a forgotten ignore line
+WORK_COMMITS = 200              # commits that are listed
+COMMIT_FILES = 100              # files of one commit
+PATHS_GIVEN = 200               # changed paths that git is asked about one by one; beyond, it looks at all
+COUNTED_MAX = 1 << 20           # bytes of a new file whose lines are counted
+AHEAD_KEPT = 256                # pairs of commits whose difference is remembered: some for each worktree
+
+# The branch that work is compared with, the first that there is.
+BASES = (*(f"refs/remotes/origin/{name}" for name in ("HEAD", "main", "master", "trunk")),
+         *(f"refs/heads/{name}" for name in ("main", "master", "trunk")))
+STATUS_WORDS = {"A": "added", "C": "added", "D": "deleted", "R": "renamed"}     # and "modified" for all others
+_FIELDS_BEFORE_PATH = {"1": 8, "2": 9, "u": 10, "?": 1}     # git-status(1): changed, renamed, unmerged, untracked
+
+
+class Entry(Record):
+    """One path that is not committed as it stands."""
+
+    raw: bytes
+    status: str                 # added, deleted, modified or renamed
+    tracked: bool = True
+    before: bytes = b""         # what it was renamed from
+
+    path = property(lambda self: path_text(self.raw))
+
+
+class State(Record):
+    """What `git status` says about a worktree."""
+
+    head: str                   # the commit, "" before the first
+    branch: str                 # "" when the head is detached
+    entries: list
+
+
+class Ahead(Record):
+    """What a commit has that its base lacks."""
+
+    since: str = ""             # the merge base, "" without one
+    commits: list = []          # {sha, message, files}, the newest first
+    changes: dict = {}          # path -> FileChange
+
+
+def path_text(raw: bytes) -> str:
+    """A path as JSON can hold it: what is not UTF-8 becomes U+FFFD."""
+    return raw.decode(errors="replace")
+
+
+def parse_status(data: bytes) -> State:
+    """The output of `git status --porcelain=v2 --branch -z`."""
+    branch, head, found, parts = "", "", [], iter(data.split(b"\0"))
+    for part in parts:
+        kind = part[:1].decode(errors="replace")
+        if part.startswith(b"# branch.head "):
+            branch = path_text(part[14:]).replace("(detached)", "")     # no name of a branch holds a bracket
+        elif part.startswith(b"# branch.oid "):
+            head = part[13:].decode().replace("(initial)", "")
+        elif kind in _FIELDS_BEFORE_PATH:
+            fields = part.split(b" ", _FIELDS_BEFORE_PATH[kind])
+            xy = "A" if kind == "?" else fields[1].decode()
+            letter = next((c for c in "DRCA" if c in xy), "M") if kind != "u" else "M"
+            found.append(Entry(fields[-1], STATUS_WORDS.get(letter, "modified"), kind != "?", next(parts) if kind == "2" else b""))
+    return State(head, branch, found)
+
+
+def parse_changes(data: bytes) -> dict:
+    """The output of `git diff --raw --numstat -z`: path -> (status, additions, deletions, the path that it had or "")."""
+    found, parts = {}, iter(data.split(b"\0"))
+    for part in parts:
+        if part[:1] == b":":
+            letter = part.rpartition(b" ")[2][:1].decode()
+            old = next(parts)
+            new = next(parts) if letter in "RC" else old
+            found[path_text(new)] = (STATUS_WORDS.get(letter, "modified"), 0, 0, path_text(old) if letter == "R" else "")
+        elif part:
+            added, deleted, path = part.split(b"\t", 2)
+            if not path:        # renamed: the two names follow
+                next(parts)
+                path = next(parts)
+            status, _, _, before = found.get(path_text(path), ("modified", 0, 0, ""))
+            # "-" of a binary file
+            found[path_text(path)] = (status, *(int(n) if n != b"-" else 0 for n in (added, deleted)), before)
+    return found
+
+
+def _file_change(path: str, ns: int, status: str, additions: int = 0, deletions: int = 0, before: str = "") -> dict:
+    return {"path": path, "last_modified": stamp_of(ns)[:19] + "Z", "additions": additions, "deletions": deletions, "status": status,
+            **({"renamed_from": before} if before else {})}
+
+
+def _line_count(path: bytes) -> int:
+    """The lines of a new file; 0 for one that is large, binary, or no file."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            data = file.read(COUNTED_MAX + 1)
+    except OSError:
+        return 0
+    return 0 if len(data) > COUNTED_MAX or b"\0" in data else data.count(b"\n") + (data[-1:] not in (b"", b"\n"))
+
+
+def worktree_label(top: str) -> str:
+    """The path of a worktree as sessions refer to it."""
+    return printable(top)[-PAIR_MAX:]
+
+
+class Work:
+    """What git says about the worktrees of a repository.  Any thread may ask."""
+
+    def __init__(self, places: Places, world: World):
+        self.places = places
+        self.world = world
+        self._ahead = {}        # (base, head) -> Ahead
+        self._root = ""         # the first commit
+
+    def state(self, top: str, *paths: str) -> State:
+        """What is not committed in a worktree, or of some paths in it.  Raises GitError."""
+        only = ("--", *paths) if paths else ()
+        # Looking at one path with several threads takes longer than with one.
+        one = ("-c", "core.preloadIndex=false") if paths else ()
+        return parse_status(Git(top).run(*one, "status", "--porcelain=v2", "--branch", "--no-ahead-behind", "-z", "--untracked-files=all",
+                                         *only))
+
+    def base(self, top: str, head: str = "") -> str:
+        """The commit of the branch that a worktree's work is compared with; the first commit of all where there is no such branch."""
+        wanted = setting_in_effect(load_config(self.places.thrum), "work.base", {})[0]
+        names = [f"refs/{kind}/{wanted}" for kind in ("heads", "remotes") if wanted] + list(BASES)
+        if os.path.realpath(top) != os.path.realpath(self.places.root):     # else the one that the main worktree is on
+            main = (file_bytes(self.places.common + "/HEAD") or b"").decode(errors="replace").strip()
+            names += [main[5:]] if main.startswith("ref: ") else []
+        git = Git(top)
+        lines = git.run("for-each-ref", "--format=%(objectname) %(refname)", *names).decode(errors="replace").splitlines()
+        commits = dict(line.split(" ", 1)[::-1] for line in lines)
+        found = next((commits[name] for name in names if name in commits), "")
+        if not found and not self._root:
+            self._root = git.run("rev-list", "--max-parents=0", "HEAD", check=False).decode().rpartition("\n")[0].rpartition("\n")[2]
+        return found or self._root
+
+    def ahead(self, top: str, base: str, head: str) -> Ahead:
+        """What `head` has that `base` lacks; both are commits."""
+        if not base or not head or base == head:
+            return Ahead(since=head)
+        known = self._ahead.get((base, head))
+        if not known:
+            known = self._compare(Git(top), base, head)
+            while len(self._ahead) >= AHEAD_KEPT:
+                self._ahead.pop(next(iter(self._ahead)), None)
+            self._ahead[base, head] = known
+        return known
+
+    def _compare(self, git: Git, base: str, head: str) -> Ahead:
+        def differences():
+            since = git.run("merge-base", base, head, check=False).decode().strip()
+            return since, parse_changes(git.run("diff-tree", "-r", "-M", "--raw", "--numstat", "-z", since, head)) if since else {}
+        log, (since, changes) = together([
+            lambda: git.run("log", "-z", "-n", str(WORK_COMMITS), "--no-renames", "--name-only", "--format=%x01%H%x02%at%x02%s",
+                            f"{base}..{head}"),
+            differences])
+        commits, times = [], {}
+        for part in filter(None, log.split(b"\0")):
+            header = re.fullmatch(rb"\x01([0-9a-f]{40,64})\x02(\d+)\x02(.*)", part, re.DOTALL)
+            if header:
+                at = int(header[2])
+                commits.append({"sha": header[1].decode(), "message": printable(path_text(header[3])), "files": []})
+                continue
+            path = path_text(part.lstrip(b"\n") if not commits[-1]["files"] else part)
+            times.setdefault(path, at)
+            if len(commits[-1]["files"]) < COMMIT_FILES:
+                commits[-1]["files"].append(path)
+        if not since:           # histories without a common commit, or one that a shallow clone has cut off
+            changes = dict.fromkeys(times, ("modified", 0, 0, ""))
+        newest = max(times.values(), default=0)
+        return Ahead(since, commits, {path: _file_change(path, times.get(path, newest) * NS, *change) for path, change in changes.items()})
+
+    def uncommitted(self, top: str, entries: list, since: str) -> dict:
+        """path -> FileChange of what is not committed, counted from the commit `since`."""
+        tracked = [entry for entry in entries if entry.tracked]
+        changes = {}
+        if tracked and since:
+            paths = [os.fsdecode(raw) for entry in tracked for raw in (entry.raw, entry.before) if raw]
+            only = ("--", *paths) if len(paths) <= PATHS_GIVEN else ()
+            changes = parse_changes(Git(top).run("diff", "--raw", "--numstat", "-z", "-M", "--no-ext-diff", "--no-textconv", since, *only))
+        found, folder = {}, os.fsencode(top) + b"/"
+        for entry in entries:
+            try:
+                changed_ns = os.lstat(folder + entry.raw).st_mtime_ns
+            except OSError:     # deleted
+                changed_ns = self.world.now_ns()
+            if entry.tracked:
+                change = changes.get(entry.path, (entry.status, 0, 0, path_text(entry.before)))
+            else:
+                change = ("added", _line_count(folder + entry.raw) if len(found) < WORK_FILES else 0)
+            found[entry.path] = _file_change(entry.path, changed_ns, *change)
+        return found
+
+    def facts(self, top: str) -> dict:
+        """The git part of a work context (storage contract, section 13).  Raises GitError."""
+        at = stamp_of(self.world.now_ns())
+        state, base = together([lambda: self.state(top), lambda: self.base(top)])
+        ahead = self.ahead(top, base, state.head)
+        changes = {**ahead.changes, **self.uncommitted(top, state.entries, ahead.since or state.head)}
+        lists = {"uncommitted_files": [entry.path for entry in state.entries], "changed_files": list(ahead.changes),
+                 "file_changes": list(changes.values())}
+        return {"branch": state.branch, "worktree_path": printable(top), "unmerged_commits": ahead.commits,
+                **{name: items[:WORK_FILES] for name, items in lists.items()}, "git_updated_at": at}
+
+    def one_file(self, top: str, path: str, base: str) -> tuple:
+        """The state of a worktree, and the FileChange of one path in it: (state, whether it is uncommitted, FileChange or None)."""
+        state = self.state(top, path)
+        if any(entry.status in ("added", "deleted") and entry.tracked for entry in state.entries):
+            whole = self.state(top)         # it may have been renamed
+            state = State(state.head, state.branch, [e for e in whole.entries if path in (e.path, path_text(e.before))])
+        if state.entries:
+            since = state.head
+            if base and state.head and base != state.head:
+                known = self._ahead.get((base, state.head))
+                since = known.since if known else Git(top).run("merge-base", base, state.head, check=False).decode().strip() or state.head
+            found = list(self.uncommitted(top, state.entries, since).values())
+            return state, True, found[0]
+        if not base or not state.head or base == state.head:
+            return state, False, None
+        changes = self.ahead(top, base, state.head).changes
+        return state, False, changes.get(path) or next((change for change in changes.values() if change.get("renamed_from") == path), None)
 
 
 # ================================================================== 12  Routing
@@ -5609,11 +5838,6 @@ def message_wait(context: Context, params: dict) -> dict | None:
 
 # ---- worktrees and the files of agents
 
-WORKTREE_GIT_S = 2              # seconds for git to look at a worktree: an agent that starts does not wait longer
-WORKTREE_FILES = 200            # changed files that are listed: more are not work, but a forgotten ignore line
-MAIN_BRANCHES = ("refs/remotes/origin/main", "refs/remotes/origin/master", "refs/heads/main", "refs/heads/master")
-
-
 def _worktree(context: Context, params: dict) -> str:
     """The root of the worktree that a call is about, one of this repository; without `repo_path` the daemon's own."""
     places, path = context.ledger.places, params.get("repo_path") or ""
@@ -5625,37 +5849,20 @@ def _worktree(context: Context, params: dict) -> str:
     return real
 
 
+def _work(context: Context) -> Work:
+    return context.ledger.facts.setdefault("work", Work(context.ledger.places, context.world))
+
+
 def worktree_status(context: Context, params: dict) -> dict:
-    """The branch of a worktree, its uncommitted files, and how many commits its main branch lacks; `error` if git cannot tell."""
-    top = _worktree(context, params)
+    """The branch of a worktree, its uncommitted files, and how many commits its base lacks; `error` if git cannot tell."""
+    top, work = _worktree(context, params), _work(context)
     try:
-        return _git_status(Git(top))
+        state, base = together([lambda: work.state(top), lambda: work.base(top)])
+        commits = work.ahead(top, base, state.head).commits
     except GitError as error:
         return {"unmerged_commits": 0, "error": str(error)}
-
-
-def _git_status(git: Git) -> dict:
-    branch, head, files = "", "", []
-    entries = iter(git.run("status", "--porcelain=v2", "--branch", "-z", timeout_s=WORKTREE_GIT_S).split(b"\0"))
-    for entry in map(os.fsdecode, entries):
-        if entry.startswith("# branch.head "):
-            branch = printable(entry[14:])
-        elif entry.startswith("# branch.oid "):
-            head = entry[13:]
-        elif entry[:1] in _FIELDS_BEFORE_PATH:
-            files.append(printable(entry.split(" ", _FIELDS_BEFORE_PATH[entry[0]])[-1]))
-            if entry[0] == "2":
-                next(entries, None)         # the path that it had
-    known = git.run("for-each-ref", "--format=%(refname) %(objectname)", *MAIN_BRANCHES, timeout_s=WORKTREE_GIT_S).decode()
-    commits = dict(line.split(" ") for line in known.splitlines())
-    base = next((commits[name] for name in MAIN_BRANCHES if name in commits), head)
-    ahead = git.run("rev-list", "--count", f"{base}..{head}", timeout_s=WORKTREE_GIT_S, check=False) if base != head else b""
-    return {"branch": branch, "uncommitted_files": files[:WORKTREE_FILES], "uncommitted_total": len(files),
-            "unmerged_commits": int(ahead or 0)}
-
-
-# git-status(1), "Porcelain Format Version 2": changed, renamed, unmerged, untracked
-_FIELDS_BEFORE_PATH = {"1": 8, "2": 9, "u": 10, "?": 1}
+    return {"branch": state.branch or "(detached)", "uncommitted_files": [entry.path for entry in state.entries][:WORK_FILES],
+            "uncommitted_total": len(state.entries), "unmerged_commits": len(commits)}
 
 
 def _content(params: dict, what: str) -> bytes:
@@ -6224,7 +6431,7 @@ def _continued(console: Console, name: str) -> Identity:
 
 def _worktree_ref(console: Console) -> list:
     """The references of a session: which worktree it works in."""
-    return [{"type": "worktree", "value": printable(console.top)[-PAIR_MAX:]}]
+    return [{"type": "worktree", "value": worktree_label(console.top)}]
 
 
 async def quickstart(console: Console, args: Args) -> int:
