@@ -856,6 +856,27 @@ def find_places(start: str) -> Places:
     return Places(top, thrum, common or git_common_dir(os.path.dirname(thrum)))
 
 
+PATH_MAX = 1_024                # characters of a path that a caller names: longer ones no system opens
+
+
+def repo_path(path: str, top: str, cwd: str = "") -> str:
+    """A path as git has it, from the top of its repository, with "/" between; "" is the top itself.
+
+    `path` may be relative to `cwd`, or absolute below `top`; links are not followed, as git does not follow them.  Raises
+    InvalidParams for what lies outside.
+    """
+    if not path or len(path) > PATH_MAX or "\0" in path or not is_unicode(path):
+        raise InvalidParams(f"not a path: {printable(path[:80])!r}" if path else "the path is empty")
+    root = os.path.normpath(top or "/")
+    full = os.path.normpath(os.path.join(root, cwd, path))
+    found = "" if full == root else os.path.relpath(full, root)
+    if found.split("/")[0] == ".." or (not top and (path[0] == "/" or ".." in path.split("/"))):
+        raise InvalidParams(f"{path} is outside of the repository {top}".rstrip())
+    if found.split("/")[0] == ".git":
+        raise InvalidParams(f"{path} belongs to git, not to the repository's files")
+    return found
+
+
 CONTEXT_MAX = 256 << 10         # bytes of a saved context or preamble: as much as a model's context window holds
 
 
@@ -1831,6 +1852,10 @@ SHRINK_MAX = 32 << 20           # bytes that are written anew at once: others wa
 REMOVED_MAX = 100_000           # removed messages and sessions that are remembered, because others may still write about them
 PRESENCE_GAP_S = 300            # seconds between two signs of life within which an agent counts as here: a long tool call
 PRESENCE_MAX = 64               # stretches of presence kept for an agent: more than a week of breaks
+WORK_STALE_S = 24 * 3600        # seconds after which git facts without a commit of their own say nothing any more
+WORK_ENDED_S = 7 * 24 * 3600    # seconds for which the work of a session is kept after its end
+# What git says of somebody's work, and when it was asked.
+WORK_FACTS = ("branch", "worktree_path", "unmerged_commits", "uncommitted_files", "changed_files", "file_changes", "git_updated_at")
 SEARCH_TOTAL_MAX = 1_000        # hits that are counted and ranked, the newest: who gets more asks again with more words
 
 SCHEMA = """
@@ -1877,7 +1902,7 @@ create index messages_deleted on messages(author) where deleted_at is not null;
 create index messages_reply on messages(reply_to) where reply_to is not null;
 create table removed(number integer primary key, id text not null unique);
 create index messages_key on messages(send_key) where send_key is not null;
-create index messages_wide on messages(at) where wide;
+create index messages_wide on messages(wide, at) where wide;
 create table message_scopes(
     scope_type text, scope_value text, at integer, seq integer,
     primary key(scope_type, scope_value, at, seq)) without rowid;
@@ -2261,11 +2286,58 @@ class Store:
         """
         path = canonical(file).decode() if file else ""     # as it stands in the lists: in quotes
         return self.rows(
-            "select c.*, s.session_id, a.agent_id from sessions s join agents a using(agent) left join agent_work_contexts c "
+            "select c.*, s.session_id, s.daemon, a.agent_id from sessions s join agents a using(agent) left join agent_work_contexts c "
             "on c.session_id = s.session_id where s.ended_at is null and (? = '' or a.agent_id = ?) and (? = '' or a.role = ?) "
             "and (? = '' or c.branch = ?) and (? = '' or instr(ifnull(c.changed_files, '') || ifnull(c.uncommitted_files, ''), ?)) "
             "order by ifnull(c.git_updated_at, '') desc, s.started_at desc limit ?",
             agent_id, agent_id, role, role, branch, branch, path, path, LIST_MAX)
+
+    def contexts_elsewhere(self, daemon: str, since: str) -> list:
+        """What each agent of another machine was working on when it was last heard of, if that is not older than a stamp."""
+        found = {}
+        for row in self.rows(
+                "select c.*, a.agent_id, a.hostname from agent_work_contexts c join sessions s using(session_id) join agents a on "
+                "a.agent = c.agent where s.daemon != ? and a.registered_at is not null and c.git_updated_at > ? order by "
+                "c.git_updated_at desc limit ?", daemon, since, LIST_MAX):
+            found.setdefault(row["agent_id"], row)
+        return list(found.values())
+
+    def note_work(self, session_id: str, facts: dict) -> None:
+        """Keep what git says about the work of a session.  Of this machine only, like `touch`; others learn of it by agent.update."""
+        self.db.execute("insert or ignore into agent_work_contexts(session_id, agent) select session_id, agent from sessions "
+                        "where session_id = ?", (session_id,))
+        values = [value if type(value) is str else canonical(value).decode() for value in facts.values()]
+        self.db.execute(f"update agent_work_contexts set {' = ?, '.join(facts)} = ? where session_id = ? and "
+                        "ifnull(git_updated_at, '') < ?", (*values, session_id, facts["git_updated_at"]))
+
+    def clean_work(self, now_ns: int) -> None:
+        """Drop what is known of work that nobody does any more (storage contract, section 13.3)."""
+        self.db.execute("delete from agent_work_contexts where session_id in (select session_id from sessions where ended_at < ?)",
+                        (now_ns - WORK_ENDED_S * NS,))
+        self.db.execute(f"update agent_work_contexts set {' = null, '.join(WORK_FACTS)} = null where git_updated_at < ? and "
+                        "ifnull(unmerged_commits, '[]') = '[]'", (stamp_of(now_ns - WORK_STALE_S * NS),))
+
+    def team(self, offline: bool) -> list:
+        """The agents and people, each with its newest open session and the work in it, the newest session first.
+
+        `offline`: also those who have none.
+        """
+        return self.rows(
+            "select c.*, a.*, s.session_id, s.started_at from agents a left join sessions s on s.session_id = (select session_id from "
+            "sessions where agent = a.agent and ended_at is null order by started_at desc limit 1) left join agent_work_contexts c on "
+            "c.session_id = s.session_id where a.registered_at is not null and (? or s.session_id is not null) "
+            "order by s.started_at is null, s.started_at desc, a.agent_id", offline)
+
+    def shared_messages(self) -> tuple:
+        """How many messages are there for everyone, and for each group: a number and (group, number) pairs, the most first."""
+        counts = dict(self.db.execute("select scope_value, count(*) from message_scopes where scope_type = 'group' group by scope_value"))
+        for group in counts:    # an index counts all of them, so the few that were taken back come off
+            counts[group] -= self.value(
+                "select count(*) from messages m where deleted_at is not null and exists(select 1 from message_scopes where "
+                "scope_type = 'group' and scope_value = ? and at = m.at and seq = m.seq)", group)
+        everybody = self.value("select count(*) from messages where wide = 2") - \
+            self.value("select count(*) from messages where deleted_at is not null and wide = 2")
+        return everybody, sorted([pair for pair in counts.items() if pair[1]], key=lambda pair: (-pair[1], pair[0]))
 
     def newest_intent(self, agent_id: str) -> dict | None:
         """The agent's work context with the newest intent, of ended sessions too."""
@@ -2860,7 +2932,7 @@ class Store:
         """Deliver what late registrations and memberships have changed; before each commit."""
         late, self._late = self._late, FAR
         self.flush()
-        for message in self.rows("select * from messages where wide and at > ?", late) if late < FAR else ():
+        for message in self.rows("select * from messages where wide in (1, 2) and at > ?", late) if late < FAR else ():
             mentions, groups = audience_of(*stored_pairs(message))
             wanted = self._recipients(mentions, groups, _keys(message["listed"]), message["author"], message["at"])
             present = set(_keys(message["delivered"]))
@@ -3262,8 +3334,7 @@ class Store:
                 self.db.execute("update sessions set updates = updates + 1 where session_id = ?", (session_id,))
             self.db.execute("insert or ignore into agent_work_contexts(session_id, agent) values(?, ?)", (session_id, key))
             for at, fields in (
-                    ("git_updated_at", ("branch", "worktree_path", "unmerged_commits", "uncommitted_files", "changed_files",
-                                        "file_changes")),
+                    ("git_updated_at", WORK_FACTS[:-1]),
                     ("intent_updated_at", ("intent",)), ("task_updated_at", ("current_task",))):
                 try:
                     stamp = stamp_of(ns_of(context.get(at)))
@@ -3388,6 +3459,7 @@ class Context:
         self.ledger = ledger
         self.lines = []         # (line, event, ns) that this request has made
         self.afterwards = []    # what is to be done once that is durable
+        self.prepared = None    # what the method's `prepare` has found out
 
     def append(self, kind: str, /, *, after: int = 0, **fields) -> dict:
         """Make an event, later than `after` (ns), and apply it; empty optional fields are left out.
@@ -3483,6 +3555,7 @@ class Ledger:
         if not self.store.group(EVERYONE):
             self._create_everyone()
         self.flush(sync=True)
+        self.store.clean_work(self.world.now_ns())
         self._remove_leftovers()
         self.untidy, self.late = self.store.is_untidy(), self.store.idle_since(OVERDUE_S)
         self.progress = lambda: None    # whoever wanted to know has gone
@@ -4056,6 +4129,11 @@ def _line_count(path: bytes) -> int:
     return 0 if len(data) > COUNTED_MAX or b"\0" in data else data.count(b"\n") + (data[-1:] not in (b"", b"\n"))
 
 
+def is_below(path: str, folder: str) -> bool:
+    """Whether a path is `folder`, or lies in it; all paths lie in ""."""
+    return not folder or path == folder or path.startswith(folder + "/")
+
+
 def worktree_label(top: str) -> str:
     """The path of a worktree as sessions refer to it."""
     return printable(top)[-PAIR_MAX:]
@@ -4078,20 +4156,30 @@ class Work:
         return parse_status(Git(top).run(*one, "status", "--porcelain=v2", "--branch", "--no-ahead-behind", "-z", "--untracked-files=all",
                                          *only))
 
-    def base(self, top: str, head: str = "") -> str:
-        """The commit of the branch that a worktree's work is compared with; the first commit of all where there is no such branch."""
+    def bases(self) -> tuple:
+        """The commits that work in linked worktrees and in the main one is compared with; "" where there are none.
+
+        They differ only where there is no branch of a well-known name: then it is the branch of the main worktree for the
+        others, and the first of all commits for that one itself.
+        """
         wanted = setting_in_effect(load_config(self.places.thrum), "work.base", {})[0]
-        names = [f"refs/{kind}/{wanted}" for kind in ("heads", "remotes") if wanted] + list(BASES)
-        if os.path.realpath(top) != os.path.realpath(self.places.root):     # else the one that the main worktree is on
-            main = (file_bytes(self.places.common + "/HEAD") or b"").decode(errors="replace").strip()
-            names += [main[5:]] if main.startswith("ref: ") else []
-        git = Git(top)
-        lines = git.run("for-each-ref", "--format=%(objectname) %(refname)", *names).decode(errors="replace").splitlines()
-        commits = dict(line.split(" ", 1)[::-1] for line in lines)
+        names = [*(f"refs/{kind}/{wanted}" for kind in ("heads", "remotes") if wanted), *BASES]
+        main = (file_bytes(self.places.common + "/HEAD") or b"").decode(errors="replace").strip()
+        main = main[5:] if main.startswith("ref: ") else ""
+        git = Git(self.places.root)
+        lines = git.run("for-each-ref", "--format=%(objectname) %(refname)", *names, *([main] if main else [])).decode(errors="replace")
+        commits = dict(line.split(" ", 1)[::-1] for line in lines.splitlines())
         found = next((commits[name] for name in names if name in commits), "")
-        if not found and not self._root:
-            self._root = git.run("rev-list", "--max-parents=0", "HEAD", check=False).decode().rpartition("\n")[0].rpartition("\n")[2]
-        return found or self._root
+        if found:
+            return found, found
+        if not self._root:
+            roots = git.run("rev-list", "--max-parents=0", "HEAD", check=False).decode().split()
+            self._root = roots[-1] if roots else ""
+        return commits.get(main) or self._root, self._root
+
+    def base(self, top: str) -> str:
+        """The commit that the work in a worktree is compared with."""
+        return self.bases()[os.path.realpath(top) == os.path.realpath(self.places.root)]
 
     def ahead(self, top: str, base: str, head: str) -> Ahead:
         """What `head` has that `base` lacks; both are commits."""
@@ -4129,16 +4217,17 @@ class Work:
         newest = max(times.values(), default=0)
         return Ahead(since, commits, {path: _file_change(path, times.get(path, newest) * NS, *change) for path, change in changes.items()})
 
-    def uncommitted(self, top: str, entries: list, since: str) -> dict:
-        """path -> FileChange of what is not committed, counted from the commit `since`."""
-        tracked = [entry for entry in entries if entry.tracked]
+    def uncommitted(self, top: str, state: State, ahead: Ahead) -> dict:
+        """path -> FileChange of what is not committed, counted from where the branch began."""
+        tracked, since = [entry for entry in state.entries if entry.tracked], ahead.since or state.head
         changes = {}
         if tracked and since:
             paths = [os.fsdecode(raw) for entry in tracked for raw in (entry.raw, entry.before) if raw]
+            paths += [ahead.changes[path]["renamed_from"] for path in paths if "renamed_from" in ahead.changes.get(path, ())]
             only = ("--", *paths) if len(paths) <= PATHS_GIVEN else ()
             changes = parse_changes(Git(top).run("diff", "--raw", "--numstat", "-z", "-M", "--no-ext-diff", "--no-textconv", since, *only))
         found, folder = {}, os.fsencode(top) + b"/"
-        for entry in entries:
+        for entry in state.entries:
             try:
                 changed_ns = os.lstat(folder + entry.raw).st_mtime_ns
             except OSError:     # deleted
@@ -4155,29 +4244,23 @@ class Work:
         at = stamp_of(self.world.now_ns())
         state, base = together([lambda: self.state(top), lambda: self.base(top)])
         ahead = self.ahead(top, base, state.head)
-        changes = {**ahead.changes, **self.uncommitted(top, state.entries, ahead.since or state.head)}
+        changes = {**ahead.changes, **self.uncommitted(top, state, ahead)}
         lists = {"uncommitted_files": [entry.path for entry in state.entries], "changed_files": list(ahead.changes),
                  "file_changes": list(changes.values())}
         return {"branch": state.branch, "worktree_path": printable(top), "unmerged_commits": ahead.commits,
                 **{name: items[:WORK_FILES] for name, items in lists.items()}, "git_updated_at": at}
 
-    def one_file(self, top: str, path: str, base: str) -> tuple:
-        """The state of a worktree, and the FileChange of one path in it: (state, whether it is uncommitted, FileChange or None)."""
-        state = self.state(top, path)
+    def changes_of(self, top: str, path: str, base: str) -> tuple:
+        """The state of a worktree, and what it has changed of a file or below a folder: (State, uncommitted, committed FileChanges)."""
+        def concerns(change):
+            return is_below(change["path"], path) or is_below(change.get("renamed_from", "\0"), path)
+        state = self.state(top, path or ".")
         if any(entry.status in ("added", "deleted") and entry.tracked for entry in state.entries):
-            whole = self.state(top)         # it may have been renamed
-            state = State(state.head, state.branch, [e for e in whole.entries if path in (e.path, path_text(e.before))])
-        if state.entries:
-            since = state.head
-            if base and state.head and base != state.head:
-                known = self._ahead.get((base, state.head))
-                since = known.since if known else Git(top).run("merge-base", base, state.head, check=False).decode().strip() or state.head
-            found = list(self.uncommitted(top, state.entries, since).values())
-            return state, True, found[0]
-        if not base or not state.head or base == state.head:
-            return state, False, None
-        changes = self.ahead(top, base, state.head).changes
-        return state, False, changes.get(path) or next((change for change in changes.values() if change.get("renamed_from") == path), None)
+            state = self.state(top)         # of one path alone git does not see that it was renamed
+        ahead = self.ahead(top, base, state.head)
+        uncommitted = self.uncommitted(top, state, ahead) if state.entries else {}
+        return state, list(filter(concerns, uncommitted.values())), \
+            [change for change in ahead.changes.values() if concerns(change) and change["path"] not in uncommitted]
 
 
 # ================================================================== 12  Routing
@@ -4759,6 +4842,7 @@ def _drop_lines(path: str, unwanted) -> bool:
 
 ACTIVE_S = 24 * 3600            # seconds after which somebody who was not seen is worth a warning
 STALE_DAYS = 30                 # days after which an agent that was not seen counts as an orphan, as in the reference
+WORK_SHARED = (WORK_FILES, 200, 50, 10, 0)      # items in the lists of a work context, until it fits an event
 REMOVE_MAX = 20_000             # messages removed by one call: bounds the transaction that others wait for
 REMOVE_BYTES = LINE_MAX // 2    # of ids in one event, which has to fit a line with its envelope and escapes
 OVERDUE_DAYS = 7                # days after which mail that nobody has read is no longer worth a notice
@@ -4787,6 +4871,7 @@ class Method(Record):
     aliases: dict = {}          # other spellings of parameters (design, decision 23)
     preview: str = ""           # with this parameter, or without it if it begins with "!", it changes nothing and is a read
     indexes: bool = False       # every message has to be in the full-text index first
+    prepare: object = None      # of one that writes: what takes long, done before it; its result is `context.prepared`
     elsewhere: str = ""         # it is for WebSocket clients only, and this is what others are told
 
 
@@ -4946,7 +5031,7 @@ def agent_register(context: Context, params: dict) -> dict:
                 "last_seen_at": info.get("last_seen_at", "")}}
     if known and known["daemon"] != context.ledger.daemon_id:
         for session in store.sessions(agent_id, active=True):
-            context.append("agent.session.end", after=session["started_at"], session_id=session["session_id"], reason="superseded")
+            _end_session(context, session, "superseded", session["started_at"])
     context.append("agent.register", after=known["registered_at"] if known else store.removed_at(agent_id), agent_id=agent_id,
                    kind="agent", name=name, role=role, module=module, display=display, worktree=params.get("worktree", ""),
                    hostname=context.world.hostname())
@@ -5117,15 +5202,28 @@ def agent_whoami(context: Context, params: dict) -> dict:
     return {**reply, **compact(branch=work.get("branch"), intent=work.get("intent"))}
 
 
+# What the items of a work context hold; those of another machine may be anything.
+COMMIT_SUMMARY = {"sha": "", "message": "", "files": []}
+FILE_CHANGE = {"path": "", "last_modified": "", "additions": 0, "deletions": 0, "status": "modified"}
+
+
+def _shaped(item: dict, shape: dict) -> dict:
+    """An item with all fields of its shape, what is not of the right type replaced."""
+    shaped = {**item, **{field: item[field] if type(item.get(field)) is type(empty) else empty for field, empty in shape.items()}}
+    return {**shaped, "files": [file for file in shaped["files"] if type(file) is str]} if "files" in shape else shaped
+
+
 def _work_context(row: dict) -> dict:
     """What is known of the work of a session, from a row of the store."""
     lists = {}
-    for field, kind in (("unmerged_commits", dict), ("uncommitted_files", str), ("changed_files", str), ("file_changes", dict)):
-        try:                    # another machine's, so it may be anything
+    for field, shape in (("unmerged_commits", COMMIT_SUMMARY), ("file_changes", FILE_CHANGE), ("uncommitted_files", ""),
+                         ("changed_files", "")):
+        try:
             found = decode(row.get(field) or "[]")
         except ValueError:
             continue
-        lists[field] = [item for item in found if type(item) is kind] if isinstance(found, list) else []
+        found = [item for item in found if type(item) is type(shape)] if isinstance(found, list) else []
+        lists[field] = [_shaped(item, shape) for item in found] if shape else found
     return {"session_id": row["session_id"], "agent_id": row["agent_id"], **compact(
         branch=row.get("branch"), worktree_path=row.get("worktree_path"), **lists,
         **{field: row.get(field) for field in ("git_updated_at", "current_task", "task_updated_at", "intent", "intent_updated_at")})}
@@ -5139,6 +5237,35 @@ def agent_list_context(context: Context, params: dict) -> dict:
                          if not file or file in work.get("changed_files", []) + work.get("uncommitted_files", [])]}
 
 
+def _work(context: Context) -> Work:
+    return context.ledger.facts.setdefault("work", Work(context.ledger.places, context.world))
+
+
+def _top_of(context: Context, refs: list) -> str:
+    """The worktree of this repository that a session's references (pairs) name, "" for none: no other place is looked at."""
+    named = [value for kind, value in refs if kind == "worktree"]
+    real = {os.path.realpath(value) for value in named if os.path.isabs(value)}
+    tops = _our_worktrees(context.ledger.places) if named else ()
+    return next((top for top in tops if worktree_label(top) in named or os.path.realpath(top) in real), "")
+
+
+def _look_at(context: Context, refs: list) -> dict | None:
+    """What git says about the worktree that a session's references name; None where it says nothing."""
+    top = _top_of(context, refs)
+    try:
+        return _work(context).facts(top) if top else None
+    except GitError as error:
+        logging.getLogger("thrum").warning("%s: %s", top, error)
+        return None
+
+
+def look_at_session(context: Context, params: dict) -> dict | None:
+    """What git says about the work of the session that a call names, or begins."""
+    refs = context.store.session_pairs(params["session_id"])[1] if "session_id" in params else []
+    refs = [pair for pair in refs if pair not in pairs_of(params.get("remove_refs"))]
+    return _look_at(context, refs + pairs_of(params.get("add_refs")) + pairs_of(params.get("refs")))
+
+
 def session_start(context: Context, params: dict) -> dict:
     store, agent_id = context.store, params["agent_id"]
     agent = store.agent(agent_id)
@@ -5148,12 +5275,15 @@ def session_start(context: Context, params: dict) -> dict:
     for session in store.sessions(agent_id, active=True):
         if session["daemon"] == context.ledger.daemon_id:
             newest = max(newest, session["started_at"])
-            context.append("agent.session.end", after=newest, session_id=session["session_id"], reason="crash_recovered")
+            _end_session(context, session, "crash_recovered", newest)
     event = context.append("agent.session.start", after=newest, session_id=context.world.new_id("ses"), agent_id=agent_id)
     if params.get("scopes") or params.get("refs"):
         context.append("session.update", after=ns_of(event["timestamp"]), session_id=event["session_id"], agent_id=agent_id,
                        scopes=params.get("scopes"), refs=params.get("refs"))
-    return {"session_id": event["session_id"], "agent_id": agent_id, "started_at": event["timestamp"]}
+    if context.prepared:
+        store.note_work(event["session_id"], context.prepared)
+    return {"session_id": event["session_id"], "agent_id": agent_id, "started_at": event["timestamp"],
+            **compact(branch=(context.prepared or {}).get("branch"))}
 
 
 def _open_session(context: Context, session_id: str) -> dict:
@@ -5165,10 +5295,29 @@ def _open_session(context: Context, session_id: str) -> dict:
     return session
 
 
+def _end_session(context: Context, session: dict, reason: str, after: int) -> dict:
+    """End a session, and tell the other machines what it did: its work context, as much as fits one event."""
+    event = context.append("agent.session.end", after=after, session_id=session["session_id"], reason=reason)
+    row = context.store.work_context(session["session_id"])
+    work = _work_context({**row, "agent_id": ""}) if row else {}
+    work.pop("agent_id", None)
+    for limit in WORK_SHARED:
+        for field, value in work.items():
+            if type(value) is list:
+                work[field] = [{**item, "files": item["files"][:limit]} if "files" in item else item for item in value[:limit]]
+        if len(canonical(work)) < LINE_MAX // 2:
+            break
+    if len(work) > 1:
+        context.append("agent.update", after=ns_of(event["timestamp"]), agent_id=session["agent_id"], work_contexts=[work])
+    return event
+
+
 def session_end(context: Context, params: dict) -> dict:
     session = _open_session(context, params["session_id"])
     reason = check_text(params.get("reason") or "normal", "reason", PAIR_MAX)
-    event = context.append("agent.session.end", after=session["started_at"], session_id=session["session_id"], reason=reason)
+    if context.prepared:
+        context.store.note_work(session["session_id"], context.prepared)
+    event = _end_session(context, session, reason, session["started_at"])
     return {"session_id": session["session_id"], "ended_at": event["timestamp"],
             "duration_ms": (ns_of(event["timestamp"]) - session["started_at"]) // 1_000_000}
 
@@ -5195,6 +5344,8 @@ def session_heartbeat(context: Context, params: dict) -> dict:
                        agent_id=session["agent_id"], **changed)
     now = context.world.now_ns()
     context.store.touch(session["session_id"], now)
+    if context.prepared:
+        context.store.note_work(session["session_id"], context.prepared)
     work = _work_context({"agent_id": "", **(context.store.work_context(session["session_id"]) or session)})
     git = {"unmerged_commits": len(work.get("unmerged_commits", [])), "file_changes": work.get("file_changes", [])}
     return {"session_id": session["session_id"], "last_seen_at": stamp_of(now), **compact(branch=work.get("branch")),
@@ -5215,6 +5366,70 @@ def session_set_intent(context: Context, params: dict) -> dict:
 
 def session_set_task(context: Context, params: dict) -> dict:
     return _session_text(context, params, "current_task", "task_updated_at")
+
+
+def team_list(context: Context, params: dict) -> dict:
+    """Everybody with an open session, or with `include_offline` everybody, and what is shared."""
+    seen, members = context.ledger.seen, []
+    for row in context.store.team(params.get("include_offline", False)):
+        last_seen = max(row["last_seen_at"], seen.get(row["agent_id"], 0))
+        work = _work_context({**row, "session_id": row["session_id"] or ""})
+        members.append({
+            "agent_id": row["agent_id"], "kind": row["kind"], "role": row["role"], "module": row["module"],
+            **compact(display=row["display"], hostname=row["hostname"], worktree=row["worktree"], session_id=row["session_id"],
+                      session_start=_stamp(row["started_at"]), last_seen=_stamp(last_seen), intent=work.get("intent"),
+                      current_task=work.get("current_task"), branch=work.get("branch"), git_updated_at=work.get("git_updated_at")),
+            "unmerged_commits": len(work.get("unmerged_commits", [])), "file_changes": work.get("file_changes", []),
+            "uncommitted_files": work.get("uncommitted_files", []),
+            "inbox_total": row["inbox_total"], "inbox_unread": row["inbox_unread"], "status": "active" if row["session_id"] else "offline"})
+    everybody, groups = context.store.shared_messages()
+    shared = {"broadcast_total": everybody, "groups": [{"name": name, "total": total} for name, total in groups]}
+    return {"members": members, **({"shared_messages": shared} if everybody or groups else {})}
+
+
+def work_who_has(context: Context, params: dict) -> dict:
+    """Who has changed a file, or something below a folder: asked from git now in the worktrees of this machine.
+
+    Of other machines, and where git cannot tell, it is what was known last.  `unattended`: worktrees with uncommitted changes
+    in which nobody has a session.
+    """
+    store, work, ledger = context.store, _work(context), context.ledger
+    path, now_ns = repo_path(params["file"], ""), context.world.now_ns()
+    tops, (linked, main) = _our_worktrees(ledger.places), work.bases()
+
+    def ask(top):
+        try:
+            return work.changes_of(top, path, main if top == ledger.places.root else linked)
+        except GitError as error:
+            logging.getLogger("thrum").warning("%s: %s", top, error)
+            return None
+    answers = dict(zip(tops, together([lambda top=top: ask(top) for top in tops])))
+    found, met = [], set()
+    for row in store.work_contexts():
+        top = _top_of(context, store.session_pairs(row["session_id"])[1]) if row["daemon"] == ledger.daemon_id else ""
+        met.add(top)
+        if answers.get(top):
+            state, uncommitted, committed = answers[top]
+            found.append({**_work_context(row), "branch": state.branch, "worktree_path": printable(top), "git_updated_at": stamp_of(now_ns),
+                          "uncommitted_files": [change["path"] for change in uncommitted], "live": True,
+                          "changed_files": [change["path"] for change in committed], "file_changes": uncommitted + committed})
+        elif row["daemon"] == ledger.daemon_id:
+            found.append({**_known_changes(row, path), "live": False})
+    for row in store.contexts_elsewhere(ledger.daemon_id, stamp_of(now_ns - WORK_ENDED_S * NS)):
+        found.append({**_known_changes(row, path), "live": False, **compact(hostname=row["hostname"])})
+    left = [{"worktree_path": printable(top), **compact(branch=answer[0].branch), "file_changes": answer[1],
+             "agents": sorted(identity.agent_id() for _, identity in _identities_in(top))}
+            for top, answer in answers.items() if top not in met and answer and answer[1]]
+    found = [known for known in found if known["uncommitted_files"] or known["changed_files"]]
+    return {"file": path, "contexts": found, "unattended": left}
+
+
+def _known_changes(row: dict, path: str) -> dict:
+    """A stored work context, and of its files only those at or below a path."""
+    work = {"uncommitted_files": [], "changed_files": [], "file_changes": [], **_work_context(row)}
+    for field in ("uncommitted_files", "changed_files", "file_changes"):
+        work[field] = [item for item in work[field] if is_below(item["path"] if field == "file_changes" else item, path)]
+    return work
 
 
 # ---- groups
@@ -5849,10 +6064,6 @@ def _worktree(context: Context, params: dict) -> str:
     return real
 
 
-def _work(context: Context) -> Work:
-    return context.ledger.facts.setdefault("work", Work(context.ledger.places, context.world))
-
-
 def worktree_status(context: Context, params: dict) -> dict:
     """The branch of a worktree, its uncommitted files, and how many commits its base lacks; `error` if git cannot tell."""
     top, work = _worktree(context, params), _work(context)
@@ -5975,6 +6186,9 @@ METHODS = {
     "agent.whoami": Method(agent_whoami, {**CALLER}, "Who is calling, with session and intent."),
     "agent.listContext": Method(agent_list_context, {"agent_id": str, "role": str, "branch": str, "file": str},
                                 "What the agents with an open session are working on."),
+    "team.list": Method(team_list, {"include_offline": bool}, "Who is here, at what, and how much mail waits for them.",
+                        aliases={"all": "include_offline"}),
+    "work.whoHas": Method(work_who_has, {"file!": str}, "Who has changed a file, as git says now."),
     "worktree.status": Method(worktree_status, {"repo_path": str}, "Branch and uncommitted files of a worktree of this repository."),
     # These write files of the caller's worktree, not events, so they are no changes to the ledger.
     "context.save": Method(context_save, {"content": str, **CONTEXT}, "Save what an agent wants its successor to know."),
@@ -5983,13 +6197,15 @@ METHODS = {
     "context.preamble.show": Method(context_preamble_show, CONTEXT, "What stands before an agent's context."),
     "context.preamble.save": Method(context_preamble_save, {"content": str, **CONTEXT}, "Replace what stands before it."),
     "session.start": Method(session_start, {"agent_id!": str, "scopes": [PAIR], "refs": [PAIR]},
-                            "Start a session; ends what a crash left open.", writes=True),
-    "session.end": Method(session_end, {"session_id!": str, "reason": str}, "End a session.", writes=True),
+                            "Start a session; ends what a crash left open.", writes=True, prepare=look_at_session),
+    "session.end": Method(session_end, {"session_id!": str, "reason": str}, "End a session.", writes=True,
+                          prepare=look_at_session),
     "session.list": Method(session_list, {"agent_id": str, "active_only": bool}, "Sessions, newest first.",
                            aliases={"active": "active_only"}),
     "session.heartbeat": Method(
         session_heartbeat, {"session_id!": str, "add_scopes": [PAIR], "remove_scopes": [PAIR], "add_refs": [PAIR],
-                            "remove_refs": [PAIR]}, "Say that a session is alive; change its scopes and references.", writes=True),
+                            "remove_refs": [PAIR]}, "Say that a session is alive; change its scopes and references.", writes=True,
+        prepare=look_at_session),
     "session.setIntent": Method(session_set_intent, {"session_id!": str, "intent": str}, "Say what a session is for.", writes=True),
     "session.setTask": Method(session_set_task, {"session_id!": str, "current_task": str}, "Say which task it works on.", writes=True),
     "group.create": Method(group_create, {"name!": str, "description": str, **CALLER}, "Create a group.", writes=True),
@@ -6050,6 +6266,7 @@ METHODS = {
 BOLD, NORMAL = "\x1b[1m", "\x1b[0m"     # ECMA-48, section 8.3.117
 WIDTH_DEFAULT, WIDTH_MIN = 80, 40       # columns where nobody says, and below which nothing is wrapped
 PREVIEW = 100                           # characters of a message on one line
+PATH_SHOWN = 240                        # characters of a path: a name that is cut cannot be opened
 ERROR_MAX = 400                         # characters of an error: five lines of a terminal
 
 
@@ -6077,6 +6294,12 @@ def one_line(text: str, limit: int = PREVIEW) -> str:
     """The beginning of `text` on one line, safe for a terminal."""
     text = plain(" ".join(text[:4 * limit].split()))
     return text if len(text) <= limit else text[:limit - 1] + "…"
+
+
+def path_shown(path: str) -> str:
+    """A path on one line, safe for a terminal; its blanks stay, so that it can be opened."""
+    text = plain(path).replace("\n", "\\n").replace("\t", "\\t")
+    return text if len(text) <= PATH_SHOWN else text[:PATH_SHOWN - 1] + "…"
 
 
 def error_line(error: Exception) -> str:
@@ -6681,6 +6904,80 @@ def _by_agent(found: dict) -> dict:
     for work in found["contexts"]:
         works.setdefault(work["agent_id"], work)
     return works
+
+
+TEAM_FILES = 5                  # changed files of an agent that `team` names
+
+
+async def team(console: Console, args: Args) -> int:
+    """Everybody's work in view: a block for each agent."""
+    found = await console.call("team.list", include_offline=args.all or None)
+    nobody = "No agents are registered.\n" if args.all else "No active agents. Use --all to include offline agents.\n"
+    text = "\n".join([_teammate_text(member, console) for member in found["members"]]) or nobody
+    shared = found.get("shared_messages")
+    if shared:
+        text += f"\n--- Shared ---\nBroadcasts: {shared['broadcast_total']} messages\n" + "".join(
+            f"@{one_line(group['name'])}: {group['total']} messages\n" for group in shared["groups"])
+    await console.answer(found, text)
+    return 0
+
+
+def _teammate_text(member: dict, console: Console) -> str:
+    active, left = member["status"] == "active", console.width - 12
+    seen = console.ago(member["last_seen"]) if "last_seen" in member else "never"
+    head = f"{'●' if active else '○'} {console.bold(handle(member['agent_id']))} ({one_line(member['module'])})"
+    if "intent" in member:
+        head += f" — {one_line(member['intent'], max(console.width - len(head) - len(member.get('branch', '')) - 6, 20))}"
+    head += f" [{one_line(member['branch'])}]" if "branch" in member else ""
+    session = f"{member['session_id'][:16]}... (active {seen})" if active else f"offline (last seen {seen})"
+    commits, files = member["unmerged_commits"], member["file_changes"]
+    lines = [("Worktree:", one_line(member.get("worktree", ""))), ("Host:", one_line(member.get("hostname", ""))), ("Session:", session),
+             ("Intent:", one_line(member.get("intent", ""), left)), ("Task:", one_line(member.get("current_task", ""), left)),
+             ("Inbox:", f"{member['inbox_unread']} unread / {member['inbox_total']} total"),
+             ("Branch:", f"{one_line(member['branch'])} ({commits} commits ahead)" if "branch" in member else
+              f"(detached, {commits} commits ahead)" if "git_updated_at" in member else "")]
+    text = head + "\n" + "".join(f"  {label:<9} {value}\n" for label, value in lines if value)
+    if "git_updated_at" in member and not files:
+        text += "  Files:    (no changes)\n"
+    table = [[path_shown(change["path"]), console.ago(change["last_modified"]), f"+{change['additions']} -{change['deletions']}"]
+             for change in sorted(files, key=lambda change: change["last_modified"], reverse=True)[:TEAM_FILES]]
+    for n, line in enumerate(rows_of(table).splitlines() if table else ()):
+        text += f"  {'' if n else 'Files:':<9} {line}\n"
+    return text + (f"            … and {len(files) - TEAM_FILES} more\n" if len(files) > TEAM_FILES else "")
+
+
+WHO_HAS_FILES = 10              # files of one agent that are named below a folder
+
+
+async def who_has(console: Console, args: Args) -> int:
+    path = repo_path(args.file, console.top, console.cwd)
+    found = await console.call("work.whoHas", file=path)
+    shown, lines = path_shown(path) or "this repository", []
+    for work in found["contexts"]:
+        changes, who = work["file_changes"], handle(work["agent_id"])
+        lines += [f"{who} {_change_text(change, work, console)}" for change in changes[:WHO_HAS_FILES]]
+        if len(changes) > WHO_HAS_FILES:
+            lines.append(f"{who} has changed {len(changes) - WHO_HAS_FILES} more files in {shown}")
+    lines = lines or [f"No agents are currently editing {shown}"]
+    for left in found["unattended"]:
+        who = f"of {', '.join(map(handle, left['agents']))}, who has no session" if left["agents"] else "where nobody has a session"
+        files = path_shown(", ".join([change["path"] for change in left["file_changes"]]))
+        lines.append(f"Uncommitted in {path_shown(left['worktree_path'])}, {who}: {files}")
+    await console.answer(found, "\n".join(lines) + "\n")
+    return 0
+
+
+def _change_text(change: dict, work: dict, console: Console) -> str:
+    """What somebody has done to a file, and how that is known."""
+    editing = change["path"] in work["uncommitted_files"]
+    verb = ("is editing" if work["live"] else "was editing") if editing else "has changed"
+    facts = f"+{change['additions']} -{change['deletions']}, {change['status']}{'' if editing else ' and committed'} " \
+            f"{console.ago(change['last_modified'])}"
+    if change.get("renamed_from"):
+        facts += f", from {path_shown(change['renamed_from'])}"
+    known = "" if work["live"] else f", as of {console.ago(work.get('git_updated_at', ''))}"
+    known += f" on {one_line(work['hostname'])}" if "hostname" in work else ""
+    return f"{verb} {path_shown(change['path'])} ({facts}), branch: {one_line(work.get('branch', '')) or '(detached)'}{known}"
 
 
 async def prime(console: Console, args: Args) -> int:
@@ -7437,6 +7734,9 @@ async def agent_context_command(console: Console, args: Args) -> int:
     return 0
 
 
+CONTEXT_ROWS = 20               # commits, and files, of an agent's work that are shown
+
+
 def _context_text(work: dict, console: Console) -> str:
     """Everything that is known of the work of one session."""
     def set_at(field):
@@ -7450,10 +7750,10 @@ def _context_text(work: dict, console: Console) -> str:
         return text
     commits = work.get("unmerged_commits", [])
     text += f"Unmerged Commits ({len(commits)}):\n" if commits else ""
-    for commit in commits:
-        files = commit.get("files") if isinstance(commit.get("files"), list) else []
-        text += f"  {one_line(str(commit.get('sha', '')))[:7]} {one_line(str(commit.get('message', '')))}" + \
-                (f" [{one_line(', '.join(map(str, files)))}]" if files else "") + "\n"
+    for commit in commits[:CONTEXT_ROWS]:
+        files = f" [{one_line(', '.join(commit['files']))}]" if commit["files"] else ""
+        text += f"  {one_line(commit['sha'])[:7]} {one_line(commit['message'])}{files}\n"
+    text += f"  … and {len(commits) - CONTEXT_ROWS} more\n" if len(commits) > CONTEXT_ROWS else ""
     return text + f"Changed Files (vs main): {len(work.get('changed_files', []))}\nUncommitted: {len(work.get('uncommitted_files', []))}\n"
 
 
@@ -7614,6 +7914,10 @@ COMMANDS = {
     "prime": Command(prime, "Who you are, who is here, what is unread, how to go on: to begin with."),
     "overview": Command(overview, "You, your team and your inbox."),
     "status": Command(status, "You, your inbox and the daemon."),
+    "team": Command(team, "Who is here, at what: worktree, branch, changed files, unread mail.", (
+        Argument("--all", "also those who have no session", bool),)),
+    "who-has": Command(who_has, "Who has changed a file, or something in a folder, as git says now.", (
+        Argument("FILE", "the file, from here or from the top of the repository"),), "thrum who-has src/parser.py"),
     "ping": Command(ping, "Whether an agent is active, and at what.", (Argument("AGENT", "@agent or @role"),), "thrum ping @bob"),
     "whoami": Command(whoami, "Who you are here; works without the daemon.", offline=True),
     "send": Command(send, "Send a message to an agent, a role or a group; without --to, to everyone.", (
@@ -8288,7 +8592,12 @@ class Daemon:
                 return await self._wait(method.handler, checked, connection)
             only_reads = method.preview and bool(checked.get(method.preview.lstrip("!"))) != (method.preview[0] == "!")
             if method.writes and not only_reads:
-                return await self._write(lambda context: context.store.once(key, lambda: method.handler(context, checked)))
+                prepared = await self._read(method.prepare, checked) if method.prepare else None
+
+                def change(context):
+                    context.prepared = prepared
+                    return method.handler(context, checked)
+                return await self._write(lambda context: context.store.once(key, lambda: change(context)))
             return await self._read(method.handler, checked)
         except (ThrumError, asyncio.CancelledError, ConnectionError):
             raise
@@ -9592,7 +9901,7 @@ async def version(console: Console, args: Args) -> int:
 FIRST = ("quickstart", "send", "inbox", "reply", "wait", "status")      # what an agent needs to begin with
 TOPICS = {                      # where the others stand in the overview; what is named nowhere stands under "More"
     "Messages": "message search sent trace",
-    "Team": "agent group overview ping session whoami",
+    "Team": "agent group overview ping session team who-has whoami",
     "Memory": "context prime",
     "Setup": "completion config init migrate setup",
     "Upkeep": "daemon purge version help",
