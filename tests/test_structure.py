@@ -87,12 +87,13 @@ def annotation_only():
 
 
 ANNOTATION_ONLY = annotation_only()
+LAZY = {name.split(".")[0] for name in thrum.LAZY_MODULES}
 
 
 def test_every_global_exists():
     """What ruff cannot see because of the lazy modules: a name that nobody defines."""
     import builtins
-    known = set(defined()) | set(thrum.LAZY_MODULES) | set(dir(builtins)) | {"__file__", "__doc__", "__name__"}
+    known = set(defined()) | LAZY | set(dir(builtins)) | {"__file__", "__doc__", "__name__"}
     known |= {"_name", "_alias"}        # of the loop that fills a table
     unknown = {f"{symbol.get_name()} in {scope.get_name()} (line {scope.get_lineno()})"
                for scope in scopes(symtable.symtable(TEXT, "thrum.py", "exec"))
@@ -101,8 +102,16 @@ def test_every_global_exists():
     assert not unknown
 
 
+def test_nothing_is_defined_twice():
+    """The second would silently take the place of the first."""
+    names = [node.name for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+    names += [target.id for node in TREE.body if isinstance(node, ast.Assign) for target in node.targets
+              if isinstance(target, ast.Name) and target.id.isupper()]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
+
+
 def test_import_loads_nothing_heavy():
-    heavy = set(thrum.LAZY_MODULES) | {"argparse", "dataclasses", "typing", "email", "http", "inspect", "urllib", "tempfile"}
+    heavy = LAZY | {"argparse", "dataclasses", "typing", "email", "http", "inspect", "urllib", "tempfile"}
     code = ("import sys; sys.path.insert(0, sys.argv[1]); before = set(sys.modules); import thrum; "
             "print(' '.join(sorted(set(sys.modules) - before)))")
     loaded = subprocess.run([sys.executable, "-IS", "-c", code, str(ROOT)], check=True, capture_output=True, text=True).stdout.split()
@@ -112,7 +121,7 @@ def test_import_loads_nothing_heavy():
 
 
 def test_only_the_standard_library():
-    names = set(thrum.LAZY_MODULES)
+    names = LAZY
     for node in ast.walk(TREE):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}

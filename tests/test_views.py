@@ -155,7 +155,7 @@ def test_prime_stays_short(team):
 
 def test_the_commands_that_prime_names_exist(team):
     lines = team.bob.ok("prime").partition("Commands:\n")[2].splitlines()
-    assert len(lines) == 10
+    assert len(lines) == 11
     for line in lines:
         words = shlex.split(re.split(r"  +", line.strip())[0].replace("…", "x").replace("<cmd>", "send"))
         assert words[0] == ".thrum/bin/thrum"
@@ -329,7 +329,8 @@ def test_ping(team):
     bob.ok("session", "set-intent", "think")
     bob.ok("session", "set-task", "t-1")
     tess.ok("session", "set-intent", "test")
-    assert bob.ok("ping", "@bob") == bob.ok("ping", "bob") == "@bob: active, last heartbeat just now\n  Intent: think\n  Task:   t-1\n"
+    assert bob.ok("ping", "@bob") == bob.ok("ping", "bob") == \
+        "@bob: active, last heartbeat just now\n  Intent: think\n  Task:   t-1\n  Branch: bob\n"
     assert bob.ok("ping", "@tester").startswith("@tester: active, last heartbeat just now (@tess)\n  Intent: ")
     assert bob.ok("ping", "Tester (e2e)").startswith("@Tester (e2e): active, last heartbeat just now (@tess)\n")
     tess.ok("session", "end")
@@ -370,7 +371,8 @@ def test_agent_list(team):
     try:
         text = bob.ok("agent", "list")
         assert re.search(r"○ @tess .*\(offline\)\n    Last seen: just now\n", text)
-        assert re.search(r"● @bob .*\(active\)\n    Intent: .*…\n(    Task: .*\n)?    Active: just now\n", text)
+        assert re.search(r"● @bob .*\(active\)\n    Intent: .*…\n(    Task: .*\n)?    Branch: bob \(0 commits\)\n"
+                         r"    Active: just now\n", text)
         table = bob.ok("agent", "list", "--context", env={"COLUMNS": "80"}).splitlines()
         assert table[0].split() == ["AGENT", "SESSION", "BRANCH", "COMMITS", "FILES", "INTENT", "UPDATED"]
         assert sorted(line.split()[0] for line in table[1:]) == ["@ada", "@bob"]
@@ -383,7 +385,9 @@ def test_agent_context(team):
     """One agent by name: everything about it; --agent, a role, a branch, a file: the table (decision 27)."""
     bob = team.bob
     bob.ok("session", "set-intent", "think")
-    assert re.fullmatch(r"Agent: @bob \(ses_\w{26}\)\nIntent: think \(set just now\)\n(Task: .*\n)?", bob.ok("agent", "context", "@bob"))
+    assert re.fullmatch(rf"Agent: @bob \(ses_\w{{26}}\)\nBranch: bob\nWorktree: {re.escape(str(bob.path))}\n"
+                        r"Intent: think \(set just now\)\n(Task: .*\n)?Changed Files \(vs main\): 0\nUncommitted: 0\n",
+                        bob.ok("agent", "context", "@bob"))
     assert bob.ok("agent", "context", "tester").startswith("Agent: @tess (ses_"), "a role"
     for words in (["--agent", "tess"], ["--agent", "@tester"]):
         assert bob.ok("agent", "context", *words).startswith("AGENT ")
