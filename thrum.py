@@ -45,8 +45,8 @@ __all__ = [
 
 TYPE_CHECKING = False           # type checkers read this name as True
 if TYPE_CHECKING:
-    import asyncio, base64, calendar, concurrent.futures, difflib, errno, fcntl, hashlib, json, logging, queue  # noqa: E401
-    import re, resource, select, shlex, shutil, signal, socket, sqlite3, struct, subprocess, threading, unicodedata  # noqa: E401
+    import asyncio, base64, bisect, calendar, concurrent.futures, difflib, errno, fcntl, hashlib, json, logging  # noqa: E401
+    import queue, re, resource, select, shlex, shutil, signal, socket, sqlite3, struct, subprocess, threading, unicodedata  # noqa: E401
 
 
 class _Lazy:
@@ -64,7 +64,7 @@ class _Lazy:
 
 
 LAZY_MODULES = (
-    "asyncio base64 calendar concurrent.futures difflib errno fcntl hashlib json logging queue re resource select shlex shutil "
+    "asyncio base64 bisect calendar concurrent.futures difflib errno fcntl hashlib json logging queue re resource select shlex shutil "
     "signal socket sqlite3 struct subprocess threading unicodedata"
 ).split()
 globals().update((name.partition(".")[0], _Lazy(name)) for name in LAZY_MODULES)
@@ -91,6 +91,16 @@ def crockford(number: int, length: int) -> str:
         digits.append(_PAIRS[number & 1023])
         number >>= 10
     return "".join(reversed(digits))[-length:]
+
+
+def ulid_ms(id: str) -> int:
+    """The milliseconds since the epoch in an id made of a ULID.  Raises ValueError for any other."""
+    digits, number = id.rpartition("_")[2], 0
+    if len(digits) != 26 or not set(CROCKFORD).issuperset(digits):
+        raise ValueError(f"no ULID: {id[:64]!r}")
+    for digit in digits[:10]:
+        number = number << 5 | CROCKFORD.index(digit)
+    return number
 
 
 def hash32(text: str) -> str:
@@ -194,12 +204,14 @@ class World:
         """Never stamp anything at or before `ns`: this daemon's own newest event in the log."""
         self._last_ns = max(self._last_ns, ns)
 
-    def new_id(self, kind: str) -> str:
-        """`kind_` and a ULID, greater than every one this process made before."""
+    def new_id(self, kind: str, above: str = "") -> str:
+        """`kind_` and a ULID, greater than every one this process made before, and than `above`, an id of that kind."""
         ulid = self.now_ns() // 1_000_000 << 80 | int.from_bytes(self.random(10), "big")
         if ulid >> 80 <= self._last_ulid >> 80:
             ulid = self._last_ulid + 1
         self._last_ulid = ulid
+        if kind + "_" + crockford(ulid, 26) <= above:       # of a clock that is ahead: the next millisecond, with our own randomness,
+            ulid = ulid_ms(above) + 1 << 80 | ulid & (1 << 80) - 1      # because above + 1 is what another machine would make too
         return kind + "_" + crockford(ulid, 26)
 
     def hostname(self) -> str:
@@ -279,6 +291,9 @@ PAIR_MAX = 256                  # characters of each half of a scope or referenc
 TEXT_MAX = 4_096                # bytes of an intent, a task, a description: one or two paragraphs
 LIST_MAX = 1_000                # items in a list that a caller sends: beyond is a mistake
 PAGE_MAX = 100                  # messages on a page, as in the reference
+TTL_MAX_S = 24 * 3600           # of a claim: who needs a path for longer is there to renew it
+WILDCARDS_MAX = 16              # in the pattern of a claim: the time to compare two grows with them
+UNCLAIMABLE = (".git", ".thrum")        # nobody edits what is in there
 RESERVED_NAMES = ("daemon", "system", "thrum", "all", "broadcast")
 EVERYONE = "everyone"           # the group of all agents; nobody creates or changes it
 
@@ -411,6 +426,12 @@ def check_text(text: str, what: str, limit: int = TEXT_MAX) -> str:
 def is_label(text: str) -> bool:
     """Whether `text` can be half of a scope or reference: short, not empty, without control characters."""
     return 0 < len(text) <= PAIR_MAX and text.isprintable()
+
+
+def is_claimable(path: str) -> bool:
+    """Whether `path` is what a claim may be on: `.`, or a normal path from the top of the repository, perhaps with wildcards."""
+    return path == "." or (is_label(path) and not {"", ".", ".."} & set(path.split("/"))
+                           and path.split("/")[0] not in UNCLAIMABLE and len(re.findall(r"[*]+|[?]", path)) <= WILDCARDS_MAX)
 
 
 def is_unicode(text: str) -> bool:
@@ -622,6 +643,13 @@ EVENTS = {
     "group.member.add": EventType({"group_id": str, "member_type": str, "member_value": str, "added_by?": str}),
     "group.member.remove": EventType({"group_id": str, "member_type": str, "member_value": str, "removed_by?": str}),
     "purge.executed": EventType({"cutoff": str}),
+    # Advisory leases: the id of the first of these is the claim's fencing number.
+    "claim.take": EventType({
+        "claim_id": str, "agent_id": str, "session_id?": str, "path": str, "shared?": bool, "ttl_s": int, "note?": str}),
+    "claim.renew": EventType({"claim_id": str, "agent_id": str, "ttl_s": int, "note?": str}),
+    "claim.release": EventType({"claim_id": str, "reason?": str, "agent_id?": str, "superseded_by?": str}),
+    # On this machine the time of another's claim has passed since the grant or renewal with this event id.
+    "claim.lapse": EventType({"claim_id": str, "renewal": str}, shared=False),
     # How messages were pushed to somebody: what this machine can vouch for.
     "message.route": EventType({"message_ids": list, "agent_id": str, "route": str}, shared=False),
     # Intent, task, scopes and references of a session: others learn of them by agent.update.
@@ -632,7 +660,7 @@ EVENTS = {
 
 
 ID_FIELDS = frozenset(("message_id", "agent_id", "session_id", "event_id", "thread_id", "group_id", "type", "origin_daemon",
-                       "authored_by", "send_key", "route"))
+                       "authored_by", "send_key", "route", "claim_id", "superseded_by", "renewal"))
 SHAPES_MAX = 1_000              # shapes remembered: unknown fields can make any number of them
 _shapes = {}                    # fields and types of events that were found well-formed -> their ids
 
@@ -682,6 +710,12 @@ def check_event(event: dict) -> int:
     for name in ("recipients?", "message_ids"):
         if name in fields and any(type(one) is not str or not is_label(one) for one in event.get(name.rstrip("?"), ())):
             raise ValueError(f"{name.rstrip('?')} holds what is not an id")
+    if "ttl_s" in fields and not 0 < event["ttl_s"] <= TTL_MAX_S:
+        raise ValueError(f"ttl_s is not between 1 and {TTL_MAX_S}")
+    if kind == "claim.take" and not is_claimable(event["path"]):
+        raise ValueError("path is nothing that can be claimed")
+    if kind == "claim.take" and (event["event_id"][:4] != "evt_" or ulid_ms(event["event_id"]) >= FAR // 1_000_000):
+        raise ValueError("event_id is no fencing number")
     ns = ns_of(event["timestamp"])
     if ns >= FAR:
         raise ValueError("timestamp is later than 2116")
@@ -1840,10 +1874,12 @@ class Branch:
 # have small integer keys, because most rows are deliveries.  `delivered` (who got it) and `listed` (whom the event
 # names) hold such keys as text; `wide` is 2 for a message to everybody, 1 for one to groups, roles or names that the
 # list may lack, 0 for one that goes exactly to the list.
+# A claim is `open` until it is released or its session ends: 1, or 2 when its time has passed here and its own machine
+# has not said so.  `expires_at` is this machine's: it counts from when it has learned of the grant or renewal.
 # Page and counts of an inbox cost the same at a thousand and at a million messages: the rows of one agent lie
 # together, an index holds only the unread, and the counts are kept with the agent.
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 STORE_BATCH = 400               # events in a transaction of a rebuild; larger ones were slower
 REPLIES_MAX = 1_000             # answers kept for clients that ask again: more than run at once
 BUSY_S = 5                      # seconds for another connection to let go of the database
@@ -1933,6 +1969,15 @@ create index group_updates_value on group_updates(value) where field = 'name';
 create table group_members(
     group_id text, member_type text, member_value text, at integer, event_id text, present integer, by text,
     primary key(group_id, member_type, member_value, at, event_id)) without rowid;
+create table claims(
+    claim_id text primary key, agent integer not null, session_id text, path text not null, shared integer not null,
+    granted_at integer not null, grant_event text not null, ttl_s integer not null, note text, renewed_at integer not null,
+    renew_event text not null, expires_at integer not null, daemon text, released_at integer, release_event text,
+    release_reason text, superseded_by text, open integer not null default 1) without rowid;
+create index claims_open on claims(open) where open;
+create index claims_session on claims(session_id);
+create index claims_fence on claims(grant_event);
+create table claim_lapses(claim_id text, renewal text, primary key(claim_id, renewal)) without rowid;
 create table subscriptions(
     id integer primary key, session_id text not null, scope_type text, scope_value text, mention_role text,
     created_at integer not null);
@@ -1951,12 +1996,12 @@ def _text(keys) -> str:
 
 
 def parents_of(event: dict) -> list:
-    """The messages or sessions that an event hangs on; [] for one that stands alone."""
+    """The messages, sessions or claims that an event hangs on; [] for one that stands alone."""
     if event["type"] == "agent.update":
         contexts = event.get("work_contexts")
         found = [context.get("session_id") for context in contexts if type(context) is dict] if type(contexts) is list else []
     else:
-        found = [event.get("message_id") or event.get("session_id")]
+        found = [event.get("claim_id") or event.get("message_id") or event.get("session_id")]
     return [parent for parent in found if type(parent) is str]
 
 
@@ -1997,9 +2042,10 @@ def stored_pairs(row: dict) -> tuple:
 class Store:
     """A connection to the projection, and every question that is asked of it."""
 
-    def __init__(self, path: str, world: World, *, writable: bool = False):
+    def __init__(self, path: str, world: World, *, writable: bool = False, own: str = ""):
         self.path = path
         self.world = world
+        self.own = own          # the daemon whose events were made here
         self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_S,
                                   cached_statements=256)
         try:
@@ -2149,7 +2195,8 @@ class Store:
             marks = ", ".join("?" * len(part))
             left.update(row[0] for row in self.db.execute(
                 f"select message_id from messages where message_id in ({marks}) union all select session_id from sessions where "
-                f"session_id in ({marks}) union all select parent from pending where parent in ({marks})", part * 3))
+                f"session_id in ({marks}) union all select claim_id from claims where claim_id in ({marks}) union all "
+                f"select parent from pending where parent in ({marks})", part * 4))
         return {event_id for event_id, parents in about.items() if left.isdisjoint(parents)}
 
     def forget_events(self, event_ids) -> None:
@@ -2418,6 +2465,20 @@ class Store:
         return {**counts, "events": sum(counts[what] for what in ("messages", "edits", "deleted", "receipts", "updates"))
                 + 2 * counts["sessions"]}
 
+    # ---- claims
+
+    def claims(self, now_ns: int = 0) -> list:
+        """The open claims that have not expired at a time, the first grant first; without one, those too that have lapsed."""
+        return self.rows(f"{_CLAIMS} c.open and (? = 0 or (c.open = 1 and c.expires_at > ?)) order by c.granted_at, c.grant_event",
+                         now_ns, now_ns)
+
+    def claim(self, claim_id: str) -> dict | None:
+        return self.row(f"{_CLAIMS} c.claim_id = ?", claim_id)
+
+    def last_fence(self) -> str:
+        """The greatest fencing number that was given, "" without any."""
+        return self.value("select max(grant_event) from claims", default="")
+
     # ---- groups, roles, recipients
 
     def roles(self) -> set:
@@ -2559,6 +2620,11 @@ class Store:
         """The message that a send with this key has made before."""
         return self.row(f"{_MESSAGES} send_key = ? and "
                         "a.agent_id = ?", send_key, agent_id)
+
+    def has_message_with(self, ref_type: str, value: str) -> bool:
+        """Whether there is a message with that reference."""
+        self.flush()
+        return self.value("select 1 from message_refs where ref_type = ? and ref_value = ?", ref_type, value) is not None
 
     def recipients(self, message: dict) -> list:
         """The recipients of a message with what they did, by id.
@@ -2950,7 +3016,7 @@ class Store:
             project(self, event, seq, ns)
 
     def _is_removed(self, parent: str) -> bool:
-        """Whether a message or session was removed for good."""
+        """Whether a message, session or claim was removed for good."""
         if self._removals is None:
             self._removals = self.value("select 1 from removed limit 1") is not None
         return self._removals and self.value("select 1 from removed where id = ?", parent) is not None
@@ -2960,7 +3026,7 @@ class Store:
         self.set_meta(untidy=1)
 
     def _gone(self, parent: str) -> None:
-        """Remember that a message or session is gone: what comes about it later waits for nothing, and its bytes are to be freed."""
+        """Remember that a message, session or claim is gone: what comes about it later waits for nothing, and its bytes are to be freed."""
         self.db.execute("insert or ignore into removed(id) values(?)", (parent,))
         self.db.execute("delete from pending where parent = ?", (parent,))
         self._note_untidy()
@@ -3272,11 +3338,15 @@ class Store:
         for (session_id,) in self.db.execute("select session_id from sessions where agent = ? and started_at <= ?",
                                              (key, ns)).fetchall():
             self._drop_session(session_id)
+        for (claim_id,) in self.db.execute("select claim_id from claims where agent = ? and granted_at <= ?", (key, ns)).fetchall():
+            self._drop_claim(claim_id)
         self._roster_changed(ns)
 
     def _drop_session(self, session_id: str) -> None:
         self._sessions.clear()
         self._gone(session_id)
+        for claim_id in self._claims_of(session_id):
+            self._drop_claim(claim_id)
         for table in ("sessions", "session_scopes", "session_refs", "agent_work_contexts", "subscriptions"):
             self.db.execute(f"delete from {table} where session_id = ?", (session_id,))
 
@@ -3284,7 +3354,7 @@ class Store:
         self._sessions.clear()
         key, removed_at = self._agent(event["agent_id"])
         if ns <= removed_at or self._is_removed(event["session_id"]):
-            return self._gone(event["session_id"])
+            return self._drop_session(event["session_id"])
         self.db.execute("insert or ignore into sessions(session_id, agent, started_at, last_seen_at, daemon) values(?, ?, ?, ?, ?)",
                         (event["session_id"], key, ns, ns, event.get("origin_daemon")))
         self._saw(key, ns)
@@ -3300,6 +3370,8 @@ class Store:
             self.db.execute("update sessions set ended_at = ?, end_reason = ?, end_event = ? where session_id = ?",
                             (ns, event.get("reason") or "normal", event["event_id"], event["session_id"]))
         self.db.execute("delete from subscriptions where session_id = ?", (event["session_id"],))
+        for claim_id in self._claims_of(event["session_id"]):
+            self._judge_claim(claim_id)
         if session["started_at"] < self.cutoff():
             self._drop_session(event["session_id"])
 
@@ -3408,11 +3480,79 @@ class Store:
         for (session_id,) in self.db.execute("select session_id from sessions where started_at < ? and ended_at is not null",
                                              (cutoff,)).fetchall():
             self._drop_session(session_id)
+        for (claim_id,) in self.db.execute("select claim_id from claims where granted_at < ? and not open", (cutoff,)).fetchall():
+            self._drop_claim(claim_id)
+
+    def _claims_of(self, session_id: str) -> list:
+        return [claim_id for (claim_id,) in self.db.execute("select claim_id from claims where session_id = ?", (session_id,))]
+
+    def _judge_claim(self, claim_id: str) -> None:
+        """Work out whether a claim is open; one that is not, from before the last purge, goes."""
+        self.db.execute(
+            "update claims set open = case when released_at is not null or exists(select 1 from sessions s where s.session_id = "
+            "claims.session_id and s.ended_at is not null) then 0 when exists(select 1 from claim_lapses l where l.claim_id = "
+            "claims.claim_id and l.renewal = claims.renew_event) then 2 else 1 end where claim_id = ?", (claim_id,))
+        if self.value("select 1 from claims where claim_id = ? and not open and granted_at < ?", claim_id, self.cutoff()):
+            self._drop_claim(claim_id)
+
+    def _drop_claim(self, claim_id: str) -> None:
+        self._gone(claim_id)
+        for table in ("claims", "claim_lapses"):
+            self.db.execute(f"delete from {table} where claim_id = ?", (claim_id,))
+
+    def _expires(self, event: dict, ns: int) -> int:
+        """When the time of a grant or renewal passes here: it runs from now, for one made here from then.
+
+        A stamp may be ahead of the clock, because it is later than what it refers to.
+        """
+        now = self.world.now_ns()
+        return (min(now, ns) if event.get("origin_daemon") == self.own else now) + event["ttl_s"] * NS
+
+    def _claim_take(self, event: dict, seq: int, ns: int) -> None:
+        claim_id, session_id = event["claim_id"], event.get("session_id")
+        key, removed_at = self._agent(event["agent_id"])
+        self._saw(key, ns)
+        if ns <= removed_at or self._is_removed(claim_id) or (session_id and self._is_removed(session_id)):
+            return self._gone(claim_id)
+        self.db.execute(
+            "insert or ignore into claims(claim_id, agent, session_id, path, shared, granted_at, grant_event, ttl_s, note, renewed_at, "
+            "renew_event, expires_at, daemon) values(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (claim_id, key, session_id, event["path"], bool(event.get("shared")), ns, event["event_id"], event["ttl_s"],
+             event.get("note"), ns, event["event_id"], self._expires(event, ns), event.get("origin_daemon")))
+        self._judge_claim(claim_id)
+        self._parent_came(claim_id)
+
+    def _claim_renew(self, event: dict, seq: int, ns: int) -> None:
+        claim = self.claim(event["claim_id"])
+        if not claim:
+            return self._wait_for(event["claim_id"], event)
+        self._saw(self._agent(event["agent_id"])[0], ns)
+        if (ns, event["event_id"]) > (claim["renewed_at"], claim["renew_event"]):
+            self.db.execute("update claims set ttl_s = ?, note = ?, renewed_at = ?, renew_event = ?, expires_at = ? where claim_id = ?",
+                            (event["ttl_s"], event.get("note"), ns, event["event_id"], self._expires(event, ns), event["claim_id"]))
+            self._judge_claim(event["claim_id"])
+
+    def _claim_release(self, event: dict, seq: int, ns: int) -> None:
+        claim = self.claim(event["claim_id"])
+        if not claim:
+            return self._wait_for(event["claim_id"], event)
+        if (ns, event["event_id"]) < (claim["released_at"] or FAR, claim["release_event"] or ""):
+            self.db.execute("update claims set released_at = ?, release_event = ?, release_reason = ?, superseded_by = ? where "
+                            "claim_id = ?", (ns, event["event_id"], event.get("reason"), event.get("superseded_by"), event["claim_id"]))
+        self._judge_claim(event["claim_id"])
+
+    def _claim_lapse(self, event: dict, seq: int, ns: int) -> None:
+        if not self.claim(event["claim_id"]):
+            return self._wait_for(event["claim_id"], event)
+        self.db.execute("insert or ignore into claim_lapses values(?, ?)", (event["claim_id"], event["renewal"]))
+        self._judge_claim(event["claim_id"])
 
 
 _MESSAGE = ("m.seq, m.message_id, m.at, a.agent_id, m.session_id, m.thread_id, m.reply_to, m.format, m.content, m.structured, "
             "m.scopes, m.refs, m.delivered, m.wide, m.updated_at, m.deleted_at, m.delete_reason, m.authored_by, m.disclosed")
 _MESSAGES = f"select {_MESSAGE} from messages m join agents a on a.agent = m.author where"
+_CLAIMS = ("select c.*, a.agent_id, a.last_seen_at, case when a.registered_at is not null then a.hostname end as hostname from claims c "
+           "join agents a on a.agent = c.agent where")
 _EVENT_ROW = "insert into events values(?, ?)"
 _SCOPE_ROW = "insert or ignore into message_scopes values(?, ?, ?, ?)"
 _REF_ROW = "insert or ignore into message_refs values(?, ?, ?, ?)"
@@ -3425,7 +3565,8 @@ _PROJECTIONS = {
     "agent.session.start": Store._session_start, "agent.session.end": Store._session_end,
     "session.update": Store._session_update, "group.create": Store._group_create, "group.update": Store._group_update,
     "group.delete": Store._group_delete, "group.member.add": Store._group_member, "group.member.remove": Store._group_member,
-    "purge.executed": Store._purge_executed,
+    "purge.executed": Store._purge_executed, "claim.take": Store._claim_take, "claim.renew": Store._claim_renew,
+    "claim.release": Store._claim_release, "claim.lapse": Store._claim_lapse,
 }
 
 
@@ -3447,7 +3588,7 @@ TIDY_AT_ONCE_S = 2              # seconds that a purge may hold up others; the r
 UNTIDY_SINCE = 2                # of the mark in the database: files are being rewritten; 1: something was removed
 TOMBSTONES = ("purge.executed", "agent.cleanup", "message.remove")
 ABOUT_REMOVABLE = ("message.create", "message.edit", "message.delete", "message.receipt", "agent.session.start",
-                   "agent.session.end", "session.update", "agent.update")
+                   "agent.session.end", "session.update", "agent.update", "claim.take", "claim.renew", "claim.release", "claim.lapse")
 
 
 class Context:
@@ -3461,8 +3602,8 @@ class Context:
         self.afterwards = []    # what is to be done once that is durable
         self.prepared = None    # what the method's `prepare` has found out
 
-    def append(self, kind: str, /, *, after: int = 0, **fields) -> dict:
-        """Make an event, later than `after` (ns), and apply it; empty optional fields are left out.
+    def append(self, kind: str, /, *, after: int = 0, above: str = "", **fields) -> dict:
+        """Make an event, later than `after` (ns) and with an id above another one, and apply it; empty optional fields are left out.
 
         Raises InvalidParams for what JSON in UTF-8 cannot hold, ThrumError for a line longer than LINE_MAX.
         """
@@ -3471,7 +3612,7 @@ class Context:
                  if v is not None and (k in row.fields or row.empty or v not in ("", False, []))}
         ns = self.world.stamp_ns(max(after, self.store.cutoff()))      # who has purged may have a clock that is ahead of ours
         sequence = self.ledger.journal.last + len(self.ledger.batch) + len(self.lines) + 1
-        event.update(type=kind, timestamp=stamp_of(ns), event_id=self.world.new_id("evt"), v=1,
+        event.update(type=kind, timestamp=stamp_of(ns), event_id=self.world.new_id("evt", above), v=1,
                      origin_daemon=self.ledger.daemon_id, sequence=sequence)
         try:
             line = canonical(event)
@@ -3482,11 +3623,22 @@ class Context:
         if len(line) > LINE_MAX:
             raise ThrumError(f"this is too large: {len(line):,} bytes with its envelope, the limit is {LINE_MAX:,}; "
                              "put the content into a file in the repository and send its path")
-        if kind in TOMBSTONES:
-            self.store.limit(FAR)           # it takes as long as there is to remove: cut short, it would never succeed
-        self.store.apply(event, sequence, ns, fresh=True)
-        self.lines.append((line, event, ns))
+        self._apply(line, event, ns)
         return event
+
+    def adopt(self, line: bytes) -> bool:
+        """Take in a line of another daemon's log; False when it is known.  Raises ValueError for one that is damaged."""
+        event, ns = parse_line(line)
+        if self.store.known_events([event["event_id"]]):
+            return False
+        self._apply(line, event, ns)
+        return True
+
+    def _apply(self, line: bytes, event: dict, ns: int) -> None:
+        if event["type"] in TOMBSTONES:
+            self.store.limit(FAR)           # it takes as long as there is to remove: cut short, it would never succeed
+        self.store.apply(event, self.ledger.journal.last + len(self.ledger.batch) + len(self.lines) + 1, ns, fresh=True)
+        self.lines.append((line, event, ns))
 
 
 def _is_of_the_disk(error: Exception) -> bool:
@@ -3510,6 +3662,7 @@ class Ledger:
         self.afterwards = []    # functions to call once it is durable
         self.appended = {}      # what its requests have appended to files of their own -> the size before
         self.seen = {}          # agent id -> when it was heard of (ns), until `note_presence`
+        self.queue = {}         # tickets of those who wait for a claim -> what they want (Waiting); the daemon takes them out
         self.late = {}          # agent key -> the time (ns) up to which unread mail is overdue
         self.export = []        # (stem, line) that wait for their branch file
         self.incomplete = False # whether branch files lack lines since `branch_seq`
@@ -3608,14 +3761,14 @@ class Ledger:
         trusted = False
         try:
             trusted = bool(clean) and clean == self._clean_mark()
-            self.store = Store(self.places.database, self.world, writable=True)
+            self.store = Store(self.places.database, self.world, writable=True, own=self.daemon_id)
             self.store.meanwhile(self.progress)
             if not self._agrees(trusted):
                 raise sqlite3.DatabaseError("does not agree with the journal")
         except (sqlite3.Error, OSError):
             trusted = False
             self._remove_database()
-            self.store = Store(self.places.database, self.world, writable=True)
+            self.store = Store(self.places.database, self.world, writable=True, own=self.daemon_id)
             self.store.create()
             self.store.set_meta(epoch=self.journal.epoch)
         os.chmod(self.places.database, 0o600)
@@ -3813,7 +3966,8 @@ class Ledger:
             if self.batch:
                 self.store.settle()
                 last = self.journal.last + len(self.batch)
-                self.store.set_reached(last, self.batch[-1][1]["event_id"], self.batch[-1][2])
+                own = [ns for _, event, ns in self.batch if event.get("origin_daemon") == self.daemon_id] or [self.store.reached()[2]]
+                self.store.set_reached(last, self.batch[-1][1]["event_id"], own[-1])
                 lines = [line for line, _, _ in self.batch]
                 self.journal.append(lines)
                 try:
@@ -4339,22 +4493,309 @@ def _is_untouched(top: str, path: str, blob: str) -> bool:
         and mode == (0o120000 if stat.st_mode & 0o170000 == 0o120000 else 0o100000 + (0o755 if stat.st_mode & 0o100 else 0o644)) \
         and stat.st_mode & 0o170000 in (0o100000, 0o120000)
 
+# ---- claims
+#
+# A claim is on a path from the top of the repository and covers it and everything below it, file and folder alike.
+# `?` stands for one character, `*` for any but `/`, `**` for any characters; a folder `**/` may also be missing.
+# Brackets are themselves: there are files called `[id].tsx`.
+
+CLAIM_TTL_S = 30 * 60           # of a claim for which nobody says: a task of an agent, and no more is lost when it dies
+CLAIMS_PER_AGENT = 100          # live at once: who needs more means a folder
+CLAIMS_MAX = 1_000              # live at once, of all agents: bounds the time to compare them
+WAITING_MAX = 100               # who wait for a claim at once
+LAPSE_LEAD_S = 300              # seconds before a claim lapses at which its holder is told, at most
+LAPSE_SHARE = 5                 # or so much of its time, if that is less
+LAPSE_TTL_S = 60                # seconds below which nobody is told: it would come too late to matter
+LAPSE_TOGETHER_S = 60           # seconds within which several claims of an agent make one notice
+GONE_S = 15 * 60                # seconds without a sign of life after which a holder whose worktree is gone is gone too
+CLAIMS_NAMED = 10               # claims named in a message
+PROGRAM = "thrum"               # the author of what the program itself writes; nobody can register under it
+PATTERNS_MAX = 4 * CLAIMS_MAX   # patterns that are kept in the form in which they are compared
+ONE, STAR, DEEP, MAYBE = range(4)       # in a pattern: `?`, `*`, `**`, and that the next two may be missing
+_patterns = {}                  # patterns that were met -> Pattern
+
+
+class Pattern:
+    """What a claim covers, as a machine: a path is covered when its characters lead from state 0 to the last one.
+
+    A set of states is an integer with a bit for each, so a step takes the same time from all of them.
+    """
+
+    def __init__(self, path: str):
+        wild = r"(?<![^/])[*][*]+/|[*]+|[?]"
+        literals = [""] if path == "." else re.split(wild, path)
+        self.head = literals[0]                 # all that is covered begins so
+        self.plain = self.head == path
+        self.chunk = max(literals, key=len)     # and holds this
+        self.tokens = []
+        for word in re.findall(wild + "|.", "**" if path == "." else path):
+            self.tokens += [MAYBE, DEEP, "/"] if word[0] == "*" and word[-1] == "/" else \
+                [{"?": ONE, "*": STAR}.get(word, DEEP if word[0] == "*" else word)]
+        self.tokens += [MAYBE, "/", DEEP]       # and what is below
+        self._at = {}                           # token -> its states
+        for state, token in enumerate(self.tokens):
+            self._at[token] = self._at.get(token, 0) | 1 << state
+        at = self._at.get
+        self._one, self._star, self._deep, self._maybe, self._slash = at(ONE, 0), at(STAR, 0), at(DEEP, 0), at(MAYBE, 0), at("/", 0)
+        self._letters = sum(states for token, states in self._at.items() if type(token) is str)
+
+    def _free(self, states: int) -> int:
+        """Some states, and those that are reached from them without a character."""
+        while True:
+            maybe = states & self._maybe
+            more = states | (states & (self._star | self._deep) | maybe) << 1 | maybe << 3
+            if more == states:
+                return states
+            states = more
+
+    def _after(self, states: int, token) -> int:
+        """The states after any one character that fits a token of another pattern, or that it is."""
+        if token == DEEP:
+            moving, staying = self._letters | self._one, self._star | self._deep
+        elif token == STAR or token == ONE:
+            moving, staying = self._letters & ~self._slash | self._one, self._star | self._deep
+        elif token == "/":
+            moving, staying = self._slash, self._deep
+        else:
+            moving, staying = self._at.get(token, 0) | self._one, self._star | self._deep
+        return self._free((states & moving) << 1 | states & staying)
+
+    def meets(self, tokens) -> bool:
+        """Whether some path fits this pattern and other tokens: those of a pattern, or the characters of one path."""
+        reached = [0] * (len(tokens) + 1)       # the states here, after so many tokens there
+        reached[0] = self._free(1)
+        for index, token in enumerate(tokens):
+            states = reached[index]
+            if token == MAYBE:
+                reached[index + 1] |= states
+                reached[index + 3] |= states
+            elif token == STAR or token == DEEP:
+                while (more := states | self._after(states, token)) != states:
+                    states = more
+                reached[index + 1] |= states
+            elif states:
+                reached[index + 1] |= self._after(states, token)
+        return bool(reached[-1] >> len(self.tokens) & 1)
+
+
+def _pattern(path: str) -> Pattern:
+    found = _patterns.get(path)
+    if not found:
+        if len(_patterns) >= PATTERNS_MAX:
+            _patterns.clear()
+        found = _patterns[path] = Pattern(path)
+    return found
+
+
+def covers(pattern: str, path: str) -> bool:
+    """Whether a claim on `pattern` covers one path."""
+    claimed = _pattern(pattern)
+    if claimed.plain:
+        return path == pattern or path.startswith(pattern + "/")
+    return path.startswith(claimed.head) and claimed.chunk in path and claimed.meets(path)
+
+
+def overlap(a: str, b: str) -> bool:
+    """Whether some path is covered by claims on both patterns."""
+    one, two = _pattern(a), _pattern(b)
+    if not (one.head.startswith(two.head) or two.head.startswith(one.head)):
+        return False
+    if one.plain and two.plain:
+        return a == b or a.startswith(b + "/") or b.startswith(a + "/")
+    return two.meets(one.tokens)
+
+
+def claim_path(text: str, folder: str = "", top: str = "") -> str:
+    """A path as claims have it, from the top of the repository.  Raises InvalidParams naming what cannot be claimed.
+
+    `folder` is where it was given, from the top as well; what begins with `/` must lie below the root `top`.
+    """
+    path, name = os.path.normpath(os.path.join(folder, text)), printable(text[:PAIR_MAX])
+    if top and path.startswith("/"):
+        path = os.path.relpath(path, top)
+    if not text:
+        raise InvalidParams("the path to claim is empty; '.' is the whole repository")
+    if path[0] == "/" or path.split("/")[0] == "..":
+        raise InvalidParams(f"{name} is outside of the repository")
+    if path.split("/")[0] in UNCLAIMABLE:
+        raise InvalidParams(f"{name} is in {path.split('/')[0]}, where nothing can be claimed")
+    if len(path) > PAIR_MAX:
+        raise InvalidParams(f"the path {name[:40]}… is longer than {PAIR_MAX} characters; claim a folder above it")
+    if not path.isprintable():
+        raise InvalidParams(f"the path {name} holds characters that cannot be shown; claim the folder, or use ? for them")
+    if not is_claimable(path):
+        raise InvalidParams(f"the path {name} has more than {WILDCARDS_MAX} wildcards")
+    return path
+
+
+class Waiting(Record):
+    """Somebody who waits for a claim."""
+
+    agent_id: str
+    paths: list
+    shared: bool
+    since: int                  # when it asked first (ns): who came earlier comes first
+
+
+def object_to(claim, agent_id: str, path: str, shared: bool) -> bool:
+    """Whether a live claim (a row of the store) stands against one of an agent on a path."""
+    return claim["agent_id"] != agent_id and not (shared and claim["shared"]) and overlap(claim["path"], path)
+
+
+def holding(claims: list) -> list:
+    """Those of the live claims that hold: by their first grants, each that agrees with all that hold before it.
+
+    `claims` come in that order.  All machines that know the same claims agree on it.
+    """
+    found, by_head, heads = [], {}, []
+    for claim in claims:
+        head = _pattern(claim["path"]).head     # of what overlaps, one begins as the other does
+        near = [other for end in range(len(head)) for other in by_head.get(head[:end], ())]
+        near += [other for at in heads[bisect.bisect_left(heads, head):bisect.bisect_left(heads, head + "\U0010ffff")]
+                 for other in by_head[at]]
+        if not any(object_to(other, claim["agent_id"], claim["path"], claim["shared"]) for other in near):
+            found.append(claim)
+            if head not in by_head:
+                bisect.insort(heads, head)
+            by_head.setdefault(head, []).append(claim)
+    return found
+
+
+def until(claim: dict, now_ns: int) -> str:
+    """When a claim ends on this machine: `until 2026-03-10 09:45Z (in 18m)`."""
+    return f"until {stamp_of(claim['expires_at'])[:16].replace('T', ' ')}Z (in {span((claim['expires_at'] - now_ns) / NS + 0.5)})"
+
+
+def notice(context: Context, recipients: list, text: str, key: str, refs: list = ()) -> dict | None:
+    """A message of the program itself to those of some agents that are registered, once for each `key`; None if there is none.
+
+    `refs` are pairs.
+    """
+    store = context.store
+    agents = [agent for agent in map(store.agent, sorted(set(recipients))) if agent]
+    if not agents or store.message_by_key(PROGRAM, key):
+        return None
+    ids = [agent["agent_id"] for agent in agents]
+    return context.append("message.create", after=max(agent["registered_at"] for agent in agents), agent_id=PROGRAM,
+                          message_id=context.world.new_id("msg"), body={"format": "markdown", "content": text}, recipients=ids,
+                          refs=pair_dicts([*(("mention", agent_id) for agent_id in ids), *refs]), send_key=key)
+
+
+def claims_step(context: Context) -> int:
+    """Do what is due about claims, and say when (ns) there is more to do.  A request calls it.
+
+    It frees claims whose time has passed or whose holder is gone, gives up those of this machine that another one's came
+    before, and tells holders before theirs lapse.  Whether a holder is gone is judged by its own machine alone.
+    """
+    now, own = context.world.now_ns(), context.ledger.daemon_id
+    due, live, gone, lost, late = FAR, [], {}, {}, {}
+    for claim in context.store.claims():
+        if claim["open"] != 1:
+            continue
+        ours = claim["daemon"] == own
+        if claim["expires_at"] <= now and ours:
+            free_claim(context, claim, "expired")
+            continue
+        if claim["expires_at"] <= now:
+            context.append("claim.lapse", after=claim["renewed_at"], claim_id=claim["claim_id"], renewal=claim["renew_event"])
+            continue
+        if ours and claim["session_id"] not in gone:
+            gone[claim["session_id"]] = _gone_at(context, claim, now)
+        if ours and gone[claim["session_id"]] <= now:
+            free_claim(context, claim, "dead")
+            continue
+        due = min(due, claim["expires_at"], gone[claim["session_id"]] if ours else FAR)
+        live.append(claim)
+    holds = holding(live)
+    held = {claim["claim_id"] for claim in holds}
+    for claim in live:
+        if claim["daemon"] != own:
+            continue
+        if claim["claim_id"] not in held:
+            winner = next(c for c in holds if object_to(c, claim["agent_id"], claim["path"], claim["shared"]))
+            free_claim(context, claim, "lost", superseded_by=winner["claim_id"])
+            lost.setdefault(claim["agent_id"], []).append((claim, winner))
+        elif claim["ttl_s"] >= LAPSE_TTL_S:
+            at = claim["expires_at"] - min(LAPSE_LEAD_S, claim["ttl_s"] // LAPSE_SHARE) * NS
+            if at > now:
+                due = min(due, at)
+            if at <= now + LAPSE_TOGETHER_S * NS and not context.store.has_message_with("lapse", claim["renew_event"]):
+                late.setdefault(claim["agent_id"], []).append((at, claim))
+    for agent_id, claims in lost.items():
+        lines = [f"- `{claim['path']}`: @{winner['agent_id']}{_on_host(winner, own)} claimed `{winner['path']}` before you, "
+                 f"{until(winner, now)}{_in_quotes(winner['note'])}" for claim, winner in claims]
+        others = " and ".join(sorted({"@" + winner["agent_id"] for _, winner in claims}))
+        notice(context, [agent_id], f"You have lost {_count_claims(claims)}; both were made before the machines had heard of each other."
+               f"\n{_first_lines(lines)}\nStop editing there and talk to {others}, or queue with `thrum claim … --wait 20m`.",
+               "lost:" + claims[0][0]["claim_id"])
+    for agent_id, found in late.items():
+        if min(at for at, _ in found) > now:
+            continue
+        claims = [claim for _, claim in found]
+        lines = [f"- `{claim['path']}` {until(claim, now)}{_in_quotes(claim['note'])}" for claim in claims]
+        words = " ".join(shlex.quote(claim["path"]) for claim in claims[:CLAIMS_NAMED])
+        notice(context, [agent_id], f"{_count_claims(claims)} will lapse:\n{_first_lines(lines)}\nTo keep, from the top of the "
+               f"repository: `thrum claim {words}`. When you are done: `thrum release`.".replace("your", "Your", 1),
+               "lapse:" + claims[0]["renew_event"], [("lapse", claim["renew_event"]) for claim in claims])
+    return due
+
+
+def free_claim(context: Context, claim: dict, reason: str, **more) -> None:
+    context.append("claim.release", after=claim["renewed_at"], claim_id=claim["claim_id"], reason=reason,
+                   agent_id=claim["agent_id"], **more)
+
+
+def _gone_at(context: Context, claim: dict, now_ns: int) -> int:
+    """When the holder of a claim may count as gone (ns): now, if its worktree is not there and nobody has heard of it."""
+    silent_at = max(claim["last_seen_at"], context.ledger.seen.get(claim["agent_id"], 0)) + GONE_S * NS
+    tops = [value for kind, value in context.store.session_pairs(claim["session_id"] or "")[1] if kind == "worktree"]
+    known = tops and all(top[0] == "/" and len(top) < PAIR_MAX and "?" not in top for top in tops)      # as it was, not as it is shown
+    if silent_at > now_ns and known:
+        return silent_at
+    return now_ns if known and not any(map(os.path.isdir, tops)) else FAR
+
+
+def _on_host(claim: dict, own: str) -> str:
+    return f" on {claim['hostname'] or 'another machine'}" if claim["daemon"] != own else ""
+
+
+def _in_quotes(note: str | None) -> str:
+    return f": “{note}”" if note else ""
+
+
+def _count_claims(claims: list) -> str:
+    return "your claim" if len(claims) == 1 else f"{len(claims)} of your claims"
+
+
+def _first_lines(lines: list) -> str:
+    more = [f"- and {len(lines) - CLAIMS_NAMED} more"] if len(lines) > CLAIMS_NAMED else []
+    return "\n".join(lines[:CLAIMS_NAMED] + more)
+
 
 # ================================================================== 12  Routing
 
 
+CLAIMS = object()               # what somebody waits for: that claims have changed
+CLAIM_CHANGES = frozenset(("claim.take", "claim.renew", "claim.release", "claim.lapse", "agent.session.end", "agent.cleanup"))
+
+
 class Waiters:
-    """Who waits for a message, and is to be woken.  No threads: the daemon calls it from one."""
+    """Who waits for a message or a claim, and is to be woken.  No threads: the daemon calls it from one."""
 
     def __init__(self):
-        self._waiting = {}      # token -> (agent id or "" for any message, function)
+        self._waiting = {}      # token -> (agent id, "" for any message, or CLAIMS; function)
         self._next = 0
 
-    def add(self, agent_id: str, wake) -> int:
-        """Call `wake()` once for each batch with a message to `agent_id` ("": with any); gives a token for `remove`."""
+    def add(self, what, wake) -> int:
+        """Call `wake()` once for each batch with a message to an agent ("": with any), or for CLAIMS; gives a token for `remove`."""
         self._next += 1
-        self._waiting[self._next] = (agent_id, wake)
+        self._waiting[self._next] = (what, wake)
         return self._next
+
+    def wake_claimers(self) -> None:
+        for what, wake in list(self._waiting.values()):
+            if what is CLAIMS:
+                wake()
 
     def remove(self, token: int) -> None:
         self._waiting.pop(token, None)
@@ -4367,6 +4808,8 @@ class Waiters:
             for agent_id, wake in list(self._waiting.values()):
                 if not agent_id or agent_id in reached:
                     wake()
+        if any(event["type"] in CLAIM_CHANGES for _, event in events):
+            self.wake_claimers()
 
 
 # ================================================================== 13  Sync
@@ -4946,6 +5389,7 @@ class Method(Record):
     help: str
     writes: bool = False
     waits: bool = False         # the handler gives None until there is something
+    queues: bool = False        # it raises Conflict until it can be done, which `wait_ms` waits for
     aliases: dict = {}          # other spellings of parameters (design, decision 23)
     preview: str = ""           # with this parameter, or without it if it begins with "!", it changes nothing and is a read
     indexes: bool = False       # every message has to be in the full-text index first
@@ -6241,6 +6685,174 @@ def context_preamble_save(context: Context, params: dict) -> dict:
     return _saved(context, "Preamble", agent_id, data)
 
 
+# ---- claims
+
+def _claim_info(context: Context, row: dict, holds: bool = True) -> dict:
+    """A claim as callers see it."""
+    host = (row["hostname"] or "another machine") if row["daemon"] != context.ledger.daemon_id else ""
+    return {"claim_id": row["claim_id"], "path": row["path"], "agent_id": row["agent_id"], **compact(session_id=row["session_id"]),
+            "shared": bool(row["shared"]), "note": row["note"] or "", "granted_at": stamp_of(row["granted_at"]),
+            **({"renewed_at": stamp_of(row["renewed_at"])} if row["renew_event"] != row["grant_event"] else {}),
+            "expires_at": stamp_of(row["expires_at"]), "ttl_s": row["ttl_s"], "fence": row["grant_event"], **compact(host=host),
+            "holds": holds}
+
+
+def _waiting_info(waiting: Waiting) -> dict:
+    return {"agent_id": waiting.agent_id, "paths": waiting.paths, "shared": waiting.shared, "since": stamp_of(waiting.since)}
+
+
+def _queue(context: Context) -> list:
+    """Who waits for a claim, with tickets, the first first."""
+    return sorted(context.ledger.queue.items(), key=lambda entry: entry[1].since)
+
+
+def _refuse_claim(context: Context, wanted: Waiting, live: list, ticket) -> None:
+    """Raise Conflict with those whose claims, or earlier wishes, stand against a claim; a ticket is put into the queue.
+
+    Who waits for something that the claimer itself holds is not before it: both would wait for ever.
+    """
+    def stands(claim, agent_id, paths, shared):
+        return next((path for path in paths if object_to(claim, agent_id, path, shared)), None)
+
+    wanted = context.ledger.queue.get(ticket, wanted)
+    mine = [claim for claim in live if claim["agent_id"] == wanted.agent_id]
+    against = [(path, claim) for claim in live if (path := stands(claim, wanted.agent_id, wanted.paths, wanted.shared))]
+    before = []
+    for other, first in _queue(context):
+        if other is ticket or first.since > wanted.since:
+            break
+        as_claims = [{"agent_id": first.agent_id, "path": path, "shared": first.shared} for path in first.paths]
+        if not any(stands(claim, first.agent_id, first.paths, first.shared) for claim in mine):
+            path = next((path for claim in as_claims if (path := stands(claim, wanted.agent_id, wanted.paths, wanted.shared))), None)
+            before += [(path, first)] if path else []
+    if not against and not before:
+        return
+    if ticket and ticket not in context.ledger.queue:
+        if len(context.ledger.queue) >= WAITING_MAX:
+            raise ThrumError(f"{WAITING_MAX} agents wait for claims already; try again later")
+        context.ledger.queue[ticket] = wanted
+    now = context.world.now_ns()
+    if against:
+        path, claim = against[0]
+        as_what = f" as {claim['path']}" if claim["path"] != path else ""
+        text = f"{path} is claimed{as_what} by @{claim['agent_id']}{_on_host(claim, context.ledger.daemon_id)}" \
+               f"{' (shared)' if claim['shared'] else ''} since {stamp_of(claim['granted_at'])[:16].replace('T', ' ')}Z " \
+               f"{until(claim, now)}{_in_quotes(claim['note'])}"
+    else:
+        path, first = before[0]
+        text = f"@{first.agent_id} waits for {path} already"
+    more = len(against) + len(before) - 1
+    raise Conflict(f"{text}{f', and there is more in the way: {more}' if more else ''}; queue with --wait 20m, or ask "
+                   f"@{against[0][1]['agent_id'] if against else before[0][1].agent_id}",
+                   {"claims": [_claim_info(context, claim) for _, claim in against],
+                    "waiting": [_waiting_info(first) for _, first in before]})
+
+
+def _claimed_paths(params: dict) -> list:
+    return list(dict.fromkeys(map(claim_path, params.get("paths", ()))))
+
+
+def claim_take(context: Context, params: dict) -> dict:
+    """Claim all of some paths or none; a claim that the caller has already is renewed and keeps its place."""
+    store, agent_id, paths, shared = context.store, caller_of(context, params), _claimed_paths(params), params.get("shared", False)
+    agent, ttl_s, note = store.agent(agent_id), params.get("ttl_s"), check_text(params.get("note", ""), "note")
+    if not paths:
+        raise InvalidParams("name at least one path to claim; '.' is the whole repository")
+    if ttl_s is not None and not 0 < ttl_s <= TTL_MAX_S:
+        raise InvalidParams(f"the time of a claim must be between 1s and {span(TTL_MAX_S)}")
+    if not agent:
+        raise ThrumError(f"agent not found: {agent_id} is not registered")
+    session = store.open_session(agent_id) if agent["kind"] == "user" else session_of(context, agent_id)
+    session_id, now = session["session_id"] if session else None, context.world.now_ns()
+    try:
+        since = min(now, ns_of(params["queued_at"])) if "queued_at" in params else now
+    except ValueError as error:
+        raise InvalidParams(f"queued_at: {error}") from None
+    live = store.claims(now)
+    own = {claim["path"]: claim for claim in live if claim["agent_id"] == agent_id}
+    kept = {path: own[path] for path in paths
+            if path in own and (bool(own[path]["shared"]), own[path]["session_id"]) == (shared, session_id)}
+    asked = [path for path in paths if path not in kept]
+    _refuse_claim(context, Waiting(agent_id, asked, shared, since), live, params.get("ticket"))
+    added = sum(path not in own for path in asked)
+    if len(own) + added > CLAIMS_PER_AGENT:
+        raise ThrumError(f"@{agent_id} would have more than {CLAIMS_PER_AGENT} claims; release some, or claim the folder above them")
+    if len(live) + added > CLAIMS_MAX:
+        raise ThrumError(f"there would be more than {CLAIMS_MAX:,} claims; 'thrum claims' lists them")
+    known, done = store.claims(), []
+    for path in paths:
+        before = own.get(path)
+        if path in kept:
+            context.append("claim.renew", after=before["renewed_at"], claim_id=before["claim_id"], agent_id=agent_id,
+                           ttl_s=ttl_s or before["ttl_s"], note=note or before["note"])
+            done.append(before["claim_id"])
+            continue
+        if before:
+            free_claim(context, before, "replaced")
+        # Later than all that it overlaps, also what has lapsed here and may come back: by its stamp it must not be before them.
+        after = max([agent["registered_at"], session["started_at"] if session else 0,
+                     *(claim["granted_at"] for claim in known if overlap(claim["path"], path))])
+        event = context.append("claim.take", after=after, above=store.last_fence(), claim_id=context.world.new_id("clm"),
+                               agent_id=agent_id, session_id=session_id, path=path, shared=shared, ttl_s=ttl_s or CLAIM_TTL_S,
+                               note=note)
+        done.append(event["claim_id"])
+    return {"claims": [_claim_info(context, store.claim(claim_id)) for claim_id in done], "scope": _claim_scope(context, params)}
+
+
+def _claim_scope(context: Context, params: dict) -> str:
+    """How far a grant has got.  Nothing is shared with other machines yet, so `confirm` has nothing to wait for."""
+    return "this machine"
+
+
+def claim_release(context: Context, params: dict) -> dict:
+    """Give back the caller's claims on exactly these paths, all of them without any."""
+    agent_id, paths, live = caller_of(context, params), _claimed_paths(params), context.store.claims(context.world.now_ns())
+    mine = [claim for claim in live if claim["agent_id"] == agent_id]
+    for path in paths:
+        if all(claim["path"] != path for claim in mine):
+            other = next((claim for claim in live if overlap(claim["path"], path)), None)
+            hint = f"{'you have' if other['agent_id'] == agent_id else '@' + other['agent_id'] + ' has'} one on {other['path']}" \
+                if other else "'thrum claims --mine' lists yours"
+            raise ThrumError(f"you have no claim on {path}; {hint}")
+    released = [claim for claim in mine if not paths or claim["path"] in paths]
+    for claim in released:
+        free_claim(context, claim, "released")
+    return {"released": [_claim_info(context, claim) for claim in released], "count": len(released)}
+
+
+def _live_claims(context: Context) -> tuple:
+    """The live claims, and the ids of those that hold."""
+    live = context.store.claims(context.world.now_ns())
+    return live, {claim["claim_id"] for claim in holding(live)}
+
+
+def claim_list(context: Context, params: dict) -> dict:
+    paths, agent_id = _claimed_paths(params), params.get("agent_id", "")
+    live, held = _live_claims(context)
+
+    def wanted(whose, others):
+        return agent_id in ("", whose) and (not paths or any(overlap(path, other) for path in paths for other in others))
+
+    return {"claims": [_claim_info(context, claim, claim["claim_id"] in held) for claim in live
+                       if wanted(claim["agent_id"], [claim["path"]])],
+            "waiting": [_waiting_info(waiting) for _, waiting in _queue(context) if wanted(waiting.agent_id, waiting.paths)]}
+
+
+def claim_check(context: Context, params: dict) -> dict:
+    """Which exclusive claims of others cover some paths; `files` of each are those that it covers."""
+    live, held = _live_claims(context)
+    files, found = sorted(set(params["paths"])), []
+    for claim in live:
+        if claim["shared"] or claim["claim_id"] not in held or claim["agent_id"] == params.get("caller_agent_id"):
+            continue
+        start = bisect.bisect_left(files, _pattern(claim["path"]).head)
+        near = files[start:bisect.bisect_left(files, _pattern(claim["path"]).head + "\U0010ffff", start)]
+        covered = [path for path in near if covers(claim["path"], path)]
+        if covered:
+            found.append({**_claim_info(context, claim), "files": covered})
+    return {"claims": found}
+
+
 CALLER = {"caller_agent_id": str}
 CONTEXT = {"agent_name": str, "repo_path": str, "text": bool, **CALLER}
 PAGING = {"page_size": int, "page": int}
@@ -6283,6 +6895,13 @@ METHODS = {
         prepare=look_at_session),
     "session.setIntent": Method(session_set_intent, {"session_id!": str, "intent": str}, "Say what a session is for.", writes=True),
     "session.setTask": Method(session_set_task, {"session_id!": str, "current_task": str}, "Say which task it works on.", writes=True),
+    "claim.take": Method(
+        claim_take, {"paths!": [str], "ttl_s": int, "note": str, "shared": bool, "wait_ms": int, "queued_at": str, "confirm": bool,
+                     **CALLER}, "Claim paths, all or none; with wait_ms, as soon as they are free.", writes=True, queues=True),
+    "claim.release": Method(claim_release, {"paths": [str], **CALLER}, "Give back claims; without paths, all of the caller's.",
+                            writes=True),
+    "claim.list": Method(claim_list, {"paths": [str], "agent_id": str}, "Who has claimed what, and who waits for it."),
+    "claim.check": Method(claim_check, {"paths!": [str], **CALLER}, "Which exclusive claims of others cover some files."),
     "group.create": Method(group_create, {"name!": str, "description": str, **CALLER}, "Create a group.", writes=True),
     "group.member.add": Method(
         group_member_add, {"group!": str, "member_type": str, "member_value!": str, **CALLER},
@@ -7671,6 +8290,74 @@ async def purge(console: Console, args: Args) -> int:
     return 0
 
 
+# ---- claims
+
+def _claim_paths(console: Console, args: Args) -> list:
+    """The paths of a command line as claims have them: they were given from where the caller is."""
+    folder = os.path.relpath(console.cwd, console.top)
+    return [claim_path(path, folder, console.top) for path in args.path]
+
+
+def _ends_text(claim: dict, console: Console) -> str:
+    """When a claim ends: `09:45Z (in 18m)`."""
+    now = console.world.now_ns()
+    ends, same_day = when(claim["expires_at"]), claim["expires_at"][:10] == stamp_of(now)[:10]
+    return f"{ends[11 if same_day else 0:16]}Z (in {span((ns_of(claim['expires_at']) - now) / NS + 0.5)})"
+
+
+async def claim(console: Console, args: Args) -> int:
+    for flag, seconds in (("ttl", args.ttl), ("wait", args.wait)):
+        if seconds is not None and not 1 <= seconds <= TTL_MAX_S:
+            raise Usage(f"invalid {flag}: it must be between 1s and {span(TTL_MAX_S)}")
+    now = console.world.now_ns()
+    began = json.loads(console.cursor) if console.cursor else {"queued_at": stamp_of(now), "deadline": now + int((args.wait or 0) * NS)}
+
+    def take(wait_ms=None):
+        return console.call("claim.take", paths=_claim_paths(console, args), ttl_s=int(args.ttl) if args.ttl else None, note=args.note,
+                            shared=args.shared or None, confirm=args.confirm or None, queued_at=began["queued_at"], wait_ms=wait_ms,
+                            caller_agent_id=console.me())
+
+    try:
+        done = await take()
+    except Conflict as refusal:
+        if args.wait is None:
+            raise
+        if not console.cursor:
+            reason, _, _ = str(refusal).rpartition("; queue with")
+            before = len(refusal.data["waiting"])
+            await console.note(f"Waiting for {span(args.wait)} at most: {reason}" + (f" ({before} before you)" if before else ""))
+            await console.resume_at(json.dumps(began))
+        try:
+            done = await take(max(1, (began["deadline"] - now) // 1_000_000))
+        except Conflict as still:
+            raise ThrumError(f"not free within {span(args.wait)}: {str(still).rpartition('; queue with')[0]}") from None
+    text = "".join(f"✓ {'Renewed' if 'renewed_at' in c else 'Claimed'} {one_line(c['path'], PAIR_MAX)}{' (shared)' if c['shared'] else ''} "
+                   f"until {_ends_text(c, console)}\n" for c in done["claims"])
+    await console.answer(done, text)
+    return 0
+
+
+async def release(console: Console, args: Args) -> int:
+    done = await console.call("claim.release", paths=_claim_paths(console, args), caller_agent_id=console.me())
+    text = "".join(f"✓ Released {one_line(c['path'], PAIR_MAX)}\n" for c in done["released"])
+    await console.answer(done, text or "You have no claims.\n")
+    return 0
+
+
+async def claims(console: Console, args: Args) -> int:
+    found = await console.call("claim.list", paths=_claim_paths(console, args), agent_id=console.me() if args.mine else None)
+    table = [["PATH", "WHO", "KIND", "UNTIL", "NOTE"]] + [[
+        one_line(c["path"], PAIR_MAX), handle(c["agent_id"]) + (f" on {one_line(c['host'])}" if "host" in c else ""),
+        ("shared" if c["shared"] else "exclusive") + ("" if c["holds"] else ", contested"), _ends_text(c, console),
+        one_line(c["note"])] for c in found["claims"]]
+    text = rows_of(table, console.width) if found["claims"] else ""
+    for waiting in found["waiting"]:
+        text += f"{handle(waiting['agent_id'])} waits for {one_line(' '.join(waiting['paths']))}" \
+                f"{' (shared)' if waiting['shared'] else ''} (asked {console.ago(waiting['since'])})\n"
+    await console.answer(found, text or ("Nothing is claimed there.\n" if args.path else "Nothing is claimed.\n"))
+    return 0
+
+
 # ---- agents, sessions, groups
 
 async def agent_register_command(console: Console, args: Args) -> int:
@@ -8032,6 +8719,18 @@ COMMANDS = {
         Argument("--limit", "how many, at most 100", int, 10)), "thrum search parser gramm* --from @ada --since 2d"),
     "trace": Command(trace, "What became of a message, recipient by recipient.", (MESSAGE_ID,),
                      "thrum trace msg_01KABCDEFGHJKMNPQRSTVWXYZ0"),
+    "claim": Command(claim, "Say that you are going to edit files, so that others keep off; again, to go on.", (
+        Argument("PATH", "a file, a folder with all in it, or a pattern: * ? **", many=True),
+        Argument("--ttl", "for how long (default 30m)", "duration"), Argument("--note", "what for"),
+        Argument("--shared", "others may claim it shared, too", bool),
+        Argument("--wait", "queue for so long when others have it", "duration"),
+        Argument("--confirm", "return when other machines can know of it", bool)),
+        'thrum claim src/parser.py tests/parser --ttl 1h --note "new lexer"', does="changes"),
+    "release": Command(release, "Give back what you have claimed; without a path, all of it.", (
+        Argument("PATH", "as it was claimed", required=False, many=True),), "thrum release src/parser.py", does="changes"),
+    "claims": Command(claims, "Who has claimed what, until when and why.", (
+        Argument("PATH", "only what is on it, above it or below it", required=False, many=True),
+        Argument("--mine", "only your own", bool)), "thrum claims src"),
     "purge": Command(purge, "Remove old messages and ended sessions for good, here and on all machines.", (
         Argument("--before", "older than 2d, 12h, 2026-03-15 or an RFC 3339 time"), Argument("--all", "everything", bool),
         Argument("--confirm", "do it; without this, only a preview", bool)), "thrum purge --before 30d --confirm", does="changes"),
@@ -8471,13 +9170,14 @@ class Daemon:
         writer = threading.Thread(target=self._write_batches, name="thrum-writer")
         writer.start()
         self._server = await asyncio.start_unix_server(self._serve, sock=listener, backlog=BACKLOG)
-        housekeeping = self.loop.create_task(self._housekeeping())
+        chores = [self.loop.create_task(chore) for chore in (self._housekeeping(), self._look_after_claims())]
         self.log.info("started: version %s, pid %d, %d events, %d projected at start, %d damaged lines", __version__, os.getpid(),
                       self.ledger.journal.last, self.ledger.rebuilt, self.ledger.bad_lines.count)
         ready()
         await self.stopping.wait()
         self.log.info("stopping")
-        housekeeping.cancel()
+        for chore in chores:
+            chore.cancel()
         self._server.close()
         for connection in list(self.connections):
             if connection.waiting or not connection.busy:
@@ -8504,6 +9204,23 @@ class Daemon:
                 await self._look_after()
             except Exception as error:      # a full or slow disk, most likely: it is tried again
                 self.log.warning("housekeeping was cut short: %s", error)
+
+    async def _look_after_claims(self) -> None:
+        """Do what is due about claims when it is due; nothing wakes it but that, and that claims have changed."""
+        wake = asyncio.Event()
+        self.waiters.add(CLAIMS, wake.set)
+        while not self.stopping.is_set():
+            wake.clear()
+            try:
+                due = await self._write(claims_step)
+                left_s = (due - self.world.now_ns()) / NS if due < FAR else None
+            except Exception as error:      # a full or slow disk, most likely: it is tried again
+                self.log.warning("claims were not looked after: %s", error)
+                left_s = SYNC_S
+            try:
+                await asyncio.wait_for(wake.wait(), left_s)
+            except asyncio.TimeoutError:
+                pass
 
     async def _look_after(self) -> None:
         now = self.world.monotonic()
@@ -8627,12 +9344,44 @@ class Daemon:
     async def _wait(self, handler, params: dict, connection: Connection) -> dict:
         """Long-poll: ask, and ask again whenever something came, until there is an answer or the time is up."""
         timeout_s = min(max(params.pop("timeout_ms", WAIT_DEFAULT_MS), 0), WAIT_MAX_MS) / 1000
-        deadline = self.world.monotonic() + timeout_s
         if "after_seq" not in params and not params.get("unread"):
             params["after_seq"] = 0 if params.get("created_after") else self.last_seq
-        wake = asyncio.Event()
         everything = params.get("all") or "caller_agent_id" not in params
-        token = self.waiters.add("" if everything else params["caller_agent_id"], wake.set)
+        found = await self._until(lambda: self._read(handler, params), timeout_s, connection,
+                                  "" if everything else params["caller_agent_id"])
+        return found or {"messages": [], "timed_out": True, "after_seq": params.get("after_seq", self.last_seq),
+                         "epoch": self.ledger.journal.epoch, "remaining": 0}
+
+    async def _queue(self, change, params: dict, connection: Connection) -> dict:
+        """Make a change that may have to wait for its turn; raises Conflict when that does not come in time."""
+        timeout_s = min(max(params.pop("wait_ms", 0), 0), TTL_MAX_S * 1000) / 1000
+        ticket, refusal = object(), None
+        if timeout_s:
+            params["ticket"] = ticket
+
+        async def attempt():
+            nonlocal refusal
+            try:
+                return await self._write(change)
+            except Conflict as error:
+                refusal = error
+
+        try:
+            done = await self._until(attempt, timeout_s, connection, CLAIMS)
+        finally:
+            if self.ledger.queue.pop(ticket, None):
+                self.waiters.wake_claimers()    # whoever was behind may go now
+        if not done:
+            raise refusal
+        return done
+
+    async def _until(self, attempt, timeout_s: float, connection: Connection, what):
+        """What `await attempt()` gives, again whenever `what` (see Waiters) has come, until it is something or the time is up.
+
+        Raises ConnectionError when the client has gone.
+        """
+        deadline, wake = self.world.monotonic() + timeout_s, asyncio.Event()
+        token = self.waiters.add(what, wake.set)
         connection.waiting += 1
         waking = self.loop.create_task(wake.wait())
         leaving = self.loop.create_task(connection.left()) if connection.reader else None
@@ -8641,7 +9390,7 @@ class Daemon:
                 if waking.done():       # before asking: what comes while we ask wakes us again
                     wake.clear()
                     waking = self.loop.create_task(wake.wait())
-                found = await self._read(handler, params)
+                found = await attempt()
                 left = deadline - self.world.monotonic()
                 if found:
                     return found
@@ -8651,8 +9400,7 @@ class Daemon:
                         raise ConnectionError("the client has gone")
                     if waking.done():
                         continue
-                return {"messages": [], "timed_out": True, "after_seq": params.get("after_seq", self.last_seq),
-                        "epoch": self.ledger.journal.epoch, "remaining": 0}
+                return None
         finally:
             connection.waiting -= 1
             self.waiters.remove(token)
@@ -8684,14 +9432,14 @@ class Daemon:
             if method.waits:
                 return await self._wait(method.handler, checked, connection)
             only_reads = method.preview and bool(checked.get(method.preview.lstrip("!"))) != (method.preview[0] == "!")
-            if method.writes and not only_reads:
-                prepared = await self._read(method.prepare, checked, slow=True) if method.prepare else None
+            if not method.writes or only_reads:
+                return await self._read(method.handler, checked, method.slow)
+            prepared = await self._read(method.prepare, checked, slow=True) if method.prepare else None
 
-                def change(context):
-                    context.prepared = prepared
-                    return method.handler(context, checked)
-                return await self._write(lambda context: context.store.once(key, lambda: change(context)))
-            return await self._read(method.handler, checked, method.slow)
+            def change(context):
+                context.prepared = prepared
+                return context.store.once(key, lambda: method.handler(context, checked))
+            return await (self._queue(change, checked, connection) if method.queues else self._write(change))
         except (ThrumError, asyncio.CancelledError, ConnectionError):
             raise
         except Exception as error:
@@ -10005,7 +10753,7 @@ async def version(console: Console, args: Args) -> int:
 FIRST = ("quickstart", "send", "inbox", "reply", "wait", "status")      # what an agent needs to begin with
 TOPICS = {                      # where the others stand in the overview; what is named nowhere stands under "More"
     "Messages": "message search sent trace",
-    "Team": "agent group overview ping session team who-has whoami",
+    "Team": "agent claim claims group overview ping release session team who-has whoami",
     "Memory": "context prime",
     "Setup": "completion config init migrate setup",
     "Upkeep": "daemon purge version help",
@@ -10091,7 +10839,7 @@ _VALUES = {                     # "command argument" counts before "argument"
     "--to": "ask names", "--mention": "ask names", "--from": "ask agents", "--agent": "ask agents", "--role": "ask roles",
     "--group": "ask groups", "--repo": "folders", "--main-repo": "folders", "--dir": "folders", "--body-file": "files",
     "--file": "files", "daemon restart --from": "files", "GROUP": "ask groups", "MEMBER": "ask names", "AGENT": "ask agents",
-    "FILE": "files", "--format": "words markdown plain json", "KEY": "words " + " ".join(SETTINGS),
+    "PATH": "files", "FILE": "files", "--format": "words markdown plain json", "KEY": "words " + " ".join(SETTINGS),
     "group delete NAME": "ask groups", "group info NAME": "ask groups", "group members NAME": "ask groups",
     "agent delete NAME": "ask agents", "ping NAME": "ask agents",
 }

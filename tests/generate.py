@@ -64,6 +64,7 @@ class History:
         self.sessions = []      # [session id, agent id, ns, open]
         self.groups = []        # [group id, name, ns]
         self.messages = []      # [message id, author, ns, recipients, thread id]
+        self.claims = []        # [claim id, agent id, ns, event ids of grant and renewals]
 
     def emit(self, daemon, kind, after=0, /, **fields):
         self.now += self.rng.choice((1, 1_000, thrum.NS, 60 * thrum.NS)) * self.rng.randrange(1, 50)
@@ -250,9 +251,31 @@ class History:
             cutoff = START + rng.randrange(max(1, self.now - START)) + rng.choice((0, 0, 30 * DAY))
             self.emit(daemon, "purge.executed", cutoff=thrum.stamp_of(cutoff))
 
+    def claim(self):
+        rng = self.rng
+        step = rng.random()
+        if not self.claims or step < 0.5:
+            agent = rng.choice(sorted(self.agents))
+            session = next((s for s in reversed(self.sessions) if s[1] == agent), ["", agent, 0])
+            claim_id = self.new_id("clm")
+            event, ns = self.emit(self.agents[agent], "claim.take", session[2], claim_id=claim_id, agent_id=agent, session_id=session[0],
+                                  path=rng.choice(("src", "src/a.py", "src/*.py", "**/b.py", ".", "docs")), shared=self.chance(0.3),
+                                  ttl_s=rng.randrange(1, 86_400), note=self.text() if self.chance(0.5) else "")
+            self.claims.append([claim_id, agent, ns, [event["event_id"]]])
+            return
+        claim_id, agent, ns, renewals = rng.choice(self.claims)
+        if step < 0.7:
+            event, _ = self.emit(self.agents[agent], "claim.renew", ns, claim_id=claim_id, agent_id=agent, ttl_s=rng.randrange(1, 86_400),
+                                 note=self.text())
+            renewals.append(event["event_id"])
+        elif step < 0.85:
+            self.emit(rng.choice(self.daemons), "claim.lapse", ns, claim_id=claim_id, renewal=rng.choice(renewals))
+        else:
+            self.emit(self.agents[agent], "claim.release", ns, claim_id=claim_id, reason=rng.choice(("released", "expired", "lost")))
+
     def unknown(self):
         event, _ = self.emit(self.rng.choice(self.daemons), "thread.create", thread_id="thr_x", title="x")
-        event["type"] = "claim.granted"
+        event["type"] = "lock.granted"
         event["paths"] = ["src/**"]
 
 
@@ -266,7 +289,7 @@ def history(seed, events=60, rough=None, removals=True, renames=True):
     for _ in range(3):
         made.register()
     steps = ([made.register] * 2 + [made.heard] + [made.session] * 3 + [made.group] * 4 + [made.message] * 8
-             + [made.about_message] * 7 + [made.unknown])
+             + [made.about_message] * 7 + [made.unknown] + [made.claim] * 4)
     while len(made.events) < events:
         step = made.remove if removals and made.chance(0.02) else made.rng.choice(steps)
         if step != made.about_message or made.messages:
@@ -425,6 +448,10 @@ def answers(store, events):
     found = {"agents": [_clean(store, row, "inbox_total", "inbox_unread", "removed_at") for row in store.agents()],
              "roles": sorted(store.roles()), "groups": {}, "messages": {}, "threads": {}, "cutoff": store.meta("purge_cutoff", 0)}
     found["agents"].sort(key=lambda row: row["agent_id"])
+    # When a claim expires is this machine's affair.
+    found["claims"] = [_clean(store, row, "expires_at") for row in store.claims()]
+    found["claim rows"] = {event["claim_id"]: row and _clean(store, row, "expires_at") for event in events if event["type"] == "claim.take"
+                           for row in [store.claim(event["claim_id"])]}
     for agent in agents:
         inbox = store.page(receiver=agent, limit=10_000)
         unread = store.page(receiver=agent, unread=True, limit=10_000)

@@ -14,9 +14,9 @@ GROUPS = [name for name in TOPS if name not in ROWS]
 LINES, COLUMNS = 24, 80         # a screen
 HIDDEN = {"complete", "daemon run"}
 # The last words of commands that change something; a command with another one only reads or tells.
-CHANGING = {"add", "archive", "cleanup", "clear", "create", "delete", "edit", "end", "heartbeat", "init", "migrate", "preamble", "purge",
-            "quickstart", "read", "register", "remove", "reply", "restart", "run", "save", "send", "set", "set-intent", "set-task",
-            "setup", "start", "stop", "sync", "unset", "update", "worktree"}
+CHANGING = {"add", "archive", "claim", "cleanup", "clear", "create", "delete", "edit", "end", "heartbeat", "init", "migrate", "preamble",
+            "purge", "quickstart", "read", "register", "release", "remove", "reply", "restart", "run", "save", "send", "set",
+            "set-intent", "set-task", "setup", "start", "stop", "sync", "unset", "update", "worktree"}
 
 
 def shown(capfd, *argv):

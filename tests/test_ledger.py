@@ -272,7 +272,7 @@ def test_a_failed_batch_is_no_batch(tmp_path, monkeypatch, fault):
     assert journal_events(places) == lines
     assert not difference(before, answers(ledger.store, events))
     do(ledger, message(5, to=("agent0",)))
-    assert journal_events(places)[last:][0]["sequence"] == last + 1
+    assert journal_events(places)[len(lines):][0]["sequence"] == last + 1
     again = same_after(places, ledger, journal_events(places))
     assert again.rebuilt == 0, "nothing to be mended"
     again = same_after(places, again, journal_events(places), lambda: os.unlink(places.database))
