@@ -5893,7 +5893,11 @@ def session_set_task(context: Context, params: dict) -> dict:
 
 def team_list(context: Context, params: dict) -> dict:
     """Everybody with an open session, or with `include_offline` everybody, and what is shared."""
-    seen, members = context.ledger.seen, []
+    seen, members, claims = context.ledger.seen, [], {}
+    live, held = _live_claims(context)
+    for claim in live:
+        if claim["claim_id"] in held:
+            claims.setdefault(claim["agent_id"], []).append(claim["path"])
     for row in context.store.team(params.get("include_offline", False)):
         last_seen = max(row["last_seen_at"], seen.get(row["agent_id"], 0))
         work = _work_context({**row, "session_id": row["session_id"] or ""})
@@ -5903,7 +5907,7 @@ def team_list(context: Context, params: dict) -> dict:
                       session_start=_stamp(row["started_at"]), last_seen=_stamp(last_seen), intent=work.get("intent"),
                       current_task=work.get("current_task"), branch=work.get("branch"), git_updated_at=work.get("git_updated_at")),
             "unmerged_commits": len(work.get("unmerged_commits", [])), "file_changes": work.get("file_changes", []),
-            "uncommitted_files": work.get("uncommitted_files", []),
+            "uncommitted_files": work.get("uncommitted_files", []), "claims": claims.get(row["agent_id"], []),
             "inbox_total": row["inbox_total"], "inbox_unread": row["inbox_unread"], "status": "active" if row["session_id"] else "offline"})
     everybody, groups = context.store.shared_messages()
     shared = {"broadcast_total": everybody, "groups": [{"name": name, "total": total} for name, total in groups]}
@@ -5940,7 +5944,9 @@ def work_who_has(context: Context, params: dict) -> dict:
              "agents": sorted(identity.agent_id() for _, identity in _identities_in(top))}
             for top, answer in answers.items() if top not in met and answer and answer[1]]
     found = [known for known in found if known["uncommitted_files"] or known["changed_files"]]
-    return {"file": path, "contexts": found, "unattended": left}
+    live, held = _live_claims(context)
+    claims = [_claim_info(context, claim) for claim in live if claim["claim_id"] in held and overlap(claim["path"], path or ".")]
+    return {"file": path, "contexts": found, "claims": claims, "unattended": left}
 
 
 def _known_changes(row: dict, path: str) -> dict:
@@ -7633,6 +7639,8 @@ def _teammate_text(member: dict, console: Console) -> str:
     text = head + "\n" + "".join(f"  {label:<9} {value}\n" for label, value in lines if value)
     if "git_updated_at" in member and not files:
         text += "  Files:    (no changes)\n"
+    if member["claims"]:
+        text += f"  Claims:   {one_line(', '.join(member['claims']), left)}\n"
     table = [[path_shown(change["path"]), console.ago(change["last_modified"]), f"+{change['additions']} -{change['deletions']}"]
              for change in sorted(files, key=lambda change: change["last_modified"], reverse=True)[:TEAM_FILES]]
     for n, line in enumerate(rows_of(table).splitlines() if table else ()):
@@ -7653,6 +7661,9 @@ async def who_has(console: Console, args: Args) -> int:
         if len(changes) > WHO_HAS_FILES:
             lines.append(f"{who} has changed {len(changes) - WHO_HAS_FILES} more files in {shown}")
     lines = lines or [f"No agents are currently editing {shown}"]
+    for claim in found["claims"]:
+        lines.append(f"{handle(claim['agent_id'])} has claimed {path_shown(claim['path'])}{' (shared)' if claim['shared'] else ''} until "
+                     f"{_ends_text(claim, console)}" + (f": {one_line(claim['note'])}" if claim["note"] else ""))
     for left in found["unattended"]:
         who = f"of {', '.join(map(handle, left['agents']))}, who has no session" if left["agents"] else "where nobody has a session"
         files = path_shown(", ".join([change["path"] for change in left["file_changes"]]))
@@ -8332,7 +8343,7 @@ async def claim(console: Console, args: Args) -> int:
         except Conflict as still:
             raise ThrumError(f"not free within {span(args.wait)}: {str(still).rpartition('; queue with')[0]}") from None
     text = "".join(f"✓ {'Renewed' if 'renewed_at' in c else 'Claimed'} {one_line(c['path'], PAIR_MAX)}{' (shared)' if c['shared'] else ''} "
-                   f"until {_ends_text(c, console)}\n" for c in done["claims"])
+                   f"until {_ends_text(c, console)}, {done['scope']}\n" for c in done["claims"])
     await console.answer(done, text)
     return 0
 
