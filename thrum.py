@@ -9765,7 +9765,7 @@ class Worktree(Record):
     agents: list                # an Identity for each that lies there
 
     name = property(lambda self: printable(os.path.basename(self.path)))
-    ref = property(lambda self: printable(self.path)[-PAIR_MAX:])       # as a session names it
+    label = property(lambda self: worktree_label(self.path))
     head = property(lambda self: printable(self.branch) or f"detached at {self.commit[:7]}")
 
 
@@ -9805,9 +9805,9 @@ def _take_away(world: World, places: Places, path: str) -> None:
 
 def _sessions_in(tree: Worktree, found: list, sessions: list) -> list:
     """Those of some open sessions that belong to a worktree: they name it, or are its agents' and name none that there is."""
-    ids, refs = [identity.agent_id() for identity in tree.agents], [other.ref for other in found]
-    return [session for session in sessions if session.get("worktree") == tree.ref
-            or session["agent_id"] in ids and session.get("worktree") not in refs]
+    ids, labels = [identity.agent_id() for identity in tree.agents], [other.label for other in found]
+    return [session for session in sessions if session.get("worktree") == tree.label
+            or session["agent_id"] in ids and session.get("worktree") not in labels]
 
 
 async def worktree_create(console: LocalConsole, args: Args) -> int:
@@ -9856,8 +9856,9 @@ async def worktree_create(console: LocalConsole, args: Args) -> int:
     steps, exclude = _Steps(False), places.common + "/info/exclude"
     try:
         steps.take("", IGNORED_BECAUSE.encode() not in (file_bytes(exclude) or b""), lambda: None, lambda: remove_ignore_lines(exclude))
-        steps.take("", new, lambda: git.run("branch", "-q", branch, base, as_user=True))       # where this fails, it is somebody else's
-        steps.take("", new, lambda: None, lambda: git.run("branch", "-q", "-D", branch))
+        steps.take("", new, lambda: git.run("branch", "-q", "--", branch, base, as_user=True))      # one that is there is not taken back
+        steps.take("", new, lambda: None, lambda: git.run("config", "--remove-section", "branch." + branch))
+        steps.take("", new, lambda: None, lambda: git.run("update-ref", "-d", "refs/heads/" + branch))
         steps.take("", True, lambda: git.run("worktree", "add", path, branch, as_user=True, timeout_s=WORKTREE_ADD_S),
                    lambda: _take_away(console.world, places, path))
         connected, _, _ = set_up_worktree(path, places.root)
@@ -9977,7 +9978,7 @@ async def worktree_remove(console: LocalConsole, args: Args) -> int:
         raise ThrumError(f"another worktree lies in {path}: {inside[0]}; remove that one first")
     if not is_connected(path, places.thrum):
         raise ThrumError(f"{path} has a thrum of its own; run 'thrum init --remove' there first")
-    losses = [] if args.force or tree.gone else _losses(tree)
+    losses = [] if args.force or tree.gone else _losses(tree, Work(places, console.world))
     if losses:
         raise ThrumError(f"worktree {tree.name} has {' and '.join(losses)}; --force removes it all the same")
     who = ", ".join(map(handle, ids)) or "its agent"
@@ -10037,16 +10038,18 @@ def _named_worktree(console: LocalConsole, found: list, word: str) -> Worktree:
     return hits[0]
 
 
-def _losses(tree: Worktree) -> list:
-    """What nobody would have any more if a worktree were removed, in words: changes, and commits that no other branch holds."""
+def _losses(tree: Worktree, work: Work) -> list:
+    """What speaks against removing a worktree, in words: changes, and commits that neither its base nor another branch holds.
+
+    Its own branch stays, but who removes a worktree takes its work for merged.
+    """
     git = Git(tree.path)
     files = git.run("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--ignore-submodules=none",
                     timeout_s=WORKTREE_LOOK_S).count(b"\0")
-    # The main branch needs no other one to be merged into, and a branch stays; but who removes a worktree takes its work for done.
-    itself = [f"--exclude={tree.branch}"] if tree.branch and f"refs/heads/{tree.branch}" not in MAIN_BRANCHES else []
     commits = submodule = 0
     if git.run("rev-parse", "-q", "--verify", "HEAD", statuses=(0, 1)):
-        commits = int(git.run("rev-list", "--count", "HEAD", "--not", "--remotes", *itself, "--branches", timeout_s=WORKTREE_LOOK_S))
+        others = [f"--exclude={tree.branch}"] * bool(tree.branch) + ["--branches", "--remotes", work.base(tree.path)]
+        commits = int(git.run("rev-list", "--count", "HEAD", "--not", *others, timeout_s=WORKTREE_LOOK_S))
     for folder, names, present in os.walk(tree.entry + "/modules"):         # the repositories of submodules go with it
         if "HEAD" in present and "objects" in names:
             names[:] = [name for name in names if name == "modules"]
