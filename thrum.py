@@ -9853,14 +9853,17 @@ async def worktree_create(console: LocalConsole, args: Args) -> int:
               **compact(base=(args.base or here) if new else ""), "commit": commit}
     if args.agent:
         await _foresee_agent(console, args, found, name)
-    steps, exclude = _Steps(False), places.common + "/info/exclude"
+    steps = _Steps(False)
     try:
-        steps.take("", IGNORED_BECAUSE.encode() not in (file_bytes(exclude) or b""), lambda: None, lambda: remove_ignore_lines(exclude))
-        steps.take("", new, lambda: git.run("branch", "-q", "--", branch, base, as_user=True))      # one that is there is not taken back
+        os.mkdir(path)          # of two that come at once the second one fails here or at the branch, with nothing to take back
+    except OSError as error:
+        raise ThrumError(f"cannot make the worktree: {os_problem(error)}") from None
+    try:
+        steps.take("", True, lambda: None, lambda: _take_away(console.world, places, path))
+        steps.take("", new, lambda: git.run("branch", "-q", "--", branch, base, as_user=True))
         steps.take("", new, lambda: None, lambda: git.run("config", "--remove-section", "branch." + branch))
         steps.take("", new, lambda: None, lambda: git.run("update-ref", "-d", "refs/heads/" + branch))
-        steps.take("", True, lambda: git.run("worktree", "add", path, branch, as_user=True, timeout_s=WORKTREE_ADD_S),
-                   lambda: _take_away(console.world, places, path))
+        git.run("worktree", "add", path, branch, as_user=True, timeout_s=WORKTREE_ADD_S)
         connected, _, _ = set_up_worktree(path, places.root)
         inner = LocalConsole(console.world, connected, path, console.argv, _program(connected))
         if args.agent:

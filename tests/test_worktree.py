@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from conftest import Repo
-from team import RAW, confined, error_line
+from team import RAW, confined, error_line, finish, start
 from test_init import changed, snapshot
 
 pytestmark = pytest.mark.slow
@@ -207,6 +207,7 @@ def test_create_without_thrum(make_repo):
 @pytest.mark.parametrize("failing", ["hook", "tracked .thrum", "registration"])
 def test_a_failure_takes_everything_back(place, failing):
     """Whatever step fails: no folder, no branch, nothing of git's, no agent."""
+    place.create("other")                       # git ignores .thrum from now on, and that stays
     if failing == "hook":
         hook = place.repo.path / ".git/hooks/post-checkout"
         hook.parent.mkdir(exist_ok=True)
@@ -244,9 +245,22 @@ def test_create_where_nothing_may_be_written(place):
     try:
         if command:
             text = place.refused("create", "one", "--path", str(folder / "one"), command=command)
-            assert "Permission denied" in text or "could not create" in text
+            assert text.startswith("cannot make the worktree: Permission denied") and str(folder / "one") in text
     finally:
         folder.chmod(0o755)
+
+
+def test_create_at_once(place):
+    """Of several that want one name one gets it; the others take nothing away from it."""
+    started = [start(place.repo, "worktree", "create", "one", "--branch", branch, "--agent", "bob")
+               for branch in ("one", "one", "two", "three")]
+    done = [finish(process) for process in started]
+    assert sorted(status for status, _, _ in done) == [0, 1, 1, 1], done
+    one = place.at("one")
+    assert one.json("whoami")["agent_id"] == "bob" and not one.git("status", "--porcelain")
+    branch = one.git("branch", "--show-current").strip()
+    left = set(place.repo.git("branch", "--format=%(refname:short)").split())
+    assert left == {"main", "a-sync", branch}, done
 
 
 # ---------------------------------------------------------------- list
