@@ -9800,7 +9800,10 @@ def _take_away(world: World, places: Places, path: str) -> None:
             shutil.rmtree(entry)
     _remove_if_empty(places.common + "/worktrees")
     if os.path.lexists(aside):
-        shutil.rmtree(aside)
+        try:
+            shutil.rmtree(aside)
+        except OSError as error:        # it names no more than the last part of the path
+            raise OSError(error.errno, error.strerror, aside) from None
 
 
 def _sessions_in(tree: Worktree, found: list, sessions: list) -> list:
@@ -9981,7 +9984,7 @@ async def worktree_remove(console: LocalConsole, args: Args) -> int:
         raise ThrumError(f"another worktree lies in {path}: {inside[0]}; remove that one first")
     if not is_connected(path, places.thrum):
         raise ThrumError(f"{path} has a thrum of its own; run 'thrum init --remove' there first")
-    losses = [] if args.force or tree.gone else _losses(tree, Work(places, console.world))
+    losses = [] if args.force else _losses(tree, Work(places, console.world))
     if losses:
         raise ThrumError(f"worktree {tree.name} has {' and '.join(losses)}; --force removes it all the same")
     who = ", ".join(map(handle, ids)) or "its agent"
@@ -9990,7 +9993,7 @@ async def worktree_remove(console: LocalConsole, args: Args) -> int:
         try:
             reach(places).close()
             sessions = _sessions_in(tree, found, (await console.call("session.list", active_only=True))["sessions"])
-        except Unreachable as error:
+        except ThrumError as error:
             problems.append(f"a session of {who} may stay open ('thrum session list --active' tells, 'thrum session end --session-id ID' "
                             f"ends it): {error}")
     stays = tree.gone and os.path.lexists(path)
@@ -10001,13 +10004,13 @@ async def worktree_remove(console: LocalConsole, args: Args) -> int:
         else:
             _keep_context(tree, places, kept)
             _take_away(console.world, places, path)
-    except OSError as error:
-        left = not os.path.lexists(path)
+    except (OSError, ThrumError) as error:
+        left, reason = not os.path.lexists(path), os_problem(error) if isinstance(error, OSError) else str(error)
         if not left:
             for copy in kept:
                 remove(copy)
-            raise ThrumError(f"cannot remove {path}, nothing was changed: {os_problem(error)}") from None
-        problems.append(f"not all of its files could be deleted: {os_problem(error)}")
+            raise ThrumError(f"cannot remove {path}, nothing was changed: {reason}") from None
+        problems.append(f"not all of its files could be deleted: {reason}")
     for session in sessions:
         try:
             await console.call("session.end", session_id=session["session_id"], reason="worktree removed")
@@ -10044,15 +10047,16 @@ def _named_worktree(console: LocalConsole, found: list, word: str) -> Worktree:
 def _losses(tree: Worktree, work: Work) -> list:
     """What speaks against removing a worktree, in words: changes, and commits that neither its base nor another branch holds.
 
-    Its own branch stays, but who removes a worktree takes its work for merged.
+    Its own branch stays, but who removes a worktree takes its work for merged; of one that has gone only a detached
+    HEAD is lost.
     """
-    git = Git(tree.path)
-    files = git.run("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--ignore-submodules=none",
-                    timeout_s=WORKTREE_LOOK_S).count(b"\0")
-    commits = submodule = 0
-    if git.run("rev-parse", "-q", "--verify", "HEAD", statuses=(0, 1)):
-        others = [f"--exclude={tree.branch}"] * bool(tree.branch) + ["--branches", "--remotes", work.base(tree.path)]
-        commits = int(git.run("rev-list", "--count", "HEAD", "--not", *others, timeout_s=WORKTREE_LOOK_S))
+    files = 0 if tree.gone else Git(tree.path).run(
+        "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--ignore-submodules=none",
+        timeout_s=WORKTREE_LOOK_S).count(b"\0")
+    git, own, commits, submodule = Git(tree.entry), ("--git-dir", tree.entry), 0, 0
+    if (tree.commit or not tree.gone) and git.run(*own, "rev-parse", "-q", "--verify", "HEAD", statuses=(0, 1)):
+        others = [f"--exclude={tree.branch}"] * bool(tree.branch) + ["--branches", "--remotes", work.base(work.places.root)]
+        commits = int(git.run(*own, "rev-list", "--count", "HEAD", "--not", *others, timeout_s=WORKTREE_LOOK_S))
     for folder, names, present in os.walk(tree.entry + "/modules"):         # the repositories of submodules go with it
         if "HEAD" in present and "objects" in names:
             names[:] = [name for name in names if name == "modules"]

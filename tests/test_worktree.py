@@ -425,6 +425,17 @@ def test_remove_of_a_worktree_that_has_gone(place):
     assert out == f"✓ Worktree forgotten: {one.path}, which had gone\n  Kept: the branch one\n  Ended: the session of @bob\n"
     assert str(one.path) not in place.repo.git("worktree", "list") and str(two.path) in place.repo.git("worktree", "list")
     assert place.sessions("bob")[0]["status"] == "ended" and place.sessions("ada")[0]["status"] == "active"
+    # the commits of a detached HEAD are reached by its entry alone; those of a branch stay with it
+    apart = place.create("apart")
+    commit(apart)
+    shutil.move(apart.path, place.folder / "aside")
+    place.repo.ok("worktree", "remove", "apart")
+    apart = place.create("apart")
+    apart.git("checkout", "-q", "--detach")
+    commit(apart, "more.txt")
+    shutil.rmtree(apart.path)
+    assert place.refused("remove", apart.path.name).endswith("has 1 commit on no other branch; --force removes it all the same")
+    place.repo.ok("worktree", "remove", apart.path.name, "--force")
     # without `.git`, but with files that may be somebody's
     three = place.create("three")
     (three.path / ".git").unlink()
@@ -499,6 +510,36 @@ def test_remove_that_cannot_changes_nothing(place):
     finally:
         inner.chmod(0o755)
     assert place.repo.json("worktree", "remove", "one")["ended"] == [{"agent_id": "bob", "session_id": session}], "also after a move"
+
+
+def test_remove_that_cannot_delete_every_file_says_what_is_left(place):
+    """Git and the team know it no more; what is left stands aside, and its place is free."""
+    one = place.create("one", "--agent", "bob")
+    session = one.json("session", "start")["session_id"]
+    shut = one.path / "shut"
+    shut.mkdir()
+    (shut / "kept").write_text("x")
+    shut.chmod(0o555)
+    command = confined(*place.repo.command())
+    try:
+        if command:
+            done = place.repo.run("worktree", "remove", "one", "--force", command=command, check=1)
+            assert "✓ Worktree removed" in done.stdout and "Ended: the session of @bob" in done.stdout
+            assert done.stderr.startswith("Warning: not all of its files could be deleted: ") and f"{one.path}.removed_" in done.stderr
+            assert str(one.path) not in place.repo.git("worktree", "list") and place.sessions("bob")[0]["session_id"] == session
+            place.create("one", "--branch", "next")
+    finally:
+        for path in place.folder.rglob("shut"):
+            path.chmod(0o755)
+
+
+def test_remove_where_a_link_is_in_the_way_of_the_context(place, tmp_path):
+    one = place.create("one", "--agent", "bob")
+    one.ok("context", "save", input="notes")
+    (one.path / ".thrum/context/a.md").write_text("before it")
+    (place.repo.path / ".thrum/context/bob.md").symlink_to(tmp_path / "elsewhere")
+    text = place.refused("remove", "one")
+    assert "nothing was changed" in text and "is a link" in text and not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize("what", ["clean", "dirty", "unpushed"])
