@@ -59,15 +59,15 @@ class _Lazy:
         self._name = name
 
     def __getattr__(self, attribute):
-        module = globals()[self._name.partition(".")[0]] = __import__(self._name)
+        module = globals()[self._name] = __import__(self._name, fromlist=(attribute,))      # a package brings its module too
         return getattr(module, attribute)
 
 
 LAZY_MODULES = (
-    "asyncio base64 bisect calendar concurrent.futures difflib errno fcntl hashlib json logging queue re resource select shlex shutil "
+    "asyncio base64 bisect calendar concurrent difflib errno fcntl hashlib json logging queue re resource select shlex shutil "
     "signal socket sqlite3 struct subprocess threading unicodedata"
 ).split()
-globals().update((name.partition(".")[0], _Lazy(name)) for name in LAZY_MODULES)
+globals().update((name, _Lazy(name)) for name in LAZY_MODULES)
 
 
 # ================================================================== 1  World
@@ -2319,7 +2319,8 @@ class Store:
     def sessions(self, agent_id: str = "", active: bool = False, limit: int = LIST_MAX) -> list:
         """Sessions with their intent, the newest first."""
         return self.rows(
-            "select s.*, a.agent_id, c.intent from sessions s join agents a using(agent) left join agent_work_contexts c "
+            "select s.*, a.agent_id, c.intent, (select ref_value from session_refs r where r.session_id = s.session_id and "
+            "ref_type = 'worktree') worktree from sessions s join agents a using(agent) left join agent_work_contexts c "
             "using(session_id) where (? = '' or a.agent_id = ?) and (not ? or s.ended_at is null) "
             "order by s.started_at desc limit ?", agent_id, agent_id, active, limit)
 
@@ -5552,6 +5553,8 @@ def agent_register(context: Context, params: dict) -> dict:
             return {"agent_id": "", "status": "conflict", "conflict": {
                 "existing_agent_id": info["agent_id"], "registered_at": info["registered_at"],
                 "last_seen_at": info.get("last_seen_at", "")}}
+    if params.get("dry_run"):
+        return {"agent_id": agent_id, "status": status}
     if known and known["daemon"] != context.ledger.daemon_id:
         for session in store.sessions(agent_id, active=True):
             _end_session(context, session, "superseded", session["started_at"])
@@ -5850,7 +5853,7 @@ def session_list(context: Context, params: dict) -> dict:
     return {"sessions": [{
         "session_id": row["session_id"], "agent_id": row["agent_id"], "started_at": stamp_of(row["started_at"]),
         **compact(ended_at=_stamp(row["ended_at"]), end_reason=row["end_reason"]), "last_seen_at": stamp_of(row["last_seen_at"]),
-        **compact(intent=row["intent"]), "status": "ended" if row["ended_at"] else "active"} for row in rows]}
+        **compact(intent=row["intent"], worktree=row["worktree"]), "status": "ended" if row["ended_at"] else "active"} for row in rows]}
 
 
 def session_heartbeat(context: Context, params: dict) -> dict:
@@ -6867,7 +6870,8 @@ METHODS = {
     "daemon.stop": Method(stop, {}, "Stop the daemon after what is in flight."),
     "agent.register": Method(
         agent_register, {"role!": str, "module!": str, "name": str, "display": str, "force": bool, "re_register": bool,
-                         "worktree": str}, "Register an agent, or report who holds its role and module.", writes=True),
+                         "worktree": str, "dry_run": bool}, "Register an agent, or report who holds its role and module.", writes=True,
+        preview="dry_run"),
     "agent.delete": Method(agent_delete, {"name": str, **CALLER}, "Delete an agent with everything that it wrote.", writes=True,
                            aliases={"agent_name": "name", "agent_id": "name"}),
     "agent.cleanup": Method(agent_cleanup, {"dry_run": bool, "force": bool, "threshold": int, **CALLER},
@@ -10576,6 +10580,350 @@ def _allow_and_start(places: Places) -> bool:
     return start_daemon(places)
 
 
+# ---- worktrees
+
+WORKTREE_ADD_S = 600            # seconds for git to fill a worktree: a large repository on a slow disk, with hooks of its user's
+WORKTREE_LOOK_S = 60            # seconds for git to say what would be lost: it may have to read every file
+WORKTREE_NAME = WORD | {"."}
+
+
+class Worktree(Record):
+    """A worktree of the repository, present or gone, as git's own files and the identity files in it tell."""
+
+    path: str
+    entry: str                  # what git keeps about it: the common directory for the main one
+    branch: str                 # "" where HEAD is detached
+    commit: str                 # of a detached HEAD
+    locked: str | None          # why, if it is
+    gone: bool                  # without `.git`, as `git worktree prune` judges
+    agents: list                # an Identity for each that lies there
+
+    name = property(lambda self: printable(os.path.basename(self.path)))
+    label = property(lambda self: worktree_label(self.path))
+    head = property(lambda self: printable(self.branch) or f"detached at {self.commit[:7]}")
+
+
+def worktrees(places: Places) -> list:
+    """The worktrees of the repository, the main one first; that of the branch a-sync left out."""
+    own = sync_entries(places)
+    found = [(places.common, places.root)] * (git_common_dir(places.root) == places.common)
+    found += [item for item in registered_worktrees(places.common) if item[0] not in own]
+
+    def look_at(entry, path):
+        git = Git(entry)
+        head = os.fsdecode(git.run("--git-dir", entry, "symbolic-ref", "-q", "HEAD", check=False)).strip()
+        commit = "" if head else git.run("--git-dir", entry, "rev-parse", "-q", "--verify", "HEAD", check=False).decode().strip()
+        reason = file_bytes(entry + "/locked")
+        return Worktree(path, entry, head.replace("refs/heads/", "", 1), commit,
+                        None if reason is None else reason.decode(errors="replace").strip(),
+                        not os.path.lexists(path + "/.git"), [identity for _, identity in _identities_in(path)])
+    return together([lambda item=item: look_at(*item) for item in found])
+
+
+def _take_away(world: World, places: Places, path: str) -> None:
+    """Remove the folder of a linked worktree, if it is there, and what git keeps about it.  Raises OSError.
+
+    `git worktree remove` stops at the first file that it may not remove, with half of the others gone; a rename
+    happens or does not.
+    """
+    aside = f"{path}.{world.new_id('removed')}"
+    if os.path.lexists(path):
+        os.rename(path, aside)
+    for entry, registered in registered_worktrees(places.common):
+        if registered == path:
+            shutil.rmtree(entry)
+    _remove_if_empty(places.common + "/worktrees")
+    if os.path.lexists(aside):
+        try:
+            shutil.rmtree(aside)
+        except OSError as error:        # it names no more than the last part of the path
+            raise OSError(error.errno, error.strerror, aside) from None
+
+
+def _sessions_in(tree: Worktree, found: list, sessions: list) -> list:
+    """Those of some open sessions that belong to a worktree: they name it, or are its agents' and name none that there is."""
+    ids, labels = [identity.agent_id() for identity in tree.agents], [other.label for other in found]
+    return [session for session in sessions if session.get("worktree") == tree.label
+            or session["agent_id"] in ids and session.get("worktree") not in labels]
+
+
+async def worktree_create(console: LocalConsole, args: Args) -> int:
+    places, found, git = console.places, worktrees(console.places), Git(console.top)
+    if not args.name or args.name[0] in "-." or not WORKTREE_NAME.issuperset(args.name) or len(args.name) > NAME_MAX:
+        raise InvalidParams(f"worktree name {args.name[:NAME_MAX]!r} is invalid; use up to {NAME_MAX} letters, digits, '_', '-' "
+                            "and '.', the first one neither '-' nor '.'")
+    if not args.agent and (args.role or args.module):
+        raise Usage("--role and --module go with --agent")
+    path = os.path.abspath(os.path.join(console.cwd, args.path)) if args.path else f"{places.root}-{args.name}"
+    parent, name = os.path.realpath(os.path.dirname(path)), os.path.basename(path)
+    path = os.path.join(parent, name)
+    for tree in found:
+        if path == tree.path and tree.gone:
+            raise ThrumError(f"git still knows a worktree {path}, which has gone; 'thrum worktree remove {tree.name}' forgets it")
+        if path == tree.path or printable(name) == tree.name:       # sessions and identities go by the name of the folder
+            raise ThrumError(f"there is a worktree {tree.name} already: {tree.path}; choose another name or --path")
+    if os.path.lexists(path):
+        raise ThrumError(f"{path} is in the way; choose another name or --path")
+    if not os.path.isdir(parent):
+        raise ThrumError(f"{parent} is not a directory; make it first, or choose another --path")
+    branch, base = args.branch or args.name, args.base or "HEAD"
+    if branch == BRANCH:
+        raise ThrumError(f"the branch {BRANCH} carries what agents say; choose another name or --branch")
+    for tree in found:
+        if branch == tree.branch:
+            raise ThrumError(f"branch {branch} is checked out in {tree.path}" + (
+                f", which has gone; 'thrum worktree remove {tree.name}' forgets it" if tree.gone else "; choose another --branch"))
+
+    def commit_of(revision):
+        return git.run("rev-parse", "-q", "--verify", revision + "^{commit}", check=False).decode().strip()
+    commit = commit_of("refs/heads/" + branch)
+    new = not commit
+    if args.base and not new:
+        raise ThrumError(f"there is a branch {branch} already, at {commit[:7]}; leave out --base to take it, or choose another --branch")
+    commit = commit or "" if base[0] == "-" else commit or commit_of(base)
+    if not commit:
+        raise ThrumError(f"--base {base!r} is no commit of this repository" if args.base else
+                         "there is no commit yet that a worktree could hold; commit something, or name one with --base")
+    here = next((tree.head for tree in found if tree.path == console.top), "HEAD")
+    origin = f"new, from {args.base or here} at {commit[:7]}" if new else f"as it was, at {commit[:7]}"
+    report = {"name": printable(name), "path": path, "main": places.root, "branch": branch, "branch_created": new,
+              **compact(base=(args.base or here) if new else ""), "commit": commit}
+    if args.agent:
+        await _foresee_agent(console, args, found, name)
+    steps = _Steps(False)
+    try:
+        os.mkdir(path)          # of two that come at once the second one fails here or at the branch, with nothing to take back
+    except OSError as error:
+        raise ThrumError(f"cannot make the worktree: {os_problem(error)}") from None
+    try:
+        steps.take("", True, lambda: None, lambda: _take_away(console.world, places, path))
+        steps.take("", new, lambda: git.run("branch", "-q", "--", branch, base, as_user=True))
+        steps.take("", new, lambda: None, lambda: git.run("config", "--remove-section", "branch." + branch))
+        steps.take("", new, lambda: None, lambda: git.run("update-ref", "-d", "refs/heads/" + branch))
+        git.run("worktree", "add", path, branch, as_user=True, timeout_s=WORKTREE_ADD_S)
+        connected, _, _ = set_up_worktree(path, places.root)
+        inner = LocalConsole(console.world, connected, path, console.argv, _program(connected))
+        if args.agent:
+            report["agent"] = await _settle_agent(inner, args)
+    except BaseException:       # also Ctrl-C
+        steps.undo()
+        raise
+    begin = "session start" if args.agent else "quickstart --name NAME --role ROLE --module MODULE"
+    await console.answer(report, f"✓ Worktree created: {path}\n  Branch: {branch} ({origin})\n"
+                         + (f"  Agent:  {handle(args.agent)} ({report['agent']['role']}, {report['agent']['module']}), registered\n"
+                            if args.agent else "")
+                         + f"\nTo begin there:\n  cd {shlex.quote(path)} && {LAUNCHER} {begin}\n")
+    return 0
+
+
+def _registration(args: Args, worktree: str) -> dict:
+    """The parameters with which `worktree create --agent` registers; who has the same role and module stays (decision 6)."""
+    role, module = args.role or "implementer", args.module or "main"
+    return {"name": args.agent, "role": role, "module": module, "display": f"{role.capitalize()} ({module})",
+            "worktree": printable(worktree), "re_register": True}
+
+
+async def _foresee_agent(console: LocalConsole, args: Args, found: list, worktree: str) -> None:
+    """Raise what registering an agent for a new worktree would raise, before the worktree is there.  Starts the daemon if it must."""
+    args.agent = args.agent.lstrip("@")
+    for tree in found:
+        if args.agent in [identity.agent_id() for identity in tree.agents]:
+            raise Conflict(f"agent '{args.agent}' works in {tree.path}; choose another name")
+    reach(console.places).close()
+    try:
+        await console.call("agent.register", **_registration(args, worktree), dry_run=True)
+    except ThrumError as error:
+        more = " of 'thrum agent register', once the worktree is there" if str(error).endswith("--force") else ""
+        raise ThrumError(f"{error}{more}") from None
+
+
+async def _settle_agent(console: LocalConsole, args: Args) -> dict:
+    """Register an agent in its new worktree, without a session: nobody works there yet."""
+    wanted = _registration(args, console.worktree)
+    identity = Identity(*(wanted[field] for field in ("name", "role", "module", "display")))
+    done = await _with_identity_file(console, identity, (await console.call("health"))["repo_id"],
+                                     lambda: console.call("agent.register", **wanted))
+    await _lay_out_context(console, identity.name, identity.role)
+    return {**done, "role": identity.role, "module": identity.module}
+
+
+async def worktree_list(console: LocalConsole, args: Args) -> int:
+    places, found, sessions = console.places, worktrees(console.places), []
+    running = answers(places.var)
+    if running:
+        sessions = (await console.call("session.list", active_only=True))["sessions"]
+
+    def state_of(tree):
+        if not running or tree.gone:
+            return {}
+        try:
+            with Client(reach(places, start=False)) as client:
+                state = client.call("worktree.status", repo_path=tree.path)
+        except ThrumError as error:
+            return {"error": str(error)}
+        return compact(error=state.get("error")) or {"unmerged_commits": state["unmerged_commits"],
+                                                     "uncommitted": state["uncommitted_total"]}
+    items = []
+    for tree, state in zip(found, together([lambda tree=tree: state_of(tree) for tree in found])):
+        busy = {session["agent_id"]: session["session_id"] for session in _sessions_in(tree, found, sessions)}
+        items.append({
+            "name": tree.name, "path": tree.path, **compact(branch=printable(tree.branch), detached=tree.commit),
+            "main": tree.entry == places.common, "current": tree.path == console.top, "locked": tree.locked is not None,
+            **compact(reason=tree.locked), "gone": tree.gone,
+            "set_up": not tree.gone and os.path.realpath(locate(tree.path)[1]) == os.path.realpath(places.thrum), "agents": [{
+                "agent_id": identity.agent_id(), "role": identity.role, "module": identity.module,
+                **({"active": identity.agent_id() in busy, **compact(session_id=busy.get(identity.agent_id()))} if running else {})}
+                for identity in tree.agents], **state})
+    text = f"Worktrees ({len(items)}):\n"
+    for tree, item in zip(found, items):
+        marks = [mark for mark, shown in (("main", item["main"]), ("this one", item["current"]), ("locked", item["locked"]),
+                                          ("gone", item["gone"]), ("not set up", not item["set_up"] and not item["gone"])) if shown]
+        active = [agent for agent in item["agents"] if agent.get("active")]
+        text += f"\n{'●' if active else '○'} {console.bold(one_line(tree.name))}" + f"  ({', '.join(marks)})" * bool(marks) + "\n"
+        lines = [("Path:", plain(tree.path)), ("Branch:", one_line(tree.head)),
+                 ("Agents:", ", ".join(handle(agent["agent_id"]) + " (active)" * (agent in active) for agent in item["agents"])),
+                 ("Work:", _work_text(item))]
+        text += "".join(f"    {label:<7} {value}\n" for label, value in lines if value)
+    if not running:
+        text += "\nThe daemon is not running: who is active, and what is not committed, is left out.\n"
+    await console.answer({"daemon": "running" if running else "stopped", "worktrees": items}, text)
+    return 0
+
+
+def _work_text(item: dict) -> str:
+    if "uncommitted" not in item:
+        return one_line(item.get("error", ""))
+    return " and ".join(words for words in (
+        _counted(item["unmerged_commits"], "commit", " ahead"), _counted(item["uncommitted"], "uncommitted file")) if words)
+
+
+def _counted(count: int, what: str, more: str = "") -> str:
+    """`2 commits ahead`; "" for none."""
+    return f"{count:,} {what}{'s' * (count > 1)}{more}" if count else ""
+
+
+async def worktree_remove(console: LocalConsole, args: Args) -> int:
+    places, found = console.places, worktrees(console.places)
+    tree = _named_worktree(console, found, args.name)
+    path, ids = tree.path, [identity.agent_id() for identity in tree.agents]
+    if tree.entry == places.common:
+        raise ThrumError(f"{path} is the main worktree, which stays; 'thrum init --remove' takes thrum out of it")
+    if (os.path.realpath(console.cwd) + "/").startswith(os.path.realpath(path) + "/"):
+        raise ThrumError(f"you are in {path}; change to another directory first, such as {places.root}")
+    if tree.locked is not None:
+        raise ThrumError(f"worktree {tree.name} is locked{': ' * bool(tree.locked)}{one_line(tree.locked)}; "
+                         f"'git worktree unlock {shlex.quote(path)}' unlocks it")
+    inside = [other.path for other in found if other.path.startswith(path + "/")]
+    if inside:
+        raise ThrumError(f"another worktree lies in {path}: {inside[0]}; remove that one first")
+    if not is_connected(path, places.thrum):
+        raise ThrumError(f"{path} has a thrum of its own; run 'thrum init --remove' there first")
+    losses = [] if args.force else _losses(tree, Work(places, console.world))
+    if losses:
+        raise ThrumError(f"worktree {tree.name} has {' and '.join(losses)}; --force removes it all the same")
+    who = ", ".join(map(handle, ids)) or "its agent"
+    sessions, problems, kept, ended, left = [], [], [], [], False
+    if not args.keep_agent and (ids or tree.gone):
+        try:
+            reach(places).close()
+            sessions = _sessions_in(tree, found, (await console.call("session.list", active_only=True))["sessions"])
+        except ThrumError as error:
+            problems.append(f"a session of {who} may stay open ('thrum session list --active' tells, 'thrum session end --session-id ID' "
+                            f"ends it): {error}")
+    stays = tree.gone and os.path.lexists(path)
+    try:
+        if stays:
+            shutil.rmtree(tree.entry)
+            _remove_if_empty(places.common + "/worktrees")
+        else:
+            _keep_context(tree, places, kept)
+            _take_away(console.world, places, path)
+    except (OSError, ThrumError) as error:
+        left, reason = not os.path.lexists(path), os_problem(error) if isinstance(error, OSError) else str(error)
+        if not left:
+            for copy in kept:
+                remove(copy)
+            raise ThrumError(f"cannot remove {path}, nothing was changed: {reason}") from None
+        problems.append(f"not all of its files could be deleted: {reason}")
+    for session in sessions:
+        try:
+            await console.call("session.end", session_id=session["session_id"], reason="worktree removed")
+            ended.append({"agent_id": session["agent_id"], "session_id": session["session_id"]})
+        except ThrumError as error:
+            problems.append(str(error))
+    lines = [f"✓ Worktree forgotten: {path}, which had gone" if tree.gone else f"✓ Worktree removed: {path}",
+             f"  Kept: {path}, which is no worktree any more" if stays else "",
+             f"  Kept: the branch {tree.branch}" if tree.branch else "",
+             *(f"  Kept: the context that was saved there, in {copy}" for copy in kept),
+             *(f"  Ended: the session of {handle(session['agent_id'])}" for session in ended),
+             f"  Kept: the session of {who}, if there is one" if args.keep_agent and (ids or tree.gone) else ""]
+    await console.answer({"name": tree.name, "path": path, **compact(branch=printable(tree.branch)), "kept": kept, "ended": ended,
+                          **compact(problems=problems)}, "\n".join(plain(line) for line in lines if line))
+    for problem in problems:
+        await console.write("E", f"Warning: {plain(problem)}\n")
+    return left
+
+
+def _named_worktree(console: LocalConsole, found: list, word: str) -> Worktree:
+    """The worktree that goes by a word: its path, the name of its folder or of its branch, with which it was made, or its agent's."""
+    path, wanted = os.path.realpath(os.path.join(console.cwd, word)), word.lstrip("@")
+    names = (wanted, f"{os.path.basename(console.places.root)}-{wanted}")
+    hits = [tree for tree in found if path == os.path.realpath(tree.path) or tree.name in names
+            or wanted in (tree.branch, *(identity.agent_id() for identity in tree.agents))]
+    if not hits:
+        known = {name for tree in found for name in (tree.name, tree.branch)}
+        raise ThrumError(f"no worktree {one_line(word)!r}{did_you_mean(wanted, known)} 'thrum worktree list' shows them")
+    if len(hits) > 1:
+        raise ThrumError(f"{one_line(word)!r} may be each of {', '.join(tree.path for tree in hits)}; give the path")
+    return hits[0]
+
+
+def _losses(tree: Worktree, work: Work) -> list:
+    """What speaks against removing a worktree, in words: changes, and commits that neither its base nor another branch holds.
+
+    Its own branch stays, but who removes a worktree takes its work for merged; of one that has gone only a detached
+    HEAD is lost.
+    """
+    files = 0 if tree.gone else Git(tree.path).run(
+        "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--ignore-submodules=none",
+        timeout_s=WORKTREE_LOOK_S).count(b"\0")
+    git, own, commits, submodule = Git(tree.entry), ("--git-dir", tree.entry), 0, 0
+    if (tree.commit or not tree.gone) and git.run(*own, "rev-parse", "-q", "--verify", "HEAD", statuses=(0, 1)):
+        others = [f"--exclude={tree.branch}"] * bool(tree.branch) + ["--branches", "--remotes", work.base(work.places.root)]
+        commits = int(git.run(*own, "rev-list", "--count", "HEAD", "--not", *others, timeout_s=WORKTREE_LOOK_S))
+    for folder, names, present in os.walk(tree.entry + "/modules"):         # the repositories of submodules go with it
+        if "HEAD" in present and "objects" in names:
+            names[:] = [name for name in names if name == "modules"]
+            submodule += int(Git(folder).run("--git-dir", folder, "rev-list", "--count", "--all", "--not", "--remotes",
+                                             timeout_s=WORKTREE_LOOK_S))
+    return [words for words in (
+        _counted(files, "uncommitted file"), _counted(commits, "commit", " on no other branch"),
+        _counted(submodule, "commit", " of submodules that no remote has")) if words]
+
+
+def _keep_context(tree: Worktree, places: Places, kept: list) -> None:
+    """Copy what the agents of a worktree have written down to the main one; the paths of the copies go into `kept`.
+
+    A preamble that nobody has changed is not worth keeping.  The name that is taken where the file's own is not
+    free is no agent's, so that nobody finds what is not theirs.
+    """
+    made = [default_preamble(identity.agent_id(), identity.role).encode() for identity in tree.agents]
+    folder = tree.path + "/.thrum/context"
+    for file in sorted(_names_in(folder)):
+        source = f"{folder}/{file}"
+        data = file_bytes(source) if file.endswith(".md") and os.path.isfile(source) and not os.path.islink(source) else None
+        if not data or data in made:
+            continue
+        target, count = context_path(places.root, file), 1
+        while os.path.lexists(target) and file_bytes(target) != data:
+            suffix = f"from-{tree.name}{f'-{count}' * (count > 1)}"
+            target, count = context_path(places.root, f"{file[:-3]}.{suffix}.md"), count + 1
+        if not os.path.lexists(target):
+            make_folder(os.path.dirname(target))
+            kept.append(target)
+            atomic_write(target, data)
+
+
 # ---- the daemon's commands
 
 def is_our_daemon(pid: int, places: Places) -> bool:
@@ -10766,7 +11114,7 @@ TOPICS = {                      # where the others stand in the overview; what i
     "Messages": "message search sent trace",
     "Team": "agent claim claims group overview ping release session team who-has whoami",
     "Memory": "context prime",
-    "Setup": "completion config init migrate setup",
+    "Setup": "completion config init migrate setup worktree",
     "Upkeep": "daemon purge version help",
 }
 GROUPS = {                      # what the commands of a group are for
@@ -10778,6 +11126,7 @@ GROUPS = {                      # what the commands of a group are for
     "group": "Groups: names that stand for several agents.",
     "message": "Single messages.",
     "session": "Sessions: what you work on, and since when.",
+    "worktree": "Worktrees: a folder and a branch for each agent, with one thrum for all.",
 }
 
 
@@ -10852,7 +11201,8 @@ _VALUES = {                     # "command argument" counts before "argument"
     "--file": "files", "daemon restart --from": "files", "GROUP": "ask groups", "MEMBER": "ask names", "AGENT": "ask agents",
     "PATH": "files", "FILE": "files", "--format": "words markdown plain json", "KEY": "words " + " ".join(SETTINGS),
     "group delete NAME": "ask groups", "group info NAME": "ask groups", "group members NAME": "ask groups",
-    "agent delete NAME": "ask agents", "ping NAME": "ask agents",
+    "agent delete NAME": "ask agents", "ping NAME": "ask agents", "worktree create --path": "folders",
+    "worktree create --agent": "", "worktree remove NAME": "ask worktrees",
 }
 
 
@@ -11268,7 +11618,13 @@ async def complete(console: Console, args: Args) -> int:
     """Names for the shells, one a line.  Silent whatever is wrong, starts nothing, and lets nobody wait."""
     found = set()
     try:
-        with Client(dial(find_places(start_directory(args)).var, COMPLETE_S), COMPLETE_S) as client:
+        places = find_places(start_directory(args))
+        if args.kind == "worktrees":
+            own = sync_entries(places)
+            names = [os.path.basename(path) for entry, path in registered_worktrees(places.common) if entry not in own]
+            await console.out("".join(f"{name}\n" for name in names if WORKTREE_NAME.issuperset(name)))
+            return 0
+        with Client(dial(places.var, COMPLETE_S), COMPLETE_S) as client:
             for what, key in COMPLETED.get(args.kind, ()):
                 found |= {row[key] for row in client.call(what + ".list")[what + "s"]}
     except (ThrumError, OSError):
@@ -11429,6 +11785,16 @@ HERE = {
         Argument("WORKTREE", "the worktree to connect, instead of this one", required=False),
         Argument("--all", "every linked worktree", bool), Argument("--main-repo", "where the main worktree is")),
         "thrum setup --all", here=True, does="changes", hushed=True),
+    "worktree create": Command(worktree_create, "Make a git worktree on a branch of its own and connect it, for an agent if you like.", (
+        Argument("NAME", "its name: the folder is called REPOSITORY-NAME"), Argument("--branch", "its branch, instead of NAME"),
+        Argument("--base", "where a new branch begins, instead of HEAD"), Argument("--path", "its folder"),
+        Argument("--agent", "register this agent there, in --role (implementer) for --module (main)")),
+        "thrum worktree create login --agent bob --role implementer", here=True, does="changes", hushed=True),
+    "worktree list": Command(worktree_list, "The worktrees of this repository: who works there, and what is not merged or committed.", (),
+                             "thrum worktree list", here=True),
+    "worktree remove": Command(worktree_remove, "Remove a worktree in which nothing would be lost; its branch stays, sessions end.", (
+        Argument("NAME", "its name, path or branch, or its agent"), Argument("--force", "whatever would be lost", bool),
+        Argument("--keep-agent", "sessions go on", bool)), "thrum worktree remove login", here=True, does="changes", hushed=True),
     "migrate": Command(migrate, "Move a log that git tracks beside the code to the branch a-sync.", (), "thrum migrate", here=True,
                        does="changes"),
     "version": Command(version, "The version of this program.", here=True, does="tells"),

@@ -101,7 +101,7 @@ RIGHT = {
     "health": {},
     "daemon.stop": {},
     "agent.register": {"role": "x", "module": "new", "name": "newcomer", "display": "New", "force": True, "re_register": True,
-                       "worktree": "repo"},
+                       "worktree": "repo", "dry_run": False},
     "agent.delete": {"name": "c", "caller_agent_id": "a"},
     "agent.cleanup": {"dry_run": True, "force": False, "threshold": 3, "caller_agent_id": "a"},
     "user.register": {"username": "leon", "display": "Leon"},
@@ -335,6 +335,18 @@ def test_register_reports_who_holds_role_and_module(team):
     for way in ("force", "re_register"):
         assert team.call("agent.register", name="b_" + way, role="x", module="m", **{way: True})["status"] in ("registered", "updated")
     assert {row["agent_id"] for row in team.call("agent.list")["agents"]} == {"a", "b_force", "b_re_register"}, "nobody is deleted"
+
+
+def test_a_dry_registration_answers_as_the_real_one_would(team):
+    assert thrum.METHODS["agent.register"].preview == "dry_run"
+    params = {"name": "a", "role": "x", "module": "m"}
+    assert team.call("agent.register", **params, dry_run=True) == {"agent_id": "a", "status": "registered"}
+    assert team.call("agent.list")["agents"] == []
+    team.call("agent.register", **params)
+    assert team.call("agent.register", **{**params, "name": "b"}, dry_run=True)["status"] == "conflict"
+    assert team.call("agent.register", **params, re_register=True, dry_run=True)["status"] == "updated"
+    refused = [str(team.refused("agent.register", name="x", role="y", module="m", dry_run=dry)) for dry in (True, False)]
+    assert refused[0] == refused[1] and "conflicts with existing role 'x'" in refused[0]
 
 
 def test_register_again_writes_nothing_and_re_register_says_updated(team):

@@ -87,7 +87,7 @@ def annotation_only():
 
 
 ANNOTATION_ONLY = annotation_only()
-LAZY = {name.split(".")[0] for name in thrum.LAZY_MODULES}
+LAZY = set(thrum.LAZY_MODULES)
 
 
 def test_every_global_exists():
