@@ -282,11 +282,16 @@ def team(tmp_path_factory):
     made.close()
 
 
-def claim(repo, name, *paths, note=None, **more):
-    expires = thrum.stamp_of(time.time_ns() + 1130 * thrum.NS)
-    (repo.var / "stand-in.json").write_text(json.dumps([
-        {"claim_id": f"c{n}", "path": path, "agent_id": name, "expires_at": expires, "shared": False, **({"note": note} if note else {}),
-         **more} for n, path in enumerate(paths)]))
+def claim(repo, name, *paths, note=None):
+    """The only claims are these, of an agent; "" for none."""
+    with repo.client() as client:
+        for row in client.call("agent.list")["agents"]:
+            client.call("claim.release", caller_agent_id=row["agent_id"])
+        if name and not client.call("session.list", agent_id=name)["sessions"]:
+            client.call("agent.register", name=name, role="someone", module="core", force=True)
+            client.call("session.start", agent_id=name)
+        if name:
+            client.call("claim.take", paths=paths, ttl_s=1130, caller_agent_id=name, **({"note": note} if note else {}))
 
 
 @pytest.fixture
@@ -297,7 +302,7 @@ def tree(team):
         repo.git("clean", "-qfd")
     for name in ("held/a", "held/b", "held.txt", "free"):
         write(team.ada.path / name, "one\ntwo\nthree\n", 0o644)
-    claim(team.ada, "nobody")
+    claim(team.ada, "")
     team.ada.git("add", "-A")
     if team.ada.git("status", "--porcelain"):
         team.ada.git("commit", "-q", "--no-verify", "-m", "base")
@@ -455,7 +460,7 @@ def test_names_of_all_kinds(tree):
     assert f"and {len(ODD) - thrum.GUARD_SHOWN} more" in " ".join(text.split())
     claims = json.loads(tree.ada.run("guard", "check", "--json").stdout)["claims"]
     assert sorted(claims[0]["files"]) == sorted("held/" + name for name in ODD)
-    claim(tree.ada, "bob", "held/" + ODD[4])
+    claim(tree.ada, "bob", "held/new?line")
     assert "held/new line" in stopped(tree.ada, "-m", "x")
 
 
@@ -582,7 +587,7 @@ def commit_quietly(repo):
 @pytest.fixture
 def talk(tree):
     """@bob has answered @ada in a thread, in a new session; the thread's id."""
-    claim(tree.ada, "nobody")
+    claim(tree.ada, "")
     tree.bob.ok("session", "start")
     asked = tree.mail("How?")
     return tree, tree.bob.json("reply", asked, "So.")["thread_id"]
