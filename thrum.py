@@ -4948,6 +4948,12 @@ def guard_state(folder: str) -> list:
             for name, path in paths.items()]
 
 
+def _folders_made(found: list) -> int:
+    """How many folders were made for the hooks of a `guard_state`: theirs, the one above it, and so on."""
+    lines = [re.search(rb"made for it: (\d+)", file_bytes(hook["path"])) for hook in found if hook["state"] not in ("absent", "other")]
+    return max((int(line[1]) for line in lines if line), default=0)
+
+
 def place_guard(folder: str, force: bool = False) -> list:
     """Put our hooks into a folder; the `guard_state` before.  An edited hook of ours is left alone unless `force`."""
     if os.path.lexists(folder) and not os.path.isdir(folder):
@@ -4960,18 +4966,16 @@ def place_guard(folder: str, force: bool = False) -> list:
         if hook["state"] == "other" and hook["before"]:
             raise ThrumError(f"{hook['path']} was replaced since the guard was installed; the hook of before is in "
                              f"{hook['path']}{BEFORE}: keep one of the two")
-    made = [re.search(rb"made for it: (\d+)", file_bytes(hook["path"])) for hook in found if hook["state"] not in ("absent", "other")]
-    missing, levels = folder, 0
+    missing, made = folder, _folders_made(found)
     while not os.path.isdir(missing):
-        missing, levels = os.path.dirname(missing), levels + 1
-    levels = max([levels, *(int(number[1]) for number in made if number)])
+        missing, made = os.path.dirname(missing), made + 1
     os.makedirs(folder, 0o755, exist_ok=True)
     for hook in found:
         path = hook["path"]
         if hook["state"] == "other":
             os.rename(path, path + BEFORE)
         try:
-            write_managed(path, GUARD_HOOK.format(made=levels, before=BEFORE, command=GUARD_HOOKS[hook["hook"]], stops=GUARD_STOPS),
+            write_managed(path, GUARD_HOOK.format(made=made, before=BEFORE, command=GUARD_HOOKS[hook["hook"]], stops=GUARD_STOPS),
                           GUARD_VERSION, 0o755, force)
         except OSError:
             if hook["state"] == "other":
@@ -4982,12 +4986,12 @@ def place_guard(folder: str, force: bool = False) -> list:
 
 def guard_removal(folder: str, top: str, force: bool = False) -> list:
     """What has to be done to take our hooks out of a folder, as pairs of words and a function."""
-    steps, levels = [], 0
-    for hook in guard_state(folder):
+    found, parents, steps = guard_state(folder), [folder], []
+    while len(parents) < _folders_made(found):
+        parents.append(os.path.dirname(parents[-1]))
+    for hook in found:
         path, state = hook["path"], hook["state"]
         shown = path[len(top) + 1:] if path.startswith(top + "/") else path
-        made = re.search(rb"made for it: (\d+)", file_bytes(path)) if state not in ("absent", "other") else None
-        levels = max(levels, int(made[1]) if made else 0)
         if state == "edited" and not force:
             steps.append((f"Left: {shown}, which was edited", lambda: None))
         elif state == "other" and hook["before"]:
@@ -4996,10 +5000,7 @@ def guard_removal(folder: str, top: str, force: bool = False) -> list:
             steps.append((f"Restored: {shown}", lambda path=path: os.rename(path + BEFORE, path)))
         elif state not in ("absent", "other"):
             steps.append((f"Removed: {shown}", lambda path=path: remove(path)))
-    parents = [folder]
-    while len(parents) < levels:
-        parents.append(os.path.dirname(parents[-1]))
-    return steps + [("", lambda: remove_if_empty(*parents))] * bool(levels)
+    return steps + [("", lambda: remove_if_empty(*parents))] * bool(_folders_made(found))
 
 
 def staged_files(top: str) -> list:
@@ -10338,8 +10339,9 @@ async def daemon_run(console: Console, args: Args) -> int:
 
 # ---- the guard
 
-GUARD_S = 2                     # seconds that a commit may wait for each answer of the daemon
+GUARD_S = 2                     # seconds that a commit may wait for the daemon, before it and for its message
 GUARD_AT_ONCE = 200             # paths in a call: of the longest that there are, as many as a request holds
+REPLAYING = ("rebase-merge", "rebase-apply", "CHERRY_PICK_HEAD")       # of git's directory, while it makes commits once more
 GUARD_SHOWN = 5                 # files of a claim that are named
 
 
@@ -10427,8 +10429,11 @@ async def guard_check(console: LocalConsole, args: Args) -> int:
         readable = [path for path in paths if is_unicode(path)]
         lost = len(paths) - len(readable)
         if readable:
+            until = console.world.monotonic() + GUARD_S
             with Client(dial(places.var, GUARD_S), GUARD_S) as client:
                 for first in range(0, len(readable), GUARD_AT_ONCE):
+                    if console.world.monotonic() > until:
+                        raise Unreachable(f"the daemon takes longer than {GUARD_S} s")
                     for claim in client.call("claim.check", paths=readable[first:first + GUARD_AT_ONCE],
                                              **compact(caller_agent_id=me))["claims"]:
                         claims.setdefault(claim["claim_id"], {**claim, "files": []})["files"] += claim["files"]
@@ -10453,11 +10458,10 @@ def _claims_text(claims: list, console: Console, passes: bool) -> str:
     for claim in claims:
         files = [one_line(path) for path in claim["files"][:GUARD_SHOWN]]
         more = len(claim["files"]) - len(files)
-        left = max(0, ns_of(claim["expires_at"]) - console.world.now_ns()) / NS
         where = f" on {one_line(claim['host'])}" if claim.get("host") else ""
         note = f": {one_line(claim['note'])}" if claim.get("note") else ""
         table.append([f"  {handle(claim['agent_id'])}", f"{', '.join(files)}{f' and {more} more' if more else ''}\n"
-                      f"until {when(claim['expires_at'])[11:16]} UTC (in {span(left)}){where}{note}"])
+                      f"until {_ends_text(claim, console)}{where}{note}"])
     return ("thrum: this commit touches what others have claimed\n" if passes
             else "thrum: the commit was stopped; it touches what others have claimed\n") + rows_of(table, console.width) \
         + f"Ask: {LAUNCHER} send \"May I change …?\" --to {handle(holders[0])}\n" \
@@ -10469,12 +10473,13 @@ async def guard_message(console: LocalConsole, args: Args) -> int:
 
     A message that the editor is to begin with, empty or from a template, is left alone: with a trailer in it, git would no
     longer see that nothing was written, and commit.  Nor gets an amended one another thread: its lines came from the first.
+    What a rebase or cherry-pick replays was written in another conversation, if in any.
     """
     if args.source not in ("message", "merge", "squash", "commit") or _guard_mode(console) == "off":
         return 0
     try:
         places, me = _committer(console, args)
-        if me:
+        if me and not any(os.path.exists(f"{git_dirs(places.top)[0]}/{name}") for name in REPLAYING):
             with Client(dial(places.var, GUARD_S), GUARD_S) as client:
                 thread = client.call("session.thread", caller_agent_id=me).get("thread_id")
             if thread:

@@ -335,7 +335,7 @@ def test_a_commit_on_somebody_elses_claim_is_stopped(tree):
     tree.ada.git("add", ".")
     text = stopped(tree.ada, "-m", "x")
     assert text.splitlines()[1].split() == ["@bob", "held/a"]
-    assert "UTC (in 18m): Rewriting it" in text and "--to @bob" in text and "THRUM_GUARD=warn git commit" in text
+    assert "Z (in 18m): Rewriting it" in text and "--to @bob" in text and "THRUM_GUARD=warn git commit" in text
     assert len(text.splitlines()) == 5 and max(map(len, text.splitlines())) <= 80
     report = json.loads(tree.ada.run("guard", "check", "--json", check=thrum.GUARD_STOPS).stdout)
     assert report["checked"] == 1 and [claim["files"] for claim in report["claims"]] == [["held/a"]]
@@ -703,3 +703,27 @@ def test_a_hung_or_absent_daemon_adds_nothing_and_says_nothing_twice(talk):
         assert trailers(team.bob) == []
     finally:
         team.ada.ok("daemon", "start")
+
+
+def test_commits_that_are_made_once_more_keep_what_they_have(talk, tmp_path):
+    """A rebase and a cherry-pick run the hook too, for what somebody wrote elsewhere."""
+    team, thread = talk
+    bob = team.bob
+    bob.git("checkout", "-q", "-B", "work")
+    for n in (1, 2):
+        write(bob.path / f"new{n}", "x")
+        bob.git("add", "-A")
+        passes(bob, "-m", f"old {n}", env={"THRUM_GUARD": "off"})
+    bob.git("checkout", "-q", "bob")
+    passes(bob, "--allow-empty", "-m", "on")
+    bob.git("cherry-pick", "work~1")
+    assert bob.git("log", "-1", "--format=%s").strip() == "old 1" and trailers(bob) == []
+    bob.git("reset", "-q", "--hard", "HEAD~1")
+    bob.git("checkout", "-q", "work")
+    bob.git("rebase", "-q", "--no-ff", "bob")
+    assert bob.git("log", "-2", "--format=%s").split("\n")[:2] == ["old 2", "old 1"]
+    assert trailers(bob) == trailers(bob, "HEAD~1") == [] and trailers(bob, "HEAD~2") == both(thread)
+    bob.git("revert", "--no-edit", "HEAD")
+    assert trailers(bob) == both(thread), "to take back is a new decision"
+    bob.git("checkout", "-q", "bob")
+    bob.git("branch", "-q", "-D", "work")
