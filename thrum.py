@@ -19,7 +19,7 @@ machines on a branch of its own.  Read from the top: a section uses only those a
    12  Routing       who is told what: waiting for a message
    13  Sync          the branch that carries the log
    14  JSON-RPC      lines in, calls out (JSON-RPC 2.0)
-   18  Integrations  what is written into the user's tree: ignore files
+   18  Integrations  what is written into the user's tree: ignore files, git's hooks
    19  Operations    what is done to an installation: removal, migration
    20  Methods       what the daemon answers: one table
    21  Screen        what people see in a terminal
@@ -758,6 +758,7 @@ ENVIRONMENT = {
     "THRUM_ROLE": "* the role, over that of the identity file",
     "THRUM_MODULE": "* the module, over that of the identity file",
     "THRUM_DISPLAY": "* the display name, over that of the identity file",
+    "THRUM_GUARD": "* what the guard does about others' claims: stop (if unset), warn or off",
     "THRUM_HOSTNAME": "of the daemon: the host name stored when an agent registers",
     "THRUM_SOCKET": "the daemon's socket, instead of the one under .thrum/var",
     "THRUM_AUTOSTART": "0: do not start the daemon when it is absent; beats daemon.autostart",
@@ -1037,6 +1038,15 @@ def remove(path: str) -> None:
         pass
 
 
+def remove_if_empty(*folders: str) -> None:
+    """Remove folders, each of them inside the next, up to the first that holds something."""
+    for folder in folders:
+        try:
+            os.rmdir(folder)
+        except OSError:
+            return
+
+
 def sync_directory(path: str) -> None:
     """Make a file's creation or renaming in `path` durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -1272,6 +1282,7 @@ def save_config(thrum: str, changes: dict) -> dict:
 # ================================================================== 6  Git
 
 GIT_LOCAL_S = 5                 # seconds for a command that stays on this machine
+LITERAL = {"GIT_LITERAL_PATHSPECS": "1"}        # file names are taken as they are, also with * and : in them
 GIT_AT_ONCE = 8                 # processes of git at a time: more only wait for the disk and each other
 
 
@@ -2968,6 +2979,15 @@ class Store:
     def thread(self, thread_id: str) -> str:
         """The id a thread goes by; the same text unless it was joined with another."""
         return self.value("select into_id from thread_aliases where thread_id = ?", thread_id, default=thread_id)
+
+    def thread_in_work(self, session: dict) -> str:
+        """The thread that a session works in: of those that it refers to the one that was spoken in last, else the one in which
+        the agent answered last; "" without any.
+        """
+        named = [self.thread(value) for kind, value in self.session_pairs(session["session_id"])[1] if kind == "thread"]
+        return max(named, key=lambda thread: (self.newest_in(thread), thread)) if named else self.value(
+            "select thread_id from messages where author = ? and at > ? and reply_to is not null and deleted_at is null "
+            "order by at desc limit 1", session["agent"], session["started_at"], default="")
 
     def newest_in(self, thread_id: str) -> int:
         """The time of the newest message in a thread, 0 when there is none."""
@@ -4773,6 +4793,43 @@ def _first_lines(lines: list) -> str:
     return "\n".join(lines[:CLAIMS_NAMED] + more)
 
 
+# ---- why
+
+BLAME_S = 60                    # seconds for git to find the commit of a line: of a large file with a long history
+
+
+def read_line(top: str, path: str, line: int) -> dict:
+    """A line of a file, which is {text}, and of the commit that made it, if it is committed, {sha, author, date (in UTC), subject,
+    message, agents, threads}, the last two from its trailers.  `path` is absolute.  Raises ThrumError naming what is wrong.
+    """
+    shown, git = path[len(top) + 1:], Git(top)
+    try:
+        data = file_bytes(path) if os.path.isfile(path) and not os.path.islink(path) else None
+    except OSError as error:
+        raise ThrumError(f"cannot read {shown}: {error.strerror}") from None
+    if data is None:
+        raise ThrumError(f"{shown} is {'no file' if os.path.lexists(path) else 'not there'}")
+    if b"\0" in data:
+        raise ThrumError(f"{shown} is a binary file, which has no lines")
+    count = data.count(b"\n") + (data[-1:] not in (b"", b"\n"))
+    if not 0 < line <= count:
+        raise ThrumError(f"{shown} has no line {line}; it has {count:,}" if count else f"{shown} is empty")
+    if not git.run("ls-files", "-z", "--", shown, environ=LITERAL):
+        raise ThrumError(f"{shown} was never committed: git does not track it")
+    found = {"text": data.split(b"\n")[line - 1].decode(errors="replace")}
+    if not git.run("rev-parse", "-q", "--verify", "HEAD", check=False):
+        return found
+    sha = git.run("blame", "--porcelain", "--no-textconv", "-L", f"{line},{line}", "--", shown, timeout_s=BLAME_S).split(b" ")[0]
+    if not sha.strip(b"0"):
+        return found
+    trailers = [f"%(trailers:key=Thrum-{key},valueonly,unfold)" for key in ("Agent", "Thread")]
+    form = "--format=" + "%x00".join(["%H", "%an", "%ad", "%s", *trailers, "%B"])
+    fields = git.run("log", "--no-walk", "--no-show-signature", "--encoding=UTF-8", "--date=iso-strict-local", form, sha.decode(),
+                     environ={"TZ": "UTC0"}).decode(errors="replace").split("\0")
+    return {**found, "sha": fields[0], "author": fields[1], "date": fields[2], "subject": fields[3], "message": fields[6].strip("\n"),
+            "agents": fields[4].split(), "threads": fields[5].split()}
+
+
 # ================================================================== 12  Routing
 
 
@@ -5208,6 +5265,163 @@ Call it as `{LAUNCHER}` from the top of the worktree.
 """
 
 
+# ---- files of ours among the user's
+#
+# Such a file holds a line with `thrum-managed`, its version, and a sum of all the rest.  So the next version can replace
+# it, and one that somebody has edited is told from ours and left alone.
+
+MANAGED = "thrum-managed"
+
+
+def sealed(text: str, version: int) -> bytes:
+    """A text that holds the word `thrum-managed` once, as a file of ours."""
+    text = text.replace(MANAGED, f"{MANAGED} {version}")
+    return text.replace(MANAGED, f"{MANAGED} {hash32(text)[:12]}", 1).encode()
+
+
+def seal_of(data: bytes | None) -> tuple | None:
+    """Of a file of ours its version, and whether it is as we wrote it; None for any other."""
+    found = re.search(rb"%s ([0-9A-Z]{12}) (\d{1,4})\b" % MANAGED.encode(), data or b"")
+    if not found:
+        return None
+    text = data[:found.start(1)] + data[found.end(1) + 1:]
+    return int(found[2]), hash32(os.fsdecode(text))[:12].encode() == found[1]
+
+
+def managed_state(path: str, version: int) -> str:
+    """What is at the place of a file of ours: "absent", "installed", "outdated", "edited", or "other" for what is not ours."""
+    if not os.path.lexists(path):
+        return "absent"
+    seal = None if os.path.islink(path) or not os.path.isfile(path) else seal_of(file_bytes(path))
+    return "other" if not seal else "edited" if not seal[1] else "outdated" if seal[0] < version else "installed"
+
+
+def write_managed(path: str, text: str, version: int, mode: int = 0o644, force: bool = False) -> bool:
+    """Write or renew a file of ours; whether it was.  What is not ours, or newer, stays, and an edited one unless `force`."""
+    state, data = managed_state(path, version), sealed(text, version)
+    if state == "other" or (state == "edited" and not force) or \
+            (state == "installed" and (seal_of(file_bytes(path))[0] > version or os.stat(path).st_mode & 0o777 == mode)):
+        return False
+    atomic_write(path, data, mode)
+    return True
+
+
+# ---- the guard: git's hooks
+#
+# git asks a hook before it commits, and one when it has prepared the message.  Ours run what was there before, and then
+# `thrum guard check` and `thrum guard message`; they hold no logic, so that they seldom change.  A commit is stopped by one
+# exit status alone: whatever goes wrong on our side has another one, and lets it pass.
+
+GUARD_VERSION = 1
+GUARD_STOPS = 3                 # none that a shell, a signal, or Python gives to a program that fails
+GUARD_HOOKS = {"pre-commit": "check", "prepare-commit-msg": "message"}
+BEFORE = ".before-thrum"        # what was there is kept under this name, beside ours: it may go by the files around it
+GUARD_HOOK = """#!/bin/sh
+# thrum-managed: do not edit; 'thrum guard remove' takes it away.  Folders made for it: {made}
+if [ -x "$0{before}" ]; then "$0{before}" "$@" || exit; fi
+thrum=.thrum/bin/thrum
+[ -x "$thrum" ] || thrum=$(git rev-parse --git-common-dir)/../.thrum/bin/thrum
+[ -x "$thrum" ] || exit 0
+"$thrum" guard {command} "$@" || [ $? -ne {stops} ]
+"""
+
+
+def hooks_folder(top: str) -> str:
+    """Where git looks for the hooks of a worktree, whatever its settings say."""
+    path = Git(top).run("rev-parse", "--git-path", "hooks", as_user=True)
+    return os.path.realpath(os.path.join(top, os.fsdecode(path)[:-1]))
+
+
+def guard_state(folder: str) -> list:
+    """Our hooks in a folder: {hook, path, state as of `managed_state`, before: whether one is kept that was there before}."""
+    paths = {name: f"{folder}/{name}" for name in GUARD_HOOKS}
+    return [{"hook": name, "path": path, "state": managed_state(path, GUARD_VERSION), "before": os.path.lexists(path + BEFORE)}
+            for name, path in paths.items()]
+
+
+def _folders_made(found: list) -> int:
+    """How many folders were made for the hooks of a `guard_state`: theirs, the one above it, and so on."""
+    lines = [re.search(rb"made for it: (\d+)", file_bytes(hook["path"])) for hook in found if hook["state"] not in ("absent", "other")]
+    return max((int(line[1]) for line in lines if line), default=0)
+
+
+def place_guard(folder: str, force: bool = False) -> list:
+    """Put our hooks into a folder; the `guard_state` before.  An edited hook of ours is left alone unless `force`."""
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise ThrumError(f"git's hooks are turned off here: core.hooksPath leads to {folder}, which is not a folder")
+    if folder.endswith("/.husky/_"):
+        raise ThrumError(f"husky writes {folder} anew each time; put '{LAUNCHER} guard check' into .husky/pre-commit, and "
+                         f"'{LAUNCHER} guard message \"$@\"' into .husky/prepare-commit-msg")
+    found = guard_state(folder)
+    for hook in found:
+        if hook["state"] == "other" and hook["before"]:
+            raise ThrumError(f"{hook['path']} was replaced since the guard was installed; the hook of before is in "
+                             f"{hook['path']}{BEFORE}: keep one of the two")
+    missing, made = folder, _folders_made(found)
+    while not os.path.isdir(missing):
+        missing, made = os.path.dirname(missing), made + 1
+    os.makedirs(folder, 0o755, exist_ok=True)
+    for hook in found:
+        path = hook["path"]
+        if hook["state"] == "other":
+            os.rename(path, path + BEFORE)
+        try:
+            write_managed(path, GUARD_HOOK.format(made=made, before=BEFORE, command=GUARD_HOOKS[hook["hook"]], stops=GUARD_STOPS),
+                          GUARD_VERSION, 0o755, force)
+        except OSError:
+            if hook["state"] == "other":
+                os.rename(path + BEFORE, path)
+            raise
+    return found
+
+
+def guard_removal(folder: str, top: str, force: bool = False) -> list:
+    """What has to be done to take our hooks out of a folder, as pairs of words and a function."""
+    found, parents, steps = guard_state(folder), [folder], []
+    while len(parents) < _folders_made(found):
+        parents.append(os.path.dirname(parents[-1]))
+    for hook in found:
+        path, state = hook["path"], hook["state"]
+        shown = path[len(top) + 1:] if path.startswith(top + "/") else path
+        if state == "edited" and not force:
+            steps.append((f"Left: {shown}, which was edited", lambda: None))
+        elif state == "other" and hook["before"]:
+            steps.append((f"Left: {shown}{BEFORE}; {shown} was replaced since", lambda: None))
+        elif hook["before"]:
+            steps.append((f"Restored: {shown}", lambda path=path: os.rename(path + BEFORE, path)))
+        elif state not in ("absent", "other"):
+            steps.append((f"Removed: {shown}", lambda path=path: remove(path)))
+    return steps + [("", lambda: remove_if_empty(*parents))] * bool(_folders_made(found))
+
+
+def staged_files(top: str) -> list:
+    """The paths (bytes) that the commit which git is making changes, both names of a renamed file; ones that a merge takes over
+    from the other side as they are do not count.
+    """
+    git = Git(top)
+    environ = {name: value for name, value in os.environ.items() if name.startswith("GIT_")}    # `git commit FILE` has its own index
+
+    def differing(*other):
+        return set(git.run("diff", "--cached", "--name-only", "-z", "--no-renames", *other, environ=environ).split(b"\0")) - {b""}
+    found = differing()
+    if found and git.run("rev-parse", "-q", "--verify", "MERGE_HEAD", check=False, environ=environ):
+        found &= differing("MERGE_HEAD")
+    return sorted(found)
+
+
+def add_trailers(top: str, path: str, **trailers) -> None:
+    """Add trailers to the message of a commit (a file) that has not got them, unless it is empty: git is to refuse that one."""
+    git, text = Git(top), file_bytes(path) or b""
+    words = text.partition(b" ------------------------ >8 ------------------------\n")[0]     # below it stands what the commit changes
+    if git.run("stripspace", "--strip-comments", input=words).strip():
+        options = [word for name, value in trailers.items() for word in ("--trailer", f"{name.replace('_', '-')}: {value}")]
+        text += b"" if text.endswith(b"\n") else b"\n"       # of a merge; git would take its only line for a trailer
+        text = git.run("interpret-trailers", "--no-divider", "--where", "end", "--if-exists", "doNothing", "--if-missing", "add",
+                       *options, input=text)
+        with open(path, "wb") as file:
+            file.write(text)
+
+
 # ================================================================== 19  Operations
 #
 # Removal leaves a repository as it was before `init`, byte for byte, `.git` included.  Each step finds for itself what
@@ -5262,6 +5476,8 @@ def removal(places: Places, branch: bool) -> list:
     `branch`: also that, and what only it keeps alive.
     """
     steps, common = disconnection(places), places.common
+    for folder in sorted({hooks_folder(top) for top in {places.top, *worktrees_of(common)} if is_connected(top, places.local)}):
+        steps += guard_removal(folder, places.top)
     sync, there, last = os.path.dirname(places.sync), is_our_branch(places), []
     if there and not branch and not branch_problem(places):
         steps.insert(0, ("", lambda: commit_branch(places, "Keep what was said")))
@@ -5283,7 +5499,7 @@ def remove_sync(places: Places) -> None:
     for entry in sync_entries(places):
         shutil.rmtree(entry)
     remove_tree(os.path.dirname(places.sync))
-    _remove_if_empty(places.common + "/worktrees")
+    remove_if_empty(places.common + "/worktrees")
 
 
 def remove_branch(places: Places) -> None:
@@ -5303,20 +5519,12 @@ def remove_branch(places: Places) -> None:
                 loose[name] = path
     finally:
         git.run("update-ref", "-d", ref)
-    _remove_if_empty(places.common + "/logs/refs/heads", places.common + "/logs/refs", places.common + "/logs")
+    remove_if_empty(places.common + "/logs/refs/heads", places.common + "/logs/refs", places.common + "/logs")
     if loose:       # asked last: whatever a ref, a reflog, an index or a worktree of anybody reaches is not in this list
         unreached = git.run("prune", "-n", "--expire=now", timeout_s=PRUNE_S, check=False).decode().split()
         for name in loose.keys() & set(unreached):
             remove(loose[name])
-            _remove_if_empty(os.path.dirname(loose[name]))
-
-
-def _remove_if_empty(*folders: str) -> None:
-    for folder in folders:
-        try:
-            os.rmdir(folder)
-        except OSError:
-            return
+            remove_if_empty(os.path.dirname(loose[name]))
 
 
 def old_logs(thrum: str) -> list:
@@ -5854,6 +6062,13 @@ def session_list(context: Context, params: dict) -> dict:
         "session_id": row["session_id"], "agent_id": row["agent_id"], "started_at": stamp_of(row["started_at"]),
         **compact(ended_at=_stamp(row["ended_at"]), end_reason=row["end_reason"]), "last_seen_at": stamp_of(row["last_seen_at"]),
         **compact(intent=row["intent"], worktree=row["worktree"]), "status": "ended" if row["ended_at"] else "active"} for row in rows]}
+
+
+def session_thread(context: Context, params: dict) -> dict:
+    """The caller's open session and the thread that it works in; {} where either is missing."""
+    session = context.store.open_session(caller_of(context, params))
+    thread = session and context.store.thread_in_work(session)
+    return {"session_id": session["session_id"], "thread_id": thread} if thread else {}
 
 
 def session_heartbeat(context: Context, params: dict) -> dict:
@@ -6899,6 +7114,7 @@ METHODS = {
                           prepare=look_at_session),
     "session.list": Method(session_list, {"agent_id": str, "active_only": bool}, "Sessions, newest first.",
                            aliases={"active": "active_only"}),
+    "session.thread": Method(session_thread, CALLER, "The thread that the caller's session works in."),
     "session.heartbeat": Method(
         session_heartbeat, {"session_id!": str, "add_scopes": [PAIR], "remove_scopes": [PAIR], "add_refs": [PAIR],
                             "remove_refs": [PAIR]}, "Say that a session is alive; change its scopes and references.", writes=True,
@@ -11095,6 +11311,213 @@ async def daemon_run(console: Console, args: Args) -> int:
     return daemon_process(places, report)
 
 
+# ---- the guard
+
+GUARD_S = 2                     # seconds that a commit may wait for the daemon, before it and for its message
+GUARD_AT_ONCE = 200             # paths in a call: of the longest that there are, as many as a request holds
+REPLAYING = ("rebase-merge", "rebase-apply", "CHERRY_PICK_HEAD")       # of git's directory, while it makes commits once more
+GUARD_SHOWN = 5                 # files of a claim that are named
+
+
+def _hooks_shown(folder: str, places: Places) -> tuple:
+    """A folder of hooks as it is written, and what has to be said about its place, "" for nothing."""
+    if folder.startswith(places.top + "/") and not folder.startswith(places.common + "/"):
+        changed = Git(places.top).run("status", "--porcelain", "-z", "-uall", "--", folder, environ=LITERAL, check=False)
+        return folder[len(places.top) + 1:], "It lies in the working tree: git shows the change." if changed else ""
+    inside = (places.common, *worktrees_of(places.common))
+    return folder.replace(places.top + "/", "", 1), "" if any(folder.startswith(place + "/") for place in inside) else \
+        "It lies outside of the repository, and serves others too; where there is no thrum, our hooks do nothing."
+
+
+async def guard_install(console: LocalConsole, args: Args) -> int:
+    places = console.places
+    folder = hooks_folder(places.top)
+    before = place_guard(folder, args.force)
+    shown, remark = _hooks_shown(folder, places)
+    hooks, lines = guard_state(folder), []
+    for old, hook in zip(before, hooks):
+        word = "was edited, and is left; --force replaces it" if hook["state"] == "edited" else \
+            "is there already" if old["state"] == "installed" else "installed" if old["state"] in ("absent", "other") else "renewed"
+        lines.append([f"  {hook['hook']}", word + ("; the hook that was there comes first" if hook["before"] else "")])
+    await console.answer({"folder": folder, "hooks": hooks, **compact(remark=remark)},
+                         f"✓ Guard in {shown}\n" + rows_of(lines) + (f"  {remark}\n" if remark else "")
+                         + "A commit that touches somebody else's claim is stopped now; THRUM_GUARD=warn only warns.")
+    return 0
+
+
+async def guard_remove(console: LocalConsole, args: Args) -> int:
+    places = console.places
+    folder = hooks_folder(places.top)
+    steps = guard_removal(folder, places.top, args.force)
+    for _, step in steps:
+        step()
+    done = [words for words, _ in steps if words]
+    left = any(words.startswith("Left") and "edited" in words for words in done)
+    lines = [("  " if words.startswith("Left") else "✓ ") + words for words in done]
+    lines += ["  'thrum guard remove --force' removes it all the same"] * left
+    await console.answer({"folder": folder, "done": done}, "\n".join(
+        lines or [f"Nothing to remove: the guard is not in {_hooks_shown(folder, places)[0]}"]))
+    return 0
+
+
+async def guard_status(console: LocalConsole, args: Args) -> int:
+    places = console.places
+    folder = hooks_folder(places.top)
+    hooks, (shown, remark), mode = guard_state(folder), _hooks_shown(folder, places), _guard_mode(console)
+    words = {"absent": "not installed", "other": "not installed; there is another hook", "outdated": "of an older version; 'thrum guard "
+             "install' renews it", "edited": "installed, and edited since", "installed": "installed"}
+    present = [hook for hook in hooks if hook["state"] not in ("absent", "other")]
+    await console.answer(
+        {"folder": folder, "installed": len(present) == len(hooks), "mode": mode, "hooks": hooks, **compact(remark=remark)},
+        f"Guard in {shown}\n" + rows_of([[f"  {hook['hook']}", words[hook["state"]] + (
+            "; the hook of before comes first" if hook["before"] and hook in present else "")] for hook in hooks])
+        + (f"  {remark}\n" if remark and present else "") + (f"THRUM_GUARD is {mode}.\n" if mode != "stop" else "")
+        + ("" if present else "'thrum guard install' places it.\n"))
+    return 0
+
+
+def _guard_mode(console: Console) -> str:
+    """What the guard is to do: "stop", "warn" or "off"."""
+    mode = console.environ.get("THRUM_GUARD", "").strip().lower()
+    return mode if mode in ("warn", "off") else "stop"
+
+
+def _committer(console: LocalConsole, args: Args) -> tuple:
+    """The places of the worktree in which git commits, and whose commit it is, "" for a person's."""
+    places = find_places(args.repo or ".")      # whatever THRUM_HOME says: git is here
+    inner = LocalConsole(console.world, places, places.top, console.argv, console.program)
+    inner.args = args
+    return places, _caller_or_nobody(inner)
+
+
+async def guard_check(console: LocalConsole, args: Args) -> int:
+    """What the hook pre-commit runs: GUARD_STOPS for a commit that is to stop.  What goes wrong here lets it pass, with a line."""
+    given, mode, claims = console.environ.get("THRUM_GUARD", "").strip(), _guard_mode(console), {}
+    if mode == "off":
+        return 0
+    if given and given.lower() not in ("stop", "warn"):
+        await console.note(f"thrum: THRUM_GUARD is {one_line(given)!r}, not stop, warn or off; it counts as stop")
+    try:
+        places, me = _committer(console, args)
+        paths = [path.decode(errors="surrogateescape") for path in staged_files(places.top)]
+        readable = [path for path in paths if is_unicode(path)]
+        lost = len(paths) - len(readable)
+        if readable:
+            until = console.world.monotonic() + GUARD_S
+            with Client(dial(places.var, GUARD_S), GUARD_S) as client:
+                for first in range(0, len(readable), GUARD_AT_ONCE):
+                    if console.world.monotonic() > until:
+                        raise Unreachable(f"the daemon takes longer than {GUARD_S} s")
+                    for claim in client.call("claim.check", paths=readable[first:first + GUARD_AT_ONCE],
+                                             **compact(caller_agent_id=me))["claims"]:
+                        claims.setdefault(claim["claim_id"], {**claim, "files": []})["files"] += claim["files"]
+    except (ThrumError, OSError) as error:
+        text = os_problem(error) if isinstance(error, OSError) else str(error)
+        await console.note(f"thrum: claims were not checked, and the commit goes on: {one_line(text, ERROR_MAX)}")
+        return 0
+    if lost:
+        await console.note(f"thrum: {lost} of the files {'was' if lost == 1 else 'were'} not checked: "
+                           f"{'its name is' if lost == 1 else 'their names are'} not UTF-8")
+    if args.json:
+        await console.answer({"claims": list(claims.values()), "checked": len(readable)}, "")
+    elif claims:
+        await console.write("E", console.harmless(_claims_text(list(claims.values()), console, mode == "warn")))
+    return GUARD_STOPS if claims and mode == "stop" else 0
+
+
+def _claims_text(claims: list, console: Console, passes: bool) -> str:
+    """Which claims a commit touches: whose, on what, until when, why, and what to do about it."""
+    holders = sorted({claim["agent_id"] for claim in claims})
+    table = []
+    for claim in claims:
+        files = [one_line(path) for path in claim["files"][:GUARD_SHOWN]]
+        more = len(claim["files"]) - len(files)
+        where = f" on {one_line(claim['host'])}" if claim.get("host") else ""
+        note = f": {one_line(claim['note'])}" if claim.get("note") else ""
+        table.append([f"  {handle(claim['agent_id'])}", f"{', '.join(files)}{f' and {more} more' if more else ''}\n"
+                      f"until {_ends_text(claim, console)}{where}{note}"])
+    return ("thrum: this commit touches what others have claimed\n" if passes
+            else "thrum: the commit was stopped; it touches what others have claimed\n") + rows_of(table, console.width) \
+        + f"Ask: {LAUNCHER} send \"May I change …?\" --to {handle(holders[0])}\n" \
+        + ("" if passes else "Commit all the same: THRUM_GUARD=warn git commit …\n")
+
+
+async def guard_message(console: LocalConsole, args: Args) -> int:
+    """What the hook prepare-commit-msg runs: it adds the trailers that `why` follows, and never fails.
+
+    A message that the editor is to begin with, empty or from a template, is left alone: with a trailer in it, git would no
+    longer see that nothing was written, and commit.  Nor gets an amended one another thread: its lines came from the first.
+    What a rebase or cherry-pick replays was written in another conversation, if in any.
+    """
+    if args.source not in ("message", "merge", "squash", "commit") or _guard_mode(console) == "off":
+        return 0
+    try:
+        places, me = _committer(console, args)
+        if me and not any(os.path.exists(f"{git_dirs(places.top)[0]}/{name}") for name in REPLAYING):
+            with Client(dial(places.var, GUARD_S), GUARD_S) as client:
+                thread = client.call("session.thread", caller_agent_id=me).get("thread_id")
+            if thread:
+                add_trailers(places.top, args.file, Thrum_Thread=thread, Thrum_Agent=me)
+    except (ThrumError, OSError):
+        pass                    # the hook before this one has said what is wrong
+    return 0
+
+
+# ---- why
+
+async def why(console: LocalConsole, args: Args) -> int:
+    name, _, number = args.line.rpartition(":")
+    if not name or not (number.isascii() and number.isdigit() and len(number) < 10):
+        raise Usage(f"{one_line(args.line)!r} names no line; write FILE:LINE, such as src/main.c:42")
+    places = console.places
+    folder, base = os.path.split(os.path.join(console.cwd, name))
+    path = os.path.normpath(os.path.join(os.path.realpath(folder), base))
+    if not path.startswith(places.top + "/"):
+        raise ThrumError(f"{name} is outside of {places.top}")
+    commit = read_line(places.top, path, int(number))
+    report = {"file": path[len(places.top) + 1:], "line": int(number), "commit": None}
+    text = _line_text(report, commit["text"]) + "It is not committed yet.\n"
+    if "sha" in commit:
+        agent, thread = (next(iter(commit.pop(names)), "") for names in ("agents", "threads"))
+        report["commit"] = {key: commit[key] for key in ("sha", "author", "date", "message")}
+        problem, found = "", {"messages": [], "total": 0}
+        try:
+            with Client(reach(places)) as client:
+                for work in client.call("agent.listContext")["contexts"] if not agent else ():
+                    if any(known.get("sha") == commit["sha"] for known in work.get("unmerged_commits", ())):
+                        agent = work["agent_id"]
+                if thread:
+                    found = client.call("message.list", thread_id=thread, page_size=max(1, min(args.limit, PAGE_MAX)))
+        except Unreachable as error:
+            problem = str(error)
+        report.update(compact(agent_id=agent, thread_id=thread, problem=problem), messages=found["messages"][::-1], total=found["total"])
+        text = _line_text(report, commit["text"]) + _why_text(report, commit["subject"], console)
+    await console.answer(report, text)
+    return 0
+
+
+def _line_text(report: dict, text: str) -> str:
+    return f"{one_line(report['file'])}:{report['line']}: {one_line(text)}\n"
+
+
+def _why_text(report: dict, subject: str, console: Console) -> str:
+    commit, messages, thread = report["commit"], report["messages"], report.get("thread_id")
+    text = rows_of([
+        ["Commit:", f"{commit['sha'][:7]}  {console.bold(one_line(subject))}"],
+        ["", f"{when(commit['date'])[:16]} by {one_line(commit['author'])}"],
+        ["Agent:", handle(report["agent_id"]) if report.get("agent_id") else "not known"],
+        *([["Thread:", one_line(thread)]] if thread else [])])
+    if not thread:
+        return text + "The commit names no conversation: it has no trailer Thrum-Thread.\n"
+    if report.get("problem"):
+        return text + f"Its messages cannot be read: {one_line(report['problem'], ERROR_MAX)}\n"
+    if not messages:
+        return text + "It is not known here: it was removed, or is on another machine.\n"
+    earlier = report["total"] - len(messages)
+    return text + (f"\n{earlier:,} earlier message{'s' * (earlier > 1)} left out; --limit N shows more\n" if earlier else "") + "\n" \
+        + "\n".join(_message_text(message, console, own=True) for message in messages)
+
+
 # ---- what only tells
 
 async def version(console: Console, args: Args) -> int:
@@ -11112,7 +11535,7 @@ async def version(console: Console, args: Args) -> int:
 FIRST = ("quickstart", "send", "inbox", "reply", "wait", "status")      # what an agent needs to begin with
 TOPICS = {                      # where the others stand in the overview; what is named nowhere stands under "More"
     "Messages": "message search sent trace",
-    "Team": "agent claim claims group overview ping release session team who-has whoami",
+    "Team": "agent claim claims group guard overview ping release session team who-has whoami why",
     "Memory": "context prime",
     "Setup": "completion config init migrate setup worktree",
     "Upkeep": "daemon purge version help",
@@ -11124,6 +11547,7 @@ GROUPS = {                      # what the commands of a group are for
     "context": "What an agent writes down for its successor.",
     "daemon": "The daemon of this repository; it starts by itself.",
     "group": "Groups: names that stand for several agents.",
+    "guard": "Git hooks that hold commits to what others have claimed.",
     "message": "Single messages.",
     "session": "Sessions: what you work on, and since when.",
     "worktree": "Worktrees: a folder and a branch for each agent, with one thrum for all.",
@@ -11202,7 +11626,7 @@ _VALUES = {                     # "command argument" counts before "argument"
     "PATH": "files", "FILE": "files", "--format": "words markdown plain json", "KEY": "words " + " ".join(SETTINGS),
     "group delete NAME": "ask groups", "group info NAME": "ask groups", "group members NAME": "ask groups",
     "agent delete NAME": "ask agents", "ping NAME": "ask agents", "worktree create --path": "folders",
-    "worktree create --agent": "", "worktree remove NAME": "ask worktrees",
+    "worktree create --agent": "", "worktree remove NAME": "ask worktrees", "why LINE": "files",
 }
 
 
@@ -11797,6 +12221,18 @@ HERE = {
         Argument("--keep-agent", "sessions go on", bool)), "thrum worktree remove login", here=True, does="changes", hushed=True),
     "migrate": Command(migrate, "Move a log that git tracks beside the code to the branch a-sync.", (), "thrum migrate", here=True,
                        does="changes"),
+    "guard install": Command(guard_install, "Have git stop a commit that touches somebody else's claim.", (
+        Argument("--force", "replace hooks of ours that somebody has edited", bool),), "thrum guard install", here=True, does="changes"),
+    "guard remove": Command(guard_remove, "Take the hooks out again; those of before return.", (
+        Argument("--force", "also hooks of ours that somebody has edited", bool),), "thrum guard remove", here=True, does="changes"),
+    "guard status": Command(guard_status, "Which hooks are installed, and where.", (), "thrum guard status", here=True),
+    "guard check": Command(guard_check, f"Whether staged files are claimed by others; exit status {GUARD_STOPS} if so.", (),
+                           "thrum guard check", here=True, failure=0),
+    "guard message": Command(guard_message, "", (Argument("FILE", ""), Argument("SOURCE", "", required=False),
+                                                 Argument("SHA", "", required=False)), here=True, failure=0),
+    "why": Command(why, "Which commit, agent and conversation a line of a file came from.", (
+        Argument("LINE", "FILE:LINE"), Argument("--limit", "how many messages, at most 100", int, 10)),
+        "thrum why src/parser.py:42", here=True),
     "version": Command(version, "The version of this program.", here=True, does="tells"),
     "help": Command(help_command, "Help on a command.", (Argument("COMMAND", "which", required=False, many=True),),
                     "thrum help send", here=True, does="tells"),
@@ -11826,7 +12262,7 @@ HERE = {
 }
 HERE["setup worktree"] = HERE["setup"]
 UNPLACED = ("init", "setup", "setup worktree", "version", "help", "complete",          # these need no installation
-            *(f"completion {_name}" for _name in SHELLS))
+            "guard check", "guard message", *(f"completion {_name}" for _name in SHELLS))
 
 
 def start_directory(args: Args) -> str:

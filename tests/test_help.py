@@ -12,10 +12,10 @@ NAMES = [name for name, row in ROWS.items() if row.help]
 TOPS = sorted({name.split(" ")[0] for name in NAMES})
 GROUPS = [name for name in TOPS if name not in ROWS]
 LINES, COLUMNS = 24, 80         # a screen
-HIDDEN = {"complete", "daemon run"}
+HIDDEN = {"complete", "daemon run", "guard message"}
 # The last words of commands that change something; a command with another one only reads or tells.
-CHANGING = {"add", "archive", "claim", "cleanup", "clear", "create", "delete", "edit", "end", "heartbeat", "init", "migrate", "preamble",
-            "purge", "quickstart", "read", "register", "release", "remove", "reply", "restart", "run", "save", "send", "set",
+CHANGING = {"add", "archive", "claim", "cleanup", "clear", "create", "delete", "edit", "end", "heartbeat", "init", "install", "migrate",
+            "preamble", "purge", "quickstart", "read", "register", "release", "remove", "reply", "restart", "run", "save", "send", "set",
             "set-intent", "set-task", "setup", "start", "stop", "sync", "unset", "update", "worktree"}
 
 

@@ -121,6 +121,7 @@ RIGHT = {
     "session.start": {"agent_id": "a", "scopes": [{"type": "module", "value": "m"}], "refs": [{"type": "pr", "value": "1"}]},
     "session.end": {"session_id": "SESSION", "reason": "done"},
     "session.list": {"agent_id": "a", "active_only": True},
+    "session.thread": {"caller_agent_id": "ada"},
     "session.heartbeat": {"session_id": "SESSION", "add_scopes": [{"type": "t", "value": "v"}],
                           "remove_scopes": [{"type": "t", "value": "w"}], "add_refs": [{"type": "t", "value": "v"}],
                           "remove_refs": [{"type": "t", "value": "w"}]},
