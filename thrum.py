@@ -1282,7 +1282,6 @@ def save_config(thrum: str, changes: dict) -> dict:
 # ================================================================== 6  Git
 
 GIT_LOCAL_S = 5                 # seconds for a command that stays on this machine
-LITERAL = {"GIT_LITERAL_PATHSPECS": "1"}        # file names are taken as they are, also with * and : in them
 GIT_AT_ONCE = 8                 # processes of git at a time: more only wait for the disk and each other
 
 
@@ -4814,7 +4813,7 @@ def read_line(top: str, path: str, line: int) -> dict:
     count = data.count(b"\n") + (data[-1:] not in (b"", b"\n"))
     if not 0 < line <= count:
         raise ThrumError(f"{shown} has no line {line}; it has {count:,}" if count else f"{shown} is empty")
-    if not git.run("ls-files", "-z", "--", shown, environ=LITERAL):
+    if not git.run("ls-files", "-z", "--", shown):
         raise ThrumError(f"{shown} was never committed: git does not track it")
     found = {"text": data.split(b"\n")[line - 1].decode(errors="replace")}
     if not git.run("rev-parse", "-q", "--verify", "HEAD", check=False):
@@ -10848,7 +10847,7 @@ def _take_away(world: World, places: Places, path: str) -> None:
     for entry, registered in registered_worktrees(places.common):
         if registered == path:
             shutil.rmtree(entry)
-    _remove_if_empty(places.common + "/worktrees")
+    remove_if_empty(places.common + "/worktrees")
     if os.path.lexists(aside):
         try:
             shutil.rmtree(aside)
@@ -11050,7 +11049,7 @@ async def worktree_remove(console: LocalConsole, args: Args) -> int:
     try:
         if stays:
             shutil.rmtree(tree.entry)
-            _remove_if_empty(places.common + "/worktrees")
+            remove_if_empty(places.common + "/worktrees")
         else:
             _keep_context(tree, places, kept)
             _take_away(console.world, places, path)
