@@ -11321,7 +11321,7 @@ GUARD_SHOWN = 5                 # files of a claim that are named
 def _hooks_shown(folder: str, places: Places) -> tuple:
     """A folder of hooks as it is written, and what has to be said about its place, "" for nothing."""
     if folder.startswith(places.top + "/") and not folder.startswith(places.common + "/"):
-        changed = Git(places.top).run("status", "--porcelain", "-z", "-uall", "--", folder, environ=LITERAL, check=False)
+        changed = Git(places.top).run("status", "--porcelain", "-z", "-uall", "--", folder, check=False)
         return folder[len(places.top) + 1:], "It lies in the working tree: git shows the change." if changed else ""
     inside = (places.common, *worktrees_of(places.common))
     return folder.replace(places.top + "/", "", 1), "" if any(folder.startswith(place + "/") for place in inside) else \
