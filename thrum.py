@@ -4788,6 +4788,7 @@ class Method(Record):
     preview: str = ""           # with this parameter, or without it if it begins with "!", it changes nothing and is a read
     indexes: bool = False       # every message has to be in the full-text index first
     elsewhere: str = ""         # it is for WebSocket clients only, and this is what others are told
+    slow: bool = False          # it asks git for a while: threads of their own, so that it keeps no quick question waiting
 
 
 def check_params(method: Method, params) -> dict:
@@ -7792,7 +7793,7 @@ def example_of(name: str, row: Command) -> str:
 # ================================================================== 23  Daemon
 #
 # One thread runs the event loop and touches no disk; one, the writer, owns the ledger; a few answer questions, each
-# with its own connection.  Requests that arrive while the writer syncs become its next batch.
+# with its own connection, and two more those that take git a while.  Requests that arrive while the writer syncs become its next batch.
 #
 # Commands come as records (kind, 4-byte length, bytes) instead of JSON-RPC; the first byte tells them apart.
 #
@@ -7813,7 +7814,9 @@ def example_of(name: str, row: Command) -> str:
 CONNECT_S = 5                   # seconds to be accepted by the daemon
 ANSWER_S = 15                   # seconds without a word after which a client asks whether the daemon lives: over CALL_S
 READERS = 4                     # threads that answer questions: sqlite3 releases the GIL while it works
+SLOW_READERS = 2                # threads for slow methods: each starts up to GIT_AT_ONCE processes
 CALL_S = 10                     # seconds for one method
+SLOW_S = 120                    # seconds for a slow one: a look at a hundred worktrees
 IDLE_S = 300                    # seconds after which a connection that says nothing is closed, as in the reference
 WRITE_S = 10                    # seconds that a client may take to read what it asked for
 STOP_S = 5                      # seconds for what is in flight when the daemon stops
@@ -8065,7 +8068,7 @@ class Daemon:
         self.last_seq = 0           # what readers can see; the journal may be one batch ahead
         self._writes = queue.SimpleQueue()      # lists of (request, future); None to end
         self._collected = []        # what has come in this turn of the loop
-        self._stores = queue.SimpleQueue()      # (generation, connection) for each reader
+        self._pools = {}            # slow or not -> threads that answer, and (generation, connection) for each of them
         self._server = None
         self.room = CONNECTIONS_MAX
 
@@ -8079,9 +8082,11 @@ class Daemon:
         self.ledger.facts["stop"] = lambda: self.loop.call_soon_threadsafe(self.stopping.set)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self.stopping.set)
-        self._readers = concurrent.futures.ThreadPoolExecutor(READERS, "thrum-reader")
-        for _ in range(READERS):
-            self._stores.put((self.ledger.generation, Store(self.places.database, self.world)))
+        for slow, count in ((False, READERS), (True, SLOW_READERS)):
+            stores = queue.SimpleQueue()
+            for _ in range(count):      # the slow ones connect when they are first asked
+                stores.put((0, None) if slow else (self.ledger.generation, Store(self.places.database, self.world)))
+            self._pools[slow] = concurrent.futures.ThreadPoolExecutor(count, "thrum-slow" if slow else "thrum-reader"), stores
         writer = threading.Thread(target=self._write_batches, name="thrum-writer")
         writer.start()
         self._server = await asyncio.start_unix_server(self._serve, sock=listener, backlog=BACKLOG)
@@ -8107,7 +8112,8 @@ class Daemon:
             self.log.warning("who was here was not noted: %s", error)
         self._writes.put(None)
         await self.loop.run_in_executor(None, writer.join)
-        self._readers.shutdown()
+        for threads, _ in self._pools.values():
+            threads.shutdown()
 
     async def _housekeeping(self) -> None:
         """What has to be done from time to time; nothing is done, and nothing wakes, more often than once a minute."""
@@ -8208,26 +8214,29 @@ class Daemon:
 
     # ---- questions
 
-    async def _read(self, handler, params):
+    async def _read(self, handler, params, slow: bool = False):
+        threads, stores = self._pools[slow]
+        limit_s = SLOW_S if slow else QUERY_S
         try:
-            return await self.loop.run_in_executor(self._readers, self._read_now, handler, params)
+            return await self.loop.run_in_executor(threads, self._read_now, stores, limit_s, handler, params)
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):
                 raise
             healed = await self._write(HEAL)
             self.log.error("the database is damaged (%s); made anew: %s", error, healed)
-            return await self.loop.run_in_executor(self._readers, self._read_now, handler, params)
+            return await self.loop.run_in_executor(threads, self._read_now, stores, limit_s, handler, params)
 
-    def _read_now(self, handler, params):
-        generation, store = self._stores.get()
+    def _read_now(self, stores, limit_s: float, handler, params):
+        generation, store = stores.get()
         try:
             if generation != self.ledger.generation:    # the database was replaced
-                store.close()
+                if store:
+                    store.close()
                 generation, store = self.ledger.generation, Store(self.places.database, self.world)
             context = Context(self.world, store, self.ledger)
-            return store.within(QUERY_S, lambda: handler(context, params))
+            return store.within(limit_s, lambda: handler(context, params))
         finally:
-            self._stores.put((generation, store))
+            stores.put((generation, store))
 
     async def _wait(self, handler, params: dict, connection: Connection) -> dict:
         """Long-poll: ask, and ask again whenever something came, until there is an answer or the time is up."""
@@ -8289,7 +8298,7 @@ class Daemon:
             only_reads = method.preview and bool(checked.get(method.preview.lstrip("!"))) != (method.preview[0] == "!")
             if method.writes and not only_reads:
                 return await self._write(lambda context: context.store.once(key, lambda: method.handler(context, checked)))
-            return await self._read(method.handler, checked)
+            return await self._read(method.handler, checked, method.slow)
         except (ThrumError, asyncio.CancelledError, ConnectionError):
             raise
         except Exception as error:
@@ -8756,7 +8765,8 @@ class Client:
         line = json.dumps({"jsonrpc": "2.0", "id": self._id, "method": method, "params": params}).encode() + b"\n"
         if len(line) > REQUEST_MAX:
             raise InvalidRequest(f"{method}: the request is larger than {REQUEST_MAX:,} bytes")
-        self._sock.settimeout(self._answer_s + params.get("timeout_ms", WAIT_DEFAULT_MS if method == "message.wait" else 0) / 1000)
+        waits_s = params.get("timeout_ms", WAIT_DEFAULT_MS if method == "message.wait" else 0) / 1000
+        self._sock.settimeout(self._answer_s + (SLOW_S if method in METHODS and METHODS[method].slow else waits_s))
         reply = {}
         try:
             self._sock.sendall(line)

@@ -1044,6 +1044,31 @@ def test_a_disk_that_does_not_answer_fails_the_call_and_delays_no_reader(make_re
         assert sorted(m["body"]["content"] for m in client.call("message.list")["messages"]) == ["again", "slow"]
 
 
+def test_slow_methods_keep_no_quick_one_waiting(make_repo, foreground):
+    """More of them than the daemon has threads of both kinds."""
+    repo = prepare(make_repo())
+    foreground(repo, """
+import threading
+opened, begun = threading.Event(), threading.Semaphore(0)
+def slow(context, params):
+    begun.release()
+    return {"opened": opened.wait(30), "agents": len(context.store.agents())}
+def both(context, params):
+    return {"begun": [begun.acquire(timeout=30) for _ in range(thrum.SLOW_READERS)]}
+thrum.METHODS["slow.git"] = thrum.Method(slow, {}, "Slow.", slow=True)
+thrum.METHODS["slow.both"] = thrum.Method(both, {}, "When as many run as there are threads for.")
+thrum.METHODS["slow.open"] = thrum.Method(lambda context, params: {"set": opened.set()}, {}, "Open.")
+""")
+    with repo.client() as client:
+        register(client, "ada", "bob")
+        waiting = [Raw(repo).call("slow.git") for _ in range(thrum.READERS + thrum.SLOW_READERS)]
+        assert client.call("slow.both") == {"begun": [True] * thrum.SLOW_READERS}
+        assert client.call("message.send", content="quick", mentions=["@bob"], caller_agent_id="ada")["message_id"]
+        assert client.call("message.list")["total"] == 1
+        client.call("slow.open")
+        assert [raw.reply()["result"] for raw in waiting] == [{"opened": True, "agents": 2}] * len(waiting)
+
+
 def test_a_question_that_takes_too_long_is_interrupted(make_repo, foreground):
     """In a reader and in the writer: an error that says so, and the next question is answered."""
     repo = prepare(make_repo())
@@ -1169,6 +1194,6 @@ def test_another_user_is_not_served(make_repo, tmp_path):
 
 
 def test_the_table_of_limits_is_finite():
-    for name in ("CONNECT_S", "CALL_S", "IDLE_S", "WRITE_S", "STOP_S", "START_S", "QUERY_S", "AWAY_S"):
+    for name in ("CONNECT_S", "CALL_S", "SLOW_S", "IDLE_S", "WRITE_S", "STOP_S", "START_S", "QUERY_S", "AWAY_S"):
         assert 0 < getattr(thrum, name) <= 300, name
     assert resource.getrlimit(resource.RLIMIT_NOFILE)
