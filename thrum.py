@@ -6395,7 +6395,7 @@ def session_set_task(context: Context, params: dict) -> dict:
 
 def team_list(context: Context, params: dict) -> dict:
     """Everybody with an open session, or with `include_offline` everybody, and what is shared."""
-    seen, members, claims = context.ledger.seen, [], {}
+    seen, members, claims, conflicts = context.ledger.seen, [], {}, known_conflicts(context)
     live, held = _live_claims(context)
     for claim in live:
         if claim["claim_id"] in held:
@@ -6410,6 +6410,8 @@ def team_list(context: Context, params: dict) -> dict:
                       current_task=work.get("current_task"), branch=work.get("branch"), git_updated_at=work.get("git_updated_at")),
             "unmerged_commits": len(work.get("unmerged_commits", [])), "file_changes": work.get("file_changes", []),
             "uncommitted_files": work.get("uncommitted_files", []), "claims": claims.get(row["agent_id"], []),
+            "conflicts": [{"with": pair["with"], "files": [file["path"] for file in pair["files"]]}
+                          for pair in conflicts.get(row["agent_id"], [])],
             "inbox_total": row["inbox_total"], "inbox_unread": row["inbox_unread"], "status": "active" if row["session_id"] else "offline"})
     everybody, groups = context.store.shared_messages()
     shared = {"broadcast_total": everybody, "groups": [{"name": name, "total": total} for name, total in groups]}
@@ -8181,6 +8183,10 @@ async def overview(console: Console, args: Args) -> int:
     work, inbox = report.get("work_context", {}), report.get("inbox")
     if "git_updated_at" in work:
         text += f"Branch info: {len(work.get('unmerged_commits', []))} commits, {len(_files_of(work))} files\n"
+    conflicts = next((member["conflicts"] for member in (await console.call("team.list"))["members"] if member["agent_id"] == me), [])
+    if conflicts:
+        report["conflicts"] = conflicts
+        text += "".join(f"Conflict: {_conflict_line(pair, console)}\n" for pair in conflicts[:TEAM_FILES])
     text += "\nTeam:\n" if others else "\nTeam: nobody else is active\n"
     text += _team_rows(console, [[f"  ● {handle(work['agent_id'])}", one_line(work.get("branch", ""), 30), _age_of(work, console),
                                  one_line(work.get("intent", ""))] for work in others])
@@ -8250,6 +8256,7 @@ def _teammate_text(member: dict, console: Console) -> str:
         text += "  Files:    (no changes)\n"
     if member["claims"]:
         text += f"  Claims:   {one_line(', '.join(member['claims']), left)}\n"
+    text += "".join(f"  Conflict: {_conflict_line(pair, console)}\n" for pair in member["conflicts"][:TEAM_FILES])
     table = [[path_shown(change["path"]), console.ago(change["last_modified"]), f"+{change['additions']} -{change['deletions']}"]
              for change in sorted(files, key=lambda change: change["last_modified"], reverse=True)[:TEAM_FILES]]
     for n, line in enumerate(rows_of(table).splitlines() if table else ()):
@@ -8258,6 +8265,11 @@ def _teammate_text(member: dict, console: Console) -> str:
 
 
 WHO_HAS_FILES = 10              # files of one agent that are named below a folder
+
+
+def _conflict_line(pair: dict, console: Console) -> str:
+    """With whom somebody's work would not merge, and where."""
+    return console.bold(f"with {handle(pair['with'])}") + f": {one_line(', '.join(pair['files']), max(console.width - 40, 20))}"
 
 
 async def who_has(console: Console, args: Args) -> int:
@@ -9797,6 +9809,7 @@ class Daemon:
         self._pools = {}            # slow or not -> threads that answer, and (generation, connection) for each of them
         self._acted = set()         # agents that have done something since their worktrees were looked at
         self._server = None
+        self._works = {}            # worktree -> what git said about it when it was looked at last
         self._looking = None        # the task that looks for conflicts
         self._changed = False       # whether it has to look again
         self._looked_at = -LOOK_S   # monotonic s
@@ -10116,7 +10129,13 @@ class Daemon:
             def change(context):
                 context.prepared = prepared
                 return context.store.once(key, lambda: method.handler(context, checked))
-            return await (self._queue(change, checked, connection) if method.queues else self._write(change))
+            done = await (self._queue(change, checked, connection) if method.queues else self._write(change))
+            if prepared:
+                work = {**prepared, "git_updated_at": ""}
+                if self._works.get(work["worktree_path"]) != work:
+                    self._works[work["worktree_path"]] = work
+                    self.worktrees_changed()
+            return done
         except (ThrumError, asyncio.CancelledError, ConnectionError):
             raise
         except Exception as error:
