@@ -4689,9 +4689,13 @@ def holding(claims: list) -> list:
     return found
 
 
+def _minute_of(ns: int) -> str:
+    return stamp_of(ns)[:16].replace("T", " ") + "Z"
+
+
 def until(claim: dict, now_ns: int) -> str:
     """When a claim ends on this machine: `until 2026-03-10 09:45Z (in 18m)`."""
-    return f"until {stamp_of(claim['expires_at'])[:16].replace('T', ' ')}Z (in {span((claim['expires_at'] - now_ns) / NS + 0.5)})"
+    return f"until {_minute_of(claim['expires_at'])} (in {span((claim['expires_at'] - now_ns) / NS + 0.5)})"
 
 
 def notice(context: Context, recipients: list, text: str, key: str, refs: list = (), structured: dict | None = None) -> dict | None:
@@ -7336,7 +7340,7 @@ def _refuse_claim(context: Context, wanted: Waiting, live: list, ticket) -> None
             break
         as_claims = [{"agent_id": first.agent_id, "path": path, "shared": first.shared} for path in first.paths]
         if not any(stands(claim, first.agent_id, first.paths, first.shared) for claim in mine):
-            path = next((path for claim in as_claims if (path := stands(claim, wanted.agent_id, wanted.paths, wanted.shared))), None)
+            path = next((claim["path"] for claim in as_claims if stands(claim, wanted.agent_id, wanted.paths, wanted.shared)), None)
             before += [(path, first)] if path else []
     if not against and not before:
         return
@@ -7347,10 +7351,11 @@ def _refuse_claim(context: Context, wanted: Waiting, live: list, ticket) -> None
     now = context.world.now_ns()
     if against:
         path, claim = against[0]
+        since = min(claim["granted_at"], claim["expires_at"] - claim["ttl_s"] * NS)     # its stamp may be ahead of our clock
         as_what = f" as {claim['path']}" if claim["path"] != path else ""
         text = f"{path} is claimed{as_what} by @{claim['agent_id']}{_on_host(claim, context.ledger.daemon_id)}" \
-               f"{' (shared)' if claim['shared'] else ''} since {stamp_of(claim['granted_at'])[:16].replace('T', ' ')}Z " \
-               f"{until(claim, now)}{_in_quotes(claim['note'])}"
+               f"{' (shared)' if claim['shared'] else ''} " \
+               f"since {_minute_of(since)} {until(claim, now)}{_in_quotes(claim['note'])}"
     else:
         path, first = before[0]
         text = f"@{first.agent_id} waits for {path} already"
@@ -7372,7 +7377,7 @@ def claim_take(context: Context, params: dict) -> dict:
     if not paths:
         raise InvalidParams("name at least one path to claim; '.' is the whole repository")
     if ttl_s is not None and not 0 < ttl_s <= TTL_MAX_S:
-        raise InvalidParams(f"the time of a claim must be between 1s and {span(TTL_MAX_S)}")
+        raise InvalidParams(f"ttl_s must be between 1 and {TTL_MAX_S} seconds")
     if not agent:
         raise ThrumError(f"agent not found: {agent_id} is not registered")
     session = store.open_session(agent_id) if agent["kind"] == "user" else session_of(context, agent_id)
