@@ -4846,8 +4846,8 @@ def read_line(top: str, path: str, line: int) -> dict:
 #
 # Whether two worktrees would merge is what merge-tree(1) says of two commits.  The commit of a worktree with changes is made
 # from a copy of its index; objects go to a folder of ours, behind which git finds those of the repository.  So no worktree,
-# index, ref or object of the repository is touched.  Names, dates and parents are fixed: the same work is the same commit,
-# and what was merged once is known.
+# index, ref or object of the repository is touched (git renews the time of an object that it would have written again).
+# Names, dates and parents are fixed: the same work is the same commit, and what was merged once is known.
 
 MERGE_GIT = "2.38"              # the first git whose merge-tree can do a real merge
 MERGE_S = 10                    # seconds for one merge: renames are looked for
@@ -4873,14 +4873,16 @@ class Present(Record):
 
 
 def parse_merge(data: bytes) -> tuple:
-    """The output of `git merge-tree -z --messages`: the tree, {path: {stage: (mode, object)}}, [(kind, paths)] of the conflicts."""
+    """The output of `git merge-tree -z`: the tree, {path: {stage: (mode, object)}}, [(kind, paths)] of the conflicts."""
     parts = iter(data.split(b"\0"))
     tree, stages, found = next(parts).decode(), {}, []
     for part in iter(lambda: next(parts, b""), b""):
         info, path = part.split(b"\t", 1)
         mode, name, stage = info.decode().split(" ")
         stages.setdefault(path, {})[int(stage)] = mode, name
-    for count in iter(lambda: next(parts, b""), b""):
+    for count in parts:
+        if not count.isdigit():     # of submodules it goes on with advice
+            break
         paths = [next(parts) for _ in range(int(count))]
         kind = re.fullmatch(r"CONFLICT \((.*)\)", next(parts).decode())       # else a note about a file that has merged
         next(parts)             # a sentence for people
@@ -4894,6 +4896,8 @@ def conflict_ranges(merged: bytes, names: tuple, versions: tuple) -> list:
 
     Where a version has no lines of its own, `last` is the line before, and `first` the one after it.
     """
+    if any(b" " + name.encode() in version for name in names for version in versions):
+        return [[], []]         # a merge of a merge, where renamed files meet: these are lines of neither
     lines, sides, blocks, at = _lines(merged), ([], []), [], 0
     for begin, line in enumerate(lines):
         marker = re.match(b"(<+) " + names[0].encode() + b"(:|$)", line) if begin >= at else None
@@ -5075,19 +5079,19 @@ class Conflicts:
 
     def _merge(self, top: str, a: str, b: str) -> list:
         tree, stages, found = parse_merge(self._run(
-            top, "merge-tree", "--write-tree", "-z", "--messages", "--allow-unrelated-histories", a, b, statuses=(0, 1)))
+            top, "merge-tree", "--write-tree", "-z", "--allow-unrelated-histories", a, b, statuses=(0, 1)))
+        # Without --messages there are some only if it does not merge; then there are also those of what was resolved.
+        found = [(kind, paths) for kind, paths in found if not stages.keys().isdisjoint(paths)] or found
         files = {}
+
+        def own(path):          # a file in the way of a folder of that name is put aside as `name~commit`
+            return path_text(re.sub(rb"~(%s|%s)(_\d+)?$" % (a.encode(), b.encode()), b"", path))
         for kind, paths in found:
             if kind == "contents" and 1 not in stages.get(paths[0], {1: ""}):
                 kind = "add/add"
             if paths[0] not in files or files[paths[0]]["kind"] in ("contents", "add/add"):
-                files[paths[0]] = {"path": path_text(paths[0]), "kind": kind}
-                if len(paths) > 1:
-                    files[paths[0]]["names"] = [path_text(path) for path in paths[1:]]
-        named = {path for _, paths in found for path in paths}
-        for path in stages:
-            if path not in named:
-                files[path] = {"path": path_text(path), "kind": "contents"}
+                names = [name for name in map(own, paths[1:]) if name != own(paths[0])]
+                files[paths[0]] = {"path": own(paths[0]), "kind": kind, **({"names": names} if names else {})}
         texts = {path: [tree.encode() + b":" + path, *(name.encode() for _, name in sides)] for path in files
                  if len(sides := [stages[path][stage] for stage in (2, 3) if stage in stages.get(path, ())]) == 2
                  and all(mode.startswith("100") for mode, _ in sides)}
@@ -9920,7 +9924,13 @@ class Daemon:
                 await self.call("session.heartbeat", {"session_id": session_id}, None)
 
     def worktrees_changed(self) -> None:
-        """Look for conflicts in the background, and tell those whom they concern; a look for all calls of LOOK_S."""
+        """Look for conflicts in the background, and tell those whom they concern; one look for all calls within LOOK_S.
+
+        Any thread may call it.
+        """
+        self.loop.call_soon_threadsafe(self._look_soon)
+
+    def _look_soon(self) -> None:
         self._changed = True
         if not self._looking or self._looking.done():
             self._looking = self.loop.create_task(self._look_for_conflicts())
