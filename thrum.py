@@ -4380,17 +4380,16 @@ class Work:
             since = git.run("merge-base", base, head, check=False).decode().strip()
             return since, parse_changes(git.run("diff-tree", "-r", "-M", "--raw", "--numstat", "-z", since, head)) if since else {}
         log, (since, changes) = together([
-            lambda: git.run("log", "-z", "-n", str(WORK_COMMITS), "--no-renames", "--name-only", "--format=%x01%H%x02%at%x02%s",
-                            f"{base}..{head}"),
-            differences])
-        commits, times = [], {}
-        for part in filter(None, log.split(b"\0")):
-            header = re.fullmatch(rb"\x01([0-9a-f]{40,64})\x02(\d+)\x02(.*)", part, re.DOTALL)
-            if header:
-                at = int(header[2])
-                commits.append({"sha": header[1].decode(), "message": printable(path_text(header[3])), "files": []})
+            lambda: git.run("log", "-z", "-n", str(WORK_COMMITS), "--no-renames", "--name-only", "--no-show-signature", "--encoding=UTF-8",
+                            "--format=%x00%H%x00%at%x00%s", f"{base}..{head}"), differences])
+        commits, times, parts, first = [], {}, iter(log.split(b"\0")), False
+        for part in parts:
+            if not part:        # before each commit: no path is empty
+                sha, at, subject = next(parts, b""), next(parts, b"0"), next(parts, b"")
+                at, first = max(0, min(int(at), FAR // NS - 1)), True       # somebody's program wrote it
+                commits += [{"sha": sha.decode(), "message": printable(path_text(subject)), "files": []}] if sha else []
                 continue
-            path = path_text(part.lstrip(b"\n") if not commits[-1]["files"] else part)
+            path, first = path_text(part[1:] if first else part), False     # a newline stands before the first
             times.setdefault(path, at)
             if len(commits[-1]["files"]) < COMMIT_FILES:
                 commits[-1]["files"].append(path)
@@ -4410,6 +4409,8 @@ class Work:
             changes = parse_changes(Git(top).run("diff", "--raw", "--numstat", "-z", "-M", "--no-ext-diff", "--no-textconv", since, *only))
         found, folder = {}, os.fsencode(top) + b"/"
         for entry in state.entries:
+            if entry.path in found:     # taken out of the index, but still there
+                continue
             try:
                 changed_ns = os.lstat(folder + entry.raw).st_mtime_ns
             except OSError:     # deleted
@@ -4427,7 +4428,7 @@ class Work:
         state, base = together([lambda: self.state(top), lambda: self.base(top)])
         ahead = self.ahead(top, base, state.head)
         changes = {**ahead.changes, **self.uncommitted(top, state, ahead)}
-        lists = {"uncommitted_files": [entry.path for entry in state.entries], "changed_files": list(ahead.changes),
+        lists = {"uncommitted_files": list(dict.fromkeys(entry.path for entry in state.entries)), "changed_files": list(ahead.changes),
                  "file_changes": list(changes.values())}
         return {"branch": state.branch, "worktree_path": printable(top), "unmerged_commits": ahead.commits,
                 **{name: items[:WORK_FILES] for name, items in lists.items()}, "git_updated_at": at}
@@ -4442,7 +4443,7 @@ class Work:
         commits, blobs = sorted({state.head for state in heads.values()} - {""}), {}
         if path and "\n" not in path:
             wanted = "".join([f"{commit}:{path}\n" for commit in commits]).encode()
-            told = Git(self.places.root).run("cat-file", "--batch-check=%(objecttype) %(objectname)", input=wanted).splitlines()
+            told = Git(self.places.root).run("cat-file", "--batch-check=%(objecttype) %(objectname)", input=wanted).split(b"\n")
             blobs = {commit: line[5:].decode() for commit, line in zip(commits, told) if line.startswith(b"blob ")}
             blobs.update((commit, "") for commit, line in zip(commits, told) if line.endswith(b" missing"))
 
@@ -4452,7 +4453,7 @@ class Work:
             base = main if os.path.realpath(top) == os.path.realpath(self.places.root) else linked
             try:
                 if blob is None or not _is_untouched(top, path, blob):
-                    return self._changes_in(top, path, base)
+                    return self._changes_in(top, _own_part(top, path), base)
                 return state, [], self._committed(top, path, base, state.head)
             except GitError as error:
                 logging.getLogger("thrum").warning("%s: %s", top, error)
@@ -4481,6 +4482,13 @@ class Work:
         return [change for change in self.ahead(top, base, head).changes.values() if _concerns(change, path)]
 
 
+def _own_part(top: str, path: str) -> str:
+    """Of a path in a submodule the submodule's own, which is all that the repository around it knows; else `path` itself."""
+    parts = path.split("/")
+    above = ("/".join(parts[:end]) for end in range(1, len(parts)))
+    return next((folder for folder in above if os.path.lexists(f"{top}/{folder}/.git")), path)
+
+
 def _concerns(change: dict, path: str) -> bool:
     """Whether a FileChange is about a file, or something below a folder."""
     return is_below(change["path"], path) or is_below(change.get("renamed_from", "\0"), path)
@@ -4492,7 +4500,9 @@ def _is_untouched(top: str, path: str, blob: str) -> bool:
     It is when the index has that blob, and the file's stat is the one that the index remembers, which is how git itself knows.
     Whatever is the least bit unusual is not certain, and left to git.  (gitformat-index(5), versions 2 and 3.)
     """
-    raw = os.fsencode(path)
+    raw, folder = os.fsencode(path), os.path.dirname(f"{top}/{path}")
+    if os.path.realpath(folder) != os.path.join(os.path.realpath(top), os.path.dirname(path)).rstrip("/"):
+        return False            # a link is in the way: what lies behind it is not the repository's
     try:
         stat = os.lstat(os.fsencode(top) + b"/" + raw)
     except OSError:
