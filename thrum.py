@@ -2409,9 +2409,9 @@ class Store:
                                           (session_id,))) for kind in ("scope", "ref"))
 
     def open_worktrees(self, daemon_id: str) -> list:
-        """Who has an open session of a daemon in which worktree: pairs of its label and the agent's id, the oldest session first."""
+        """The open sessions of a daemon that name a worktree: (how they name it, agent id, session id), the oldest first."""
         return list(self.db.execute(
-            "select r.ref_value, a.agent_id from session_refs r join sessions s using(session_id) join agents a using(agent) "
+            "select r.ref_value, a.agent_id, s.session_id from session_refs r join sessions s using(session_id) join agents a using(agent) "
             "where r.ref_type = 'worktree' and s.ended_at is null and s.daemon = ? order by s.started_at, a.agent_id limit ?",
             (daemon_id, LIST_MAX)))
 
@@ -6277,17 +6277,27 @@ def _work(context: Context) -> Work:
     return context.ledger.facts.setdefault("work", Work(context.ledger.places, context.world))
 
 
-def _top_of(context: Context, refs: list) -> str:
-    """The worktree of this repository that a session's references (pairs) name, "" for none: no other place is looked at."""
-    named = [value for kind, value in refs if kind == "worktree"]
-    real = {os.path.realpath(value) for value in named if os.path.isabs(value)}
-    tops = _our_worktrees(context.ledger.places) if named else ()
-    return next((top for top in tops if worktree_label(top) in named or os.path.realpath(top) in real), "")
+def _worktree_finder(context: Context):
+    """A function that gives the worktree of this repository which a session names, "" for any other place: that is not looked at."""
+    tops = _our_worktrees(context.ledger.places)
+    names = {name: top for top in reversed(tops) for name in (os.path.realpath(top), worktree_label(top))}
+    return lambda name: names.get(name) or (names.get(os.path.realpath(name), "") if os.path.isabs(name) else "")
+
+
+def _sessions_at_work(context: Context) -> dict:
+    """The open sessions of this machine that work in a worktree: session id -> (worktree, agent id)."""
+    find, found = _worktree_finder(context), {}
+    for name, agent_id, session_id in context.store.open_worktrees(context.ledger.daemon_id):
+        top = find(name)
+        if top:
+            found.setdefault(session_id, (top, agent_id))
+    return found
 
 
 def _look_at(context: Context, refs: list) -> dict | None:
     """What git says about the worktree that a session's references name; None where it says nothing."""
-    top = _top_of(context, refs)
+    find = _worktree_finder(context)
+    top = next(filter(None, (find(value) for kind, value in refs if kind == "worktree")), "")
     try:
         return _work(context).facts(top) if top else None
     except GitError as error:
@@ -6449,10 +6459,10 @@ def work_who_has(context: Context, params: dict) -> dict:
     except GitError as error:
         logging.getLogger("thrum").warning("who-has: %s", error)
         answers = {}
-    found, met = [], set()
+    found, where = [], _sessions_at_work(context)
+    met = {top for top, _ in where.values()}
     for row in store.work_contexts():
-        top = _top_of(context, store.session_pairs(row["session_id"])[1]) if row["daemon"] == ledger.daemon_id else ""
-        met.add(top)
+        top, _ = where.get(row["session_id"], ("", ""))
         if answers.get(top):
             state, uncommitted, committed = answers[top]
             found.append({**_work_context(row), "branch": state.branch, "worktree_path": printable(top), "git_updated_at": stamp_of(now_ns),
@@ -7125,11 +7135,9 @@ def worktree_status(context: Context, params: dict) -> dict:
 
 def _agents_at_work(context: Context) -> dict:
     """The worktrees of this repository in which agents have open sessions, and who they are: {worktree: [agent id]}."""
-    places, found = context.ledger.places, {}
-    tops = {worktree_label(top): top for top in dict.fromkeys([places.root, *worktrees_of(places.common)])}
-    for label, agent_id in context.store.open_worktrees(context.ledger.daemon_id):
-        if label in tops and agent_id not in found.setdefault(tops[label], []):
-            found[tops[label]].append(agent_id)
+    found = {}
+    for top, agent_id in dict.fromkeys(_sessions_at_work(context).values()):
+        found.setdefault(top, []).append(agent_id)
     return found
 
 
