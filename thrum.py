@@ -2369,13 +2369,6 @@ class Store:
         self.db.execute(f"update agent_work_contexts set {' = ?, '.join(facts)} = ? where session_id = ? and "
                         "ifnull(git_updated_at, '') < ?", (*values, session_id, facts["git_updated_at"]))
 
-    def clean_work(self, now_ns: int) -> None:
-        """Drop what is known of work that nobody does any more (storage contract, section 13.3)."""
-        self.db.execute("delete from agent_work_contexts where session_id in (select session_id from sessions where ended_at < ?)",
-                        (now_ns - WORK_ENDED_S * NS,))
-        self.db.execute(f"update agent_work_contexts set {' = null, '.join(WORK_FACTS)} = null where git_updated_at < ? and "
-                        "ifnull(unmerged_commits, '[]') = '[]'", (stamp_of(now_ns - WORK_STALE_S * NS),))
-
     def team(self, offline: bool) -> list:
         """The agents and people, each with its newest open session and the work in it, the newest session first.
 
@@ -2400,8 +2393,8 @@ class Store:
 
     def newest_intent(self, agent_id: str) -> dict | None:
         """The agent's work context with the newest intent, of ended sessions too."""
-        return self.row("select c.* from agent_work_contexts c join agents a using(agent) where a.agent_id = ? and "
-                        "c.intent is not null order by c.intent_updated_at desc limit 1", agent_id)
+        return self.row("select c.*, s.ended_at from agent_work_contexts c join agents a using(agent) join sessions s using(session_id) "
+                        "where a.agent_id = ? and c.intent is not null order by c.intent_updated_at desc limit 1", agent_id)
 
     def session_pairs(self, session_id: str) -> tuple:
         """The scopes and the references of a session, as lists of tuples."""
@@ -3736,7 +3729,6 @@ class Ledger:
         if not self.store.group(EVERYONE):
             self._create_everyone()
         self.flush(sync=True)
-        self.store.clean_work(self.world.now_ns())
         self._remove_leftovers()
         self.untidy, self.late = self.store.is_untidy(), self.store.idle_since(OVERDUE_S)
         self.progress = lambda: None    # whoever wanted to know has gone
@@ -6231,6 +6223,8 @@ def agent_whoami(context: Context, params: dict) -> dict:
     agent_id = caller_of(context, params)
     agent, session = context.store.agent(agent_id) or {}, context.store.open_session(agent_id)
     work = context.store.newest_intent(agent_id) or {}
+    if work and work["ended_at"] and work["ended_at"] < context.world.now_ns() - WORK_ENDED_S * NS:
+        work = {}               # what it did then says nothing about now
     reply = {"agent_id": agent_id, "role": agent.get("role") or "", "module": agent.get("module") or "",
              "display": agent.get("display") or "", "source": "caller" if params.get("caller_agent_id") else "identity_file"}
     if session:
@@ -6249,9 +6243,14 @@ def _shaped(item: dict, shape: dict) -> dict:
     return {**shaped, "files": [file for file in shaped["files"] if type(file) is str]} if "files" in shape else shaped
 
 
-def _work_context(row: dict) -> dict:
-    """What is known of the work of a session, from a row of the store."""
-    lists = {}
+def _work_context(context: Context, row: dict) -> dict:
+    """What is known of the work of a session, from a row of the store.
+
+    What git said a day ago of a worktree without a commit of its own says nothing any more (storage contract, section 13.3).
+    """
+    lists, stale = {}, stamp_of(context.world.now_ns() - WORK_STALE_S * NS)
+    if (row.get("git_updated_at") or "") < stale and row.get("unmerged_commits") in (None, "[]"):
+        row = {**row, **dict.fromkeys(WORK_FACTS)}
     for field, shape in (("unmerged_commits", COMMIT_SUMMARY), ("file_changes", FILE_CHANGE), ("uncommitted_files", ""),
                          ("changed_files", "")):
         try:
@@ -6269,7 +6268,7 @@ def agent_list_context(context: Context, params: dict) -> dict:
     """What agents with an open session do; `agent_id` is exact, `role` is additive to the reference."""
     file = params.get("file", "")
     rows = context.store.work_contexts(params.get("agent_id", ""), params.get("role", ""), params.get("branch", ""), file)
-    return {"contexts": [work for work in map(_work_context, rows)
+    return {"contexts": [work for work in [_work_context(context, row) for row in rows]
                          if not file or file in work.get("changed_files", []) + work.get("uncommitted_files", [])]}
 
 
@@ -6345,7 +6344,7 @@ def _end_session(context: Context, session: dict, reason: str, after: int) -> di
     """End a session, and tell the other machines what it did: its work context, as much as fits one event."""
     event = context.append("agent.session.end", after=after, session_id=session["session_id"], reason=reason)
     row = context.store.work_context(session["session_id"])
-    work = _work_context({**row, "agent_id": ""}) if row else {}
+    work = _work_context(context, {**row, "agent_id": ""}) if row else {}
     work.pop("agent_id", None)
     for limit in WORK_SHARED:
         for field, value in work.items():
@@ -6399,7 +6398,7 @@ def session_heartbeat(context: Context, params: dict) -> dict:
     context.store.touch(session["session_id"], now)
     if context.prepared:
         context.store.note_work(session["session_id"], context.prepared)
-    work = _work_context({"agent_id": "", **(context.store.work_context(session["session_id"]) or session)})
+    work = _work_context(context, {"agent_id": "", **(context.store.work_context(session["session_id"]) or session)})
     git = {"unmerged_commits": len(work.get("unmerged_commits", [])), "file_changes": work.get("file_changes", [])}
     return {"session_id": session["session_id"], "last_seen_at": stamp_of(now), **compact(branch=work.get("branch")),
             **(git if "git_updated_at" in work else {})}
@@ -6430,7 +6429,7 @@ def team_list(context: Context, params: dict) -> dict:
             claims.setdefault(claim["agent_id"], []).append(claim["path"])
     for row in context.store.team(params.get("include_offline", False)):
         last_seen = max(row["last_seen_at"], seen.get(row["agent_id"], 0))
-        work = _work_context({**row, "session_id": row["session_id"] or ""})
+        work = _work_context(context, {**row, "session_id": row["session_id"] or ""})
         members.append({
             "agent_id": row["agent_id"], "kind": row["kind"], "role": row["role"], "module": row["module"],
             **compact(display=row["display"], hostname=row["hostname"], worktree=row["worktree"], session_id=row["session_id"],
@@ -6465,13 +6464,13 @@ def work_who_has(context: Context, params: dict) -> dict:
         top, _ = where.get(row["session_id"], ("", ""))
         if answers.get(top):
             state, uncommitted, committed = answers[top]
-            found.append({**_work_context(row), "branch": state.branch, "worktree_path": printable(top), "git_updated_at": stamp_of(now_ns),
-                          "uncommitted_files": [change["path"] for change in uncommitted], "live": True,
+            found.append({**_work_context(context, row), "branch": state.branch, "worktree_path": printable(top), "live": True,
+                          "uncommitted_files": [change["path"] for change in uncommitted], "git_updated_at": stamp_of(now_ns),
                           "changed_files": [change["path"] for change in committed], "file_changes": uncommitted + committed})
         elif row["daemon"] == ledger.daemon_id:
-            found.append({**_known_changes(row, path), "live": False})
+            found.append({**_known_changes(context, row, path), "live": False})
     for row in store.contexts_elsewhere(ledger.daemon_id, stamp_of(now_ns - WORK_ENDED_S * NS)):
-        found.append({**_known_changes(row, path), "live": False, **compact(hostname=row["hostname"])})
+        found.append({**_known_changes(context, row, path), "live": False, **compact(hostname=row["hostname"])})
     left = [{"worktree_path": printable(top), **compact(branch=answer[0].branch), "file_changes": answer[1],
              "agents": sorted(identity.agent_id() for _, identity in _identities_in(top))}
             for top, answer in answers.items() if top not in met and answer and answer[1]]
@@ -6481,9 +6480,9 @@ def work_who_has(context: Context, params: dict) -> dict:
     return {"file": path, "contexts": found, "claims": claims, "unattended": left}
 
 
-def _known_changes(row: dict, path: str) -> dict:
+def _known_changes(context: Context, row: dict, path: str) -> dict:
     """A stored work context, and of its files only those at or below a path."""
-    work = {"uncommitted_files": [], "changed_files": [], "file_changes": [], **_work_context(row)}
+    work = {"uncommitted_files": [], "changed_files": [], "file_changes": [], **_work_context(context, row)}
     for field in ("uncommitted_files", "changed_files", "file_changes"):
         work[field] = [item for item in work[field] if is_below(item["path"] if field == "file_changes" else item, path)]
     return work
