@@ -4288,6 +4288,7 @@ def parse_changes(data: bytes) -> dict:
 
 
 def _file_change(path: str, ns: int, status: str, additions: int = 0, deletions: int = 0, before: str = "") -> dict:
+    ns = max(0, min(ns, FAR - 1))       # a commit or a file may have any time
     return {"path": path, "last_modified": stamp_of(ns)[:19] + "Z", "additions": additions, "deletions": deletions, "status": status,
             **({"renamed_from": before} if before else {})}
 
@@ -4378,7 +4379,7 @@ class Work:
         for part in parts:
             if not part:        # before each commit: no path is empty
                 sha, at, subject = next(parts, b""), next(parts, b"0"), next(parts, b"")
-                at, first = max(0, min(int(at), FAR // NS - 1)), True       # somebody's program wrote it
+                at, first = int(at), True
                 commits += [{"sha": sha.decode(), "message": printable(path_text(subject)), "files": []}] if sha else []
                 continue
             path, first = path_text(part[1:] if first else part), False     # a newline stands before the first
@@ -4444,7 +4445,7 @@ class Work:
             blob = blobs.get(state.head) if state else None
             base = main if os.path.realpath(top) == os.path.realpath(self.places.root) else linked
             try:
-                if blob is None or not _is_untouched(top, path, blob):
+                if blob is None or not _is_untouched(top, path, blob, len(state.head) // 2):
                     return self._changes_in(top, _own_part(top, path), base)
                 return state, [], self._committed(top, path, base, state.head)
             except GitError as error:
@@ -4486,8 +4487,8 @@ def _concerns(change: dict, path: str) -> bool:
     return is_below(change["path"], path) or is_below(change.get("renamed_from", "\0"), path)
 
 
-def _is_untouched(top: str, path: str, blob: str) -> bool:
-    """Whether a path in a worktree is for certain what it is in the commit: its `blob`, or "" for nothing.
+def _is_untouched(top: str, path: str, blob: str, id_size: int) -> bool:
+    """Whether a path in a worktree is for certain what it is in the commit: its `blob`, or "" for nothing.  Ids have so many bytes.
 
     It is when the index has that blob, and the file's stat is the one that the index remembers, which is how git itself knows.
     Whatever is the least bit unusual is not certain, and left to git.  (gitformat-index(5), versions 2 and 3.)
@@ -4506,7 +4507,6 @@ def _is_untouched(top: str, path: str, blob: str) -> bool:
         return False
     if data[:4] != b"DIRC" or data[4:8] not in (b"\0\0\0\2", b"\0\0\0\3"):
         return False
-    id_size = len(blob) // 2 or 20
     fixed, at = 42 + id_size, data.find(raw + b"\0")
     while at >= 0:
         entry = data[max(at - fixed, 0):at]
