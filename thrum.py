@@ -4256,7 +4256,7 @@ def parse_status(data: bytes) -> State:
     for part in parts:
         kind = part[:1].decode(errors="replace")
         if part.startswith(b"# branch.head "):
-            branch = path_text(part[14:]).replace("(detached)", "")     # no name of a branch holds a bracket
+            branch = path_text(part[14:]) if part[14:] != b"(detached)" else ""
         elif part.startswith(b"# branch.oid "):
             head = part[13:].decode().replace("(initial)", "")
         elif kind in _FIELDS_BEFORE_PATH:
@@ -4413,6 +4413,8 @@ class Work:
             else:
                 change = ("added", _line_count(folder + entry.raw) if len(found) < WORK_FILES else 0)
             found[entry.path] = _file_change(entry.path, changed_ns, *change)
+            if entry.before:    # from the base the diff may take it for another's, or for new
+                found[entry.path].setdefault("renamed_from", path_text(entry.before))
         return found
 
     def facts(self, top: str) -> dict:
@@ -4501,7 +4503,8 @@ def _is_untouched(top: str, path: str, blob: str, id_size: int) -> bool:
     except OSError:
         stat = None
     try:
-        with open(git_dirs(top)[0] + "/index", "rb") as file:
+        own = git_dirs(top)[0]
+        with open(own + "/index", "rb") as file:
             data, index_ns = file.read(), os.fstat(file.fileno()).st_mtime_ns
     except OSError:
         return False
@@ -4513,8 +4516,8 @@ def _is_untouched(top: str, path: str, blob: str, id_size: int) -> bool:
         if len(entry) == fixed and not (at - fixed - 12) % 8 and int.from_bytes(entry[-2:], "big") & 0xFFF == min(len(raw), 0xFFF):
             break
         at = data.find(raw + b"\0", at + 1)
-    if at < 0 or not stat or not blob:
-        return at < 0 and not stat and not blob
+    if at < 0 or not stat or not blob:      # nothing anywhere; an index may be split, or have longer entries
+        return not stat and not blob and raw + b"\0" not in data and not any(name[:12] == "sharedindex." for name in os.listdir(own))
     (changed_s, changed_ns, modified_s, modified_ns, _, inode, mode, _, _, size), flags = struct.unpack(">10I", entry[:40]), entry[-2]
     modified = modified_s * NS + modified_ns
     return entry[40:-2].hex() == blob and flags & 0xF0 == 0 and modified < index_ns \
@@ -8248,6 +8251,7 @@ def _by_agent(found: dict) -> dict:
 
 
 TEAM_FILES = 5                  # changed files of an agent that `team` names
+TEAM_BRANCH = 30                # characters of a branch in a line that says more
 
 
 async def team(console: Console, args: Args) -> int:
@@ -8267,16 +8271,15 @@ def _teammate_text(member: dict, console: Console) -> str:
     active, left = member["status"] == "active", console.width - 12
     seen = console.ago(member["last_seen"]) if "last_seen" in member else "never"
     head = f"{'●' if active else '○'} {console.bold(handle(member['agent_id']))} ({one_line(member['module'])})"
-    if "intent" in member:
-        head += f" — {one_line(member['intent'], max(console.width - len(head) - len(member.get('branch', '')) - 6, 20))}"
-    head += f" [{one_line(member['branch'])}]" if "branch" in member else ""
+    branch = f" [{one_line(member['branch'], TEAM_BRANCH)}]" if "branch" in member else ""
+    head += (f" — {one_line(member['intent'], max(left - len(head) - len(branch), 20))}" if "intent" in member else "") + branch
     session = f"{member['session_id'][:16]}... (active {seen})" if active else f"offline (last seen {seen})"
-    commits, files = member["unmerged_commits"], member["file_changes"]
+    files, ahead = member["file_changes"], f"{member['unmerged_commits']} commit{'s' * (member['unmerged_commits'] != 1)} ahead"
     lines = [("Worktree:", one_line(member.get("worktree", ""))), ("Host:", one_line(member.get("hostname", ""))), ("Session:", session),
              ("Intent:", one_line(member.get("intent", ""), left)), ("Task:", one_line(member.get("current_task", ""), left)),
              ("Inbox:", f"{member['inbox_unread']} unread / {member['inbox_total']} total"),
-             ("Branch:", f"{one_line(member['branch'])} ({commits} commits ahead)" if "branch" in member else
-              f"(detached, {commits} commits ahead)" if "git_updated_at" in member else "")]
+             ("Branch:", f"{one_line(member['branch'])} ({ahead})" if "branch" in member else
+              f"(detached, {ahead})" if "git_updated_at" in member else "")]
     text = head + "\n" + "".join(f"  {label:<9} {value}\n" for label, value in lines if value)
     if "git_updated_at" in member and not files:
         text += "  Files:    (no changes)\n"
@@ -8300,7 +8303,7 @@ def _conflict_line(pair: dict, console: Console) -> str:
 
 async def who_has(console: Console, args: Args) -> int:
     path = repo_path(args.file, console.top, console.cwd)
-    found = await console.call("work.whoHas", file=path)
+    found = await console.call("work.whoHas", file=path or ".")
     shown, lines = path_shown(path) or "this repository", []
     for work in found["contexts"]:
         changes, who = work["file_changes"], handle(work["agent_id"])
@@ -8329,7 +8332,7 @@ def _change_text(change: dict, work: dict, console: Console) -> str:
         facts += f", from {path_shown(change['renamed_from'])}"
     known = "" if work["live"] else f", as of {console.ago(work.get('git_updated_at', ''))}"
     known += f" on {one_line(work['hostname'])}" if "hostname" in work else ""
-    return f"{verb} {path_shown(change['path'])} ({facts}), branch: {one_line(work.get('branch', '')) or '(detached)'}{known}"
+    return f"{verb} {path_shown(change['path'])} ({facts}), branch: {one_line(work.get('branch', ''), TEAM_BRANCH) or '(detached)'}{known}"
 
 
 async def prime(console: Console, args: Args) -> int:
