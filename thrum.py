@@ -4120,6 +4120,7 @@ LAPSE_TTL_S = 60                # seconds below which nobody is told: it would c
 LAPSE_TOGETHER_S = 60           # seconds within which several claims of an agent make one notice
 GONE_S = 15 * 60                # seconds without a sign of life after which a holder whose worktree is gone is gone too
 CLAIMS_NAMED = 10               # claims named in a message
+NOTE_SHOWN = 100                # characters of a note in a message or refusal, which also has to say the rest
 PROGRAM = "thrum"               # the author of what the program itself writes; nobody can register under it
 PATTERNS_MAX = 4 * CLAIMS_MAX   # patterns that are kept in the form in which they are compared
 ONE, STAR, DEEP, MAYBE = range(4)       # in a pattern: `?`, `*`, `**`, and that the next two may be missing
@@ -4321,7 +4322,7 @@ def claims_step(context: Context) -> int:
             continue
         due = min(due, claim["expires_at"], gone[claim["session_id"]] if ours else FAR)
         live.append(claim)
-    holds = holding(live)
+    holds = holding(live) if any(claim["daemon"] != own for claim in live) else live      # own ones were made one after the other
     held = {claim["claim_id"] for claim in holds}
     for claim in live:
         if claim["daemon"] != own:
@@ -4349,8 +4350,8 @@ def claims_step(context: Context) -> int:
         claims = [claim for _, claim in found]
         lines = [f"- `{claim['path']}` {until(claim, now)}{_in_quotes(claim['note'])}" for claim in claims]
         words = " ".join(shlex.quote(claim["path"]) for claim in claims[:CLAIMS_NAMED])
-        notice(context, [agent_id], f"{_count_claims(claims)} will lapse:\n{_first_lines(lines)}\nTo keep, from the top of the "
-               f"repository: `thrum claim {words}`. When you are done: `thrum release`.".replace("your", "Your", 1),
+        notice(context, [agent_id], f"The time of {_count_claims(claims)} is nearly over:\n{_first_lines(lines)}\nTo go on, from "
+               f"the top of the repository: `thrum claim {words}`. When you are done: `thrum release`.",
                "lapse:" + claims[0]["renew_event"], [("lapse", claim["renew_event"]) for claim in claims])
     return due
 
@@ -4375,7 +4376,8 @@ def _on_host(claim: dict, own: str) -> str:
 
 
 def _in_quotes(note: str | None) -> str:
-    return f": “{note}”" if note else ""
+    text = " ".join((note or "").split())
+    return f": “{text[:NOTE_SHOWN]}{'…' if len(text) > NOTE_SHOWN else ''}”" if text else ""
 
 
 def _count_claims(claims: list) -> str:
@@ -6214,7 +6216,7 @@ def _waiting_info(waiting: Waiting) -> dict:
 
 def _queue(context: Context) -> list:
     """Who waits for a claim, with tickets, the first first."""
-    return sorted(context.ledger.queue.items(), key=lambda entry: entry[1].since)
+    return sorted(context.ledger.queue.copy().items(), key=lambda entry: entry[1].since)
 
 
 def _refuse_claim(context: Context, wanted: Waiting, live: list, ticket) -> None:
