@@ -201,7 +201,7 @@ def test_live_claims_are_found_without_the_old_ones(tmp_path):
     store = thrum.Store(":memory:", FakeWorld(), writable=True)
     store.create()
     plan = " ".join(row[3] for row in store.db.execute(
-        f"explain query plan {thrum._CLAIMS} c.open and (? = 0 or (c.open = 1 and c.expires_at > ?)) order by c.granted_at", (1, 1)))
+        f"explain query plan {thrum._CLAIMS} c.open order by c.granted_at"))
     assert "claims_open" in plan, plan
     store.close()
 
