@@ -2479,10 +2479,9 @@ class Store:
 
     # ---- claims
 
-    def claims(self, now_ns: int = 0) -> list:
-        """The open claims that have not expired at a time, the first grant first; without one, those too that have lapsed."""
-        return self.rows(f"{_CLAIMS} c.open and (? = 0 or (c.open = 1 and c.expires_at > ?)) order by c.granted_at, c.grant_event",
-                         now_ns, now_ns)
+    def claims(self) -> list:
+        """The open claims, the first grant first, with those whose time has passed."""
+        return self.rows(f"{_CLAIMS} c.open order by c.granted_at, c.grant_event")
 
     def claim(self, claim_id: str) -> dict | None:
         return self.row(f"{_CLAIMS} c.claim_id = ?", claim_id)
@@ -4542,6 +4541,7 @@ LAPSE_TTL_S = 60                # seconds below which nobody is told: it would c
 LAPSE_TOGETHER_S = 60           # seconds within which several claims of an agent make one notice
 GONE_S = 15 * 60                # seconds without a sign of life after which a holder whose worktree is gone is gone too
 CLAIMS_NAMED = 10               # claims named in a message
+NOTE_SHOWN = 100                # characters of a note in a message or refusal, which also has to say the rest
 PROGRAM = "thrum"               # the author of what the program itself writes; nobody can register under it
 PATTERNS_MAX = 4 * CLAIMS_MAX   # patterns that are kept in the form in which they are compared
 ONE, STAR, DEEP, MAYBE = range(4)       # in a pattern: `?`, `*`, `**`, and that the next two may be missing
@@ -4670,6 +4670,11 @@ class Waiting(Record):
     since: int                  # when it asked first (ns): who came earlier comes first
 
 
+def live_claims(claims: list, now_ns: int) -> list:
+    """Those of the open claims whose time has not passed here."""
+    return [claim for claim in claims if claim["open"] == 1 and claim["expires_at"] > now_ns]
+
+
 def object_to(claim, agent_id: str, path: str, shared: bool) -> bool:
     """Whether a live claim (a row of the store) stands against one of an agent on a path."""
     return claim["agent_id"] != agent_id and not (shared and claim["shared"]) and overlap(claim["path"], path)
@@ -4744,7 +4749,7 @@ def claims_step(context: Context) -> int:
             continue
         due = min(due, claim["expires_at"], gone[claim["session_id"]] if ours else FAR)
         live.append(claim)
-    holds = holding(live)
+    holds = holding(live) if any(claim["daemon"] != own for claim in live) else live      # own ones were made one after the other
     held = {claim["claim_id"] for claim in holds}
     for claim in live:
         if claim["daemon"] != own:
@@ -4763,7 +4768,7 @@ def claims_step(context: Context) -> int:
         lines = [f"- `{claim['path']}`: @{winner['agent_id']}{_on_host(winner, own)} claimed `{winner['path']}` before you, "
                  f"{until(winner, now)}{_in_quotes(winner['note'])}" for claim, winner in claims]
         others = " and ".join(sorted({"@" + winner["agent_id"] for _, winner in claims}))
-        notice(context, [agent_id], f"You have lost {_count_claims(claims)}; both were made before the machines had heard of each other."
+        notice(context, [agent_id], f"You have lost {_count_claims(claims)}: another machine, which had not heard of it, was first."
                f"\n{_first_lines(lines)}\nStop editing there and talk to {others}, or queue with `thrum claim … --wait 20m`.",
                "lost:" + claims[0][0]["claim_id"])
     for agent_id, found in late.items():
@@ -4772,8 +4777,8 @@ def claims_step(context: Context) -> int:
         claims = [claim for _, claim in found]
         lines = [f"- `{claim['path']}` {until(claim, now)}{_in_quotes(claim['note'])}" for claim in claims]
         words = " ".join(shlex.quote(claim["path"]) for claim in claims[:CLAIMS_NAMED])
-        notice(context, [agent_id], f"{_count_claims(claims)} will lapse:\n{_first_lines(lines)}\nTo keep, from the top of the "
-               f"repository: `thrum claim {words}`. When you are done: `thrum release`.".replace("your", "Your", 1),
+        notice(context, [agent_id], f"The time of {_count_claims(claims)} is nearly over:\n{_first_lines(lines)}\nTo go on, from "
+               f"the top of the repository: `thrum claim {words}`. When you are done: `thrum release`.",
                "lapse:" + claims[0]["renew_event"], [("lapse", claim["renew_event"]) for claim in claims])
     return due
 
@@ -4798,7 +4803,8 @@ def _on_host(claim: dict, own: str) -> str:
 
 
 def _in_quotes(note: str | None) -> str:
-    return f": “{note}”" if note else ""
+    text = " ".join((note or "").split())
+    return f": “{text[:NOTE_SHOWN]}{'…' if len(text) > NOTE_SHOWN else ''}”" if text else ""
 
 
 def _count_claims(claims: list) -> str:
@@ -7344,7 +7350,7 @@ def _waiting_info(waiting: Waiting) -> dict:
 
 def _queue(context: Context) -> list:
     """Who waits for a claim, with tickets, the first first."""
-    return sorted(context.ledger.queue.items(), key=lambda entry: entry[1].since)
+    return sorted(context.ledger.queue.copy().items(), key=lambda entry: entry[1].since)
 
 
 def _refuse_claim(context: Context, wanted: Waiting, live: list, ticket) -> None:
@@ -7410,7 +7416,8 @@ def claim_take(context: Context, params: dict) -> dict:
         since = min(now, ns_of(params["queued_at"])) if "queued_at" in params else now
     except ValueError as error:
         raise InvalidParams(f"queued_at: {error}") from None
-    live = store.claims(now)
+    known = store.claims()
+    live = live_claims(known, now)
     own = {claim["path"]: claim for claim in live if claim["agent_id"] == agent_id}
     kept = {path: own[path] for path in paths
             if path in own and (bool(own[path]["shared"]), own[path]["session_id"]) == (shared, session_id)}
@@ -7421,7 +7428,7 @@ def claim_take(context: Context, params: dict) -> dict:
         raise ThrumError(f"@{agent_id} would have more than {CLAIMS_PER_AGENT} claims; release some, or claim the folder above them")
     if len(live) + added > CLAIMS_MAX:
         raise ThrumError(f"there would be more than {CLAIMS_MAX:,} claims; 'thrum claims' lists them")
-    known, done = store.claims(), []
+    done = []
     for path in paths:
         before = own.get(path)
         if path in kept:
@@ -7448,7 +7455,7 @@ def _claim_scope(context: Context, params: dict) -> str:
 
 def claim_release(context: Context, params: dict) -> dict:
     """Give back the caller's claims on exactly these paths, all of them without any."""
-    agent_id, paths, live = caller_of(context, params), _claimed_paths(params), context.store.claims(context.world.now_ns())
+    agent_id, paths, live = caller_of(context, params), _claimed_paths(params), live_claims(context.store.claims(), context.world.now_ns())
     mine = [claim for claim in live if claim["agent_id"] == agent_id]
     for path in paths:
         if all(claim["path"] != path for claim in mine):
@@ -7462,15 +7469,15 @@ def claim_release(context: Context, params: dict) -> dict:
     return {"released": [_claim_info(context, claim) for claim in released], "count": len(released)}
 
 
-def _live_claims(context: Context) -> tuple:
+def _live_and_held(context: Context) -> tuple:
     """The live claims, and the ids of those that hold."""
-    live = context.store.claims(context.world.now_ns())
+    live = live_claims(context.store.claims(), context.world.now_ns())
     return live, {claim["claim_id"] for claim in holding(live)}
 
 
 def claim_list(context: Context, params: dict) -> dict:
     paths, agent_id = _claimed_paths(params), params.get("agent_id", "")
-    live, held = _live_claims(context)
+    live, held = _live_and_held(context)
 
     def wanted(whose, others):
         return agent_id in ("", whose) and (not paths or any(overlap(path, other) for path in paths for other in others))
@@ -7482,7 +7489,7 @@ def claim_list(context: Context, params: dict) -> dict:
 
 def claim_check(context: Context, params: dict) -> dict:
     """Which exclusive claims of others cover some paths; `files` of each are those that it covers."""
-    live, held = _live_claims(context)
+    live, held = _live_and_held(context)
     files, found = sorted(set(params["paths"])), []
     for claim in live:
         if claim["shared"] or claim["claim_id"] not in held or claim["agent_id"] == params.get("caller_agent_id"):
