@@ -7182,10 +7182,11 @@ def conflict_list(context: Context, params: dict) -> dict:
 
 
 def known_conflicts(context: Context) -> dict:
-    """What the newest look has found, without another one: {agent id: [{with: agent id, files: [...]}]}."""
+    """What the newest look has found, without another one: {agent id: [{with: agent id, files: [...]}]}, its own lines first."""
     agents, found = _agents_at_work(context), {}
-    for (a, b), files in list(_conflicts(context).known.items()):
-        for one, other in ((a, b), (b, a)) if files else ():
+    for (a, b), files in _conflicts(context).known.items():
+        turned = [{**file, "ranges": file["ranges"][::-1]} if "ranges" in file else file for file in files]
+        for one, other, files in ((a, b, files), (b, a, turned)) if files else ():
             for agent_id in agents.get(one, []):
                 found.setdefault(agent_id, []).extend({"with": other_id, "files": files} for other_id in agents.get(other, []))
     return found
@@ -7209,8 +7210,12 @@ def conflict_news(context: Context, pairs: list) -> list:
         for a, b in sorted({tuple(sorted((a, b))) for a in pair["agents"][0] for b in pair["agents"][1] if a != b}):
             about = ("conflict", f"{a} {b}")
             last = (context.store.page(ref=about, author=PROGRAM, limit=1)["messages"] or [{}])[0]
-            told = json.loads(last.get("structured") or "{}")
-            count, known = told.get("count", 0), told.get("files", [])
+            try:
+                told = decode_object(last.get("structured") or "{}")
+            except ValueError:      # of another version
+                told = {}
+            count = told["count"] if type(told.get("count")) is int else 0
+            known = told["files"] if type(told.get("files")) is list else []
             new = [file for file in pair["files"] if file["path"] not in known] if known or len(pair["files"]) > count else []
             if not new and (pair["files"] or not count):
                 continue
@@ -7227,18 +7232,22 @@ def conflict_news(context: Context, pairs: list) -> list:
 
 
 def tell_of_conflicts(context: Context, pairs: list) -> None:
+    """Send what `conflict_news` has; asked again here, where nothing comes between."""
     for news in conflict_news(context, pairs):
         notice(context, *news)
 
 
 def conflict_text(file: dict, names: list) -> str:
-    """What is wrong with a file of two sides with those names: `lines 10-14 (@ada), 12-16 (@bob)`, or the kind of conflict."""
+    """What is wrong with a file of two sides with those names: `lines 10-14 (@ada); 12-16 (@bob)`, or the kind of conflict."""
     if "ranges" not in file:
         return printable(file["kind"] + (f" ({', '.join(file['names'][:2])})" if "names" in file else ""))
 
     def lines(ranges):
         shown = [f"after {last}" if last < first else str(first) if first == last else f"{first}-{last}" for first, last in ranges]
         return ", ".join(shown[:RANGES_SHOWN]) + (f" and {len(shown) - RANGES_SHOWN} more" if len(shown) > RANGES_SHOWN else "")
+    if file["ranges"][0] == file["ranges"][1]:
+        here = lines(file["ranges"][0])
+        return f"line{'s' * (not here.isdigit())} {here}"
     return "lines " + "; ".join(f"{lines(ranges)} ({name})" for name, ranges in zip(names, file["ranges"]))
 
 
