@@ -6432,7 +6432,7 @@ def session_set_task(context: Context, params: dict) -> dict:
 def team_list(context: Context, params: dict) -> dict:
     """Everybody with an open session, or with `include_offline` everybody, and what is shared."""
     seen, members, claims, conflicts = context.ledger.seen, [], {}, known_conflicts(context)
-    live, held = _live_claims(context)
+    live, held = _live_and_held(context)
     for claim in live:
         if claim["claim_id"] in held:
             claims.setdefault(claim["agent_id"], []).append(claim["path"])
@@ -6484,7 +6484,7 @@ def work_who_has(context: Context, params: dict) -> dict:
              "agents": sorted(identity.agent_id() for _, identity in _identities_in(top))}
             for top, answer in answers.items() if top not in met and answer and answer[1]]
     found = [known for known in found if known["uncommitted_files"] or known["changed_files"]]
-    live, held = _live_claims(context)
+    live, held = _live_and_held(context)
     claims = [_claim_info(context, claim) for claim in live if claim["claim_id"] in held and overlap(claim["path"], path or ".")]
     return {"file": path, "contexts": found, "claims": claims, "unattended": left}
 
@@ -7186,9 +7186,9 @@ def known_conflicts(context: Context) -> dict:
     agents, found = _agents_at_work(context), {}
     for (a, b), files in _conflicts(context).known.items():
         turned = [{**file, "ranges": file["ranges"][::-1]} if "ranges" in file else file for file in files]
-        for one, other, files in ((a, b, files), (b, a, turned)) if files else ():
+        for one, other, seen in ((a, b, files), (b, a, turned)) if files else ():
             for agent_id in agents.get(one, []):
-                found.setdefault(agent_id, []).extend({"with": other_id, "files": files} for other_id in agents.get(other, []))
+                found.setdefault(agent_id, []).extend({"with": other_id, "files": seen} for other_id in agents.get(other, []))
     return found
 
 
