@@ -6220,9 +6220,9 @@ def known_conflicts(context: Context) -> dict:
     agents, found = _agents_at_work(context), {}
     for (a, b), files in _conflicts(context).known.items():
         turned = [{**file, "ranges": file["ranges"][::-1]} if "ranges" in file else file for file in files]
-        for one, other, files in ((a, b, files), (b, a, turned)) if files else ():
+        for one, other, seen in ((a, b, files), (b, a, turned)) if files else ():
             for agent_id in agents.get(one, []):
-                found.setdefault(agent_id, []).extend({"with": other_id, "files": files} for other_id in agents.get(other, []))
+                found.setdefault(agent_id, []).extend({"with": other_id, "files": seen} for other_id in agents.get(other, []))
     return found
 
 
