@@ -5560,6 +5560,7 @@ Call it as `{LAUNCHER}` from the top of the worktree.
 
 - Look for messages between two steps: `{LAUNCHER} inbox --unread`
 - Write to an agent by its name; a role or a group reaches all of its members
+- Before you change what others may be changing, ask `{LAUNCHER} who-has FILE` and `{LAUNCHER} claim FILE`; `release` it when you are done
 - Say when you are done or stuck; silence helps nobody
 - With nothing left to do, wait for the next message: `{LAUNCHER} wait --timeout 5m`
 - Before your context runs out, write down where you are: `{LAUNCHER} context save --file NOTES.md`
@@ -5570,7 +5571,9 @@ Call it as `{LAUNCHER}` from the top of the worktree.
     {LAUNCHER} reply MSG_ID "…"           answer, in the same thread
     {LAUNCHER} sent                       what you sent, and who has read it
     {LAUNCHER} team                       who is here, and at what
-    {LAUNCHER} who-has FILE               who is changing a file: ask before you do
+    {LAUNCHER} who-has FILE               who is changing a file
+    {LAUNCHER} claim FILE --note "…"      say that you are going to: others keep off
+    {LAUNCHER} conflicts                  whose present work would not merge
     {LAUNCHER} status                     you, your inbox and the daemon
     {LAUNCHER} context show               what you saved
 """
@@ -8451,6 +8454,7 @@ def _prime_text(report: dict, contexts: dict, console: Console) -> str:
         [f"  {thrum} status", "you, your inbox and the daemon"],
         [f"  {thrum} team", "who is here, and at what"],
         [f"  {thrum} who-has FILE", "who is changing a file"],
+        [f"  {thrum} claim FILE", "say that you are going to; release gives it back"],
         [f"  {thrum} context save --file F", "keep what you know for later"],
         [f"  {thrum} <cmd> --help", "more about a command"]])
 

@@ -155,7 +155,7 @@ def test_prime_stays_short(team):
 
 def test_the_commands_that_prime_names_exist(team):
     lines = team.bob.ok("prime").partition("Commands:\n")[2].splitlines()
-    assert len(lines) == 11
+    assert len(lines) == 12
     for line in lines:
         words = shlex.split(re.split(r"  +", line.strip())[0].replace("…", "x").replace("<cmd>", "send"))
         assert words[0] == ".thrum/bin/thrum"
