@@ -747,6 +747,7 @@ def file_stem(agent_id: str) -> str:
 #         journal/<first>.jsonl        the log in the order of acceptance (section 8)
 #         messages.db                  the projection (section 9); disposable
 #         bad-lines.jsonl              lines of the log that could not be read
+#         conflicts/                   git objects of work that is not committed, while the daemon runs
 #     <common>/thrum-sync/a-sync/      worktree of the branch a-sync: events.jsonl, messages/<name>.jsonl
 
 # Every variable that is read, and what it does.  The client forwards those marked * to the daemon; one that is started
@@ -2406,6 +2407,13 @@ class Store:
         """The scopes and the references of a session, as lists of tuples."""
         return tuple(list(self.db.execute(f"select {kind}_type, {kind}_value from session_{kind}s where session_id = ?",
                                           (session_id,))) for kind in ("scope", "ref"))
+
+    def open_worktrees(self, daemon_id: str) -> list:
+        """Who has an open session of a daemon in which worktree: pairs of its label and the agent's id, the oldest session first."""
+        return list(self.db.execute(
+            "select r.ref_value, a.agent_id from session_refs r join sessions s using(session_id) join agents a using(agent) "
+            "where r.ref_type = 'worktree' and s.ended_at is null and s.daemon = ? order by s.started_at, a.agent_id limit ?",
+            (daemon_id, LIST_MAX)))
 
     def touch(self, session_id: str, ns: int) -> None:
         """Note that a session was seen.  Not an event: it must never cause a commit."""
@@ -4372,17 +4380,16 @@ class Work:
             since = git.run("merge-base", base, head, check=False).decode().strip()
             return since, parse_changes(git.run("diff-tree", "-r", "-M", "--raw", "--numstat", "-z", since, head)) if since else {}
         log, (since, changes) = together([
-            lambda: git.run("log", "-z", "-n", str(WORK_COMMITS), "--no-renames", "--name-only", "--format=%x01%H%x02%at%x02%s",
-                            f"{base}..{head}"),
-            differences])
-        commits, times = [], {}
-        for part in filter(None, log.split(b"\0")):
-            header = re.fullmatch(rb"\x01([0-9a-f]{40,64})\x02(\d+)\x02(.*)", part, re.DOTALL)
-            if header:
-                at = int(header[2])
-                commits.append({"sha": header[1].decode(), "message": printable(path_text(header[3])), "files": []})
+            lambda: git.run("log", "-z", "-n", str(WORK_COMMITS), "--no-renames", "--name-only", "--no-show-signature", "--encoding=UTF-8",
+                            "--format=%x00%H%x00%at%x00%s", f"{base}..{head}"), differences])
+        commits, times, parts, first = [], {}, iter(log.split(b"\0")), False
+        for part in parts:
+            if not part:        # before each commit: no path is empty
+                sha, at, subject = next(parts, b""), next(parts, b"0"), next(parts, b"")
+                at, first = max(0, min(int(at), FAR // NS - 1)), True       # somebody's program wrote it
+                commits += [{"sha": sha.decode(), "message": printable(path_text(subject)), "files": []}] if sha else []
                 continue
-            path = path_text(part.lstrip(b"\n") if not commits[-1]["files"] else part)
+            path, first = path_text(part[1:] if first else part), False     # a newline stands before the first
             times.setdefault(path, at)
             if len(commits[-1]["files"]) < COMMIT_FILES:
                 commits[-1]["files"].append(path)
@@ -4402,6 +4409,8 @@ class Work:
             changes = parse_changes(Git(top).run("diff", "--raw", "--numstat", "-z", "-M", "--no-ext-diff", "--no-textconv", since, *only))
         found, folder = {}, os.fsencode(top) + b"/"
         for entry in state.entries:
+            if entry.path in found:     # taken out of the index, but still there
+                continue
             try:
                 changed_ns = os.lstat(folder + entry.raw).st_mtime_ns
             except OSError:     # deleted
@@ -4419,7 +4428,7 @@ class Work:
         state, base = together([lambda: self.state(top), lambda: self.base(top)])
         ahead = self.ahead(top, base, state.head)
         changes = {**ahead.changes, **self.uncommitted(top, state, ahead)}
-        lists = {"uncommitted_files": [entry.path for entry in state.entries], "changed_files": list(ahead.changes),
+        lists = {"uncommitted_files": list(dict.fromkeys(entry.path for entry in state.entries)), "changed_files": list(ahead.changes),
                  "file_changes": list(changes.values())}
         return {"branch": state.branch, "worktree_path": printable(top), "unmerged_commits": ahead.commits,
                 **{name: items[:WORK_FILES] for name, items in lists.items()}, "git_updated_at": at}
@@ -4434,7 +4443,7 @@ class Work:
         commits, blobs = sorted({state.head for state in heads.values()} - {""}), {}
         if path and "\n" not in path:
             wanted = "".join([f"{commit}:{path}\n" for commit in commits]).encode()
-            told = Git(self.places.root).run("cat-file", "--batch-check=%(objecttype) %(objectname)", input=wanted).splitlines()
+            told = Git(self.places.root).run("cat-file", "--batch-check=%(objecttype) %(objectname)", input=wanted).split(b"\n")
             blobs = {commit: line[5:].decode() for commit, line in zip(commits, told) if line.startswith(b"blob ")}
             blobs.update((commit, "") for commit, line in zip(commits, told) if line.endswith(b" missing"))
 
@@ -4444,7 +4453,7 @@ class Work:
             base = main if os.path.realpath(top) == os.path.realpath(self.places.root) else linked
             try:
                 if blob is None or not _is_untouched(top, path, blob):
-                    return self._changes_in(top, path, base)
+                    return self._changes_in(top, _own_part(top, path), base)
                 return state, [], self._committed(top, path, base, state.head)
             except GitError as error:
                 logging.getLogger("thrum").warning("%s: %s", top, error)
@@ -4473,6 +4482,13 @@ class Work:
         return [change for change in self.ahead(top, base, head).changes.values() if _concerns(change, path)]
 
 
+def _own_part(top: str, path: str) -> str:
+    """Of a path in a submodule the submodule's own, which is all that the repository around it knows; else `path` itself."""
+    parts = path.split("/")
+    above = ("/".join(parts[:end]) for end in range(1, len(parts)))
+    return next((folder for folder in above if os.path.lexists(f"{top}/{folder}/.git")), path)
+
+
 def _concerns(change: dict, path: str) -> bool:
     """Whether a FileChange is about a file, or something below a folder."""
     return is_below(change["path"], path) or is_below(change.get("renamed_from", "\0"), path)
@@ -4484,7 +4500,9 @@ def _is_untouched(top: str, path: str, blob: str) -> bool:
     It is when the index has that blob, and the file's stat is the one that the index remembers, which is how git itself knows.
     Whatever is the least bit unusual is not certain, and left to git.  (gitformat-index(5), versions 2 and 3.)
     """
-    raw = os.fsencode(path)
+    raw, folder = os.fsencode(path), os.path.dirname(f"{top}/{path}")
+    if os.path.realpath(folder) != os.path.join(os.path.realpath(top), os.path.dirname(path)).rstrip("/"):
+        return False            # a link is in the way: what lies behind it is not the repository's
     try:
         stat = os.lstat(os.fsencode(top) + b"/" + raw)
     except OSError:
@@ -4681,12 +4699,16 @@ def holding(claims: list) -> list:
     return found
 
 
+def _minute_of(ns: int) -> str:
+    return stamp_of(ns)[:16].replace("T", " ") + "Z"
+
+
 def until(claim: dict, now_ns: int) -> str:
     """When a claim ends on this machine: `until 2026-03-10 09:45Z (in 18m)`."""
-    return f"until {stamp_of(claim['expires_at'])[:16].replace('T', ' ')}Z (in {span((claim['expires_at'] - now_ns) / NS + 0.5)})"
+    return f"until {_minute_of(claim['expires_at'])} (in {span((claim['expires_at'] - now_ns) / NS + 0.5)})"
 
 
-def notice(context: Context, recipients: list, text: str, key: str, refs: list = ()) -> dict | None:
+def notice(context: Context, recipients: list, text: str, key: str, refs: list = (), structured: dict | None = None) -> dict | None:
     """A message of the program itself to those of some agents that are registered, once for each `key`; None if there is none.
 
     `refs` are pairs.
@@ -4696,8 +4718,9 @@ def notice(context: Context, recipients: list, text: str, key: str, refs: list =
     if not agents or store.message_by_key(PROGRAM, key):
         return None
     ids = [agent["agent_id"] for agent in agents]
+    body = {"format": "markdown", "content": text, **({"structured": canonical(structured).decode()} if structured else {})}
     return context.append("message.create", after=max(agent["registered_at"] for agent in agents), agent_id=PROGRAM,
-                          message_id=context.world.new_id("msg"), body={"format": "markdown", "content": text}, recipients=ids,
+                          message_id=context.world.new_id("msg"), body=body, recipients=ids,
                           refs=pair_dicts([*(("mention", agent_id) for agent_id in ids), *refs]), send_key=key)
 
 
@@ -4827,6 +4850,283 @@ def read_line(top: str, path: str, line: int) -> dict:
                      environ={"TZ": "UTC0"}).decode(errors="replace").split("\0")
     return {**found, "sha": fields[0], "author": fields[1], "date": fields[2], "subject": fields[3], "message": fields[6].strip("\n"),
             "agents": fields[4].split(), "threads": fields[5].split()}
+
+
+# ---- conflicts
+#
+# Whether two worktrees would merge is what merge-tree(1) says of two commits.  The commit of a worktree with changes is made
+# from a copy of its index; objects go to a folder of ours, behind which git finds those of the repository.  So no worktree,
+# index, ref or object of the repository is touched (git renews the time of an object that it would have written again).
+# Names, dates and parents are fixed: the same work is the same commit, and what was merged once is known.
+
+MERGE_GIT = "2.38"              # the first git whose merge-tree can do a real merge
+MERGE_S = 10                    # seconds for one merge: renames are looked for
+PRESENT_FILE_MAX = 16 << 20     # bytes of an uncommitted file that is looked at: a larger one is no source
+PRESENT_MAX = 256 << 20         # bytes of all of a worktree: more is a forgotten ignore line
+OBJECTS_MAX = 512 << 20         # bytes of our objects; then the folder is emptied
+MERGES_KEPT = 4_096             # pairs of commits whose conflicts are remembered: those of sixty worktrees
+SETTLED_NS = 2 * NS             # a file changed later than that may change again within the resolution of its times (FAT's, 2 s)
+RANGED_FILES = 100              # conflicting files of a pair whose lines are looked for
+RANGED_MAX = 1 << 20            # bytes of a file whose lines are looked for
+_NO_TRACE = tuple(word for setting in (
+    "core.splitIndex=false", "core.safecrlf=false", "merge.conflictStyle=merge", "filter.lfs.required=false",
+    "filter.lfs.clean=", "filter.lfs.process=") for word in ("-c", setting))       # LFS would store into the repository
+
+
+class Present(Record):
+    """What a worktree holds, uncommitted work included."""
+
+    commit: str
+    branch: str
+    base: str                   # the commit that its work is compared with
+    skipped: list = []          # paths that were left out: too large, or no files
+
+
+def parse_merge(data: bytes) -> tuple:
+    """The output of `git merge-tree -z`: the tree, {path: {stage: (mode, object)}}, [(kind, paths)] of the conflicts."""
+    parts = iter(data.split(b"\0"))
+    tree, stages, found = next(parts).decode(), {}, []
+    for part in iter(lambda: next(parts, b""), b""):
+        info, path = part.split(b"\t", 1)
+        mode, name, stage = info.decode().split(" ")
+        stages.setdefault(path, {})[int(stage)] = mode, name
+    for count in parts:
+        if not count.isdigit():     # of submodules it goes on with advice
+            break
+        paths = [next(parts) for _ in range(int(count))]
+        kind = re.fullmatch(r"CONFLICT \((.*)\)", next(parts).decode())       # else a note about a file that has merged
+        next(parts)             # a sentence for people
+        if kind:
+            found.append((kind[1], paths))
+    return tree, stages, found
+
+
+def conflict_ranges(merged: bytes, names: tuple, versions: tuple) -> list:
+    """Where the conflicts in a merged file lie in the two versions with those names: for each, [first, last] of its lines.
+
+    Where a version has no lines of its own, `last` is the line before, and `first` the one after it.
+    """
+    if any(b" " + name.encode() in version for name in names for version in versions):
+        return [[], []]         # a merge of a merge, where renamed files meet: these are lines of neither
+    lines, sides, blocks, at = _lines(merged), ([], []), [], 0
+    for begin, line in enumerate(lines):
+        marker = re.match(b"(<+) " + names[0].encode() + b"(:|$)", line) if begin >= at else None
+        end = marker and next((i for i in range(begin, len(lines)) if re.match(b">+ " + names[1].encode() + b"(:|$)", lines[i])), 0)
+        if not end:
+            if begin >= at:
+                for side in sides:
+                    side.append(line)
+            continue
+        # A text may hold such a line too; then the parts are not those of the versions.
+        middles = [i for i in range(begin, end) if lines[i] == b"=" * len(marker[1])]
+        middle = next((i for i in middles if all(b"\n".join(part) in b"\n".join(_lines(version)) for part, version in zip(
+            (lines[begin + 1:i], lines[i + 1:end]), versions))), middles[0])
+        for side, part in zip(sides, (lines[begin + 1:middle], lines[middle + 1:end])):
+            blocks.append((side is sides[0], len(side), len(part)))
+            side += part
+        at = end + 1
+    found = []
+    for first, side, version in zip((True, False), sides, versions):
+        places = _places(side, _lines(version))
+        found.append([[places[start] + 1, places[start] + size] for which, start, size in blocks if which == first])
+    return found
+
+
+def _lines(data: bytes) -> list:
+    return [line.rstrip(b"\r") for line in data.removesuffix(b"\n").split(b"\n")] if data else []
+
+
+def _places(text: list, version: list) -> list:
+    """For each line of a text, and for its end, the index in a version of it with other lines in between or missing."""
+    size, found = min(len(text), len(version)), []
+    head = next((i for i in range(size) if text[i] != version[i]), size)
+    tail = next((i for i in range(size - head) if text[-1 - i] != version[-1 - i]), size - head)
+    middle = text[head:len(text) - tail], version[head:len(version) - tail]
+    for block in difflib.SequenceMatcher(None, *middle).get_matching_blocks() if any(middle) else ():
+        found += [found[-1] + 1 if found else 0] * (block.a - len(found)) + list(range(block.b, block.b + block.size))
+    return [*range(head), *(head + place for place in found), *range(len(version) - tail, len(version) + 1)]
+
+
+class Conflicts:
+    """Which worktrees would not merge.  Any thread may ask; one looks at a time."""
+
+    def __init__(self, work: Work):
+        self.work = work
+        self.folder = work.places.var + "/conflicts"
+        self.known = {}         # (worktree, worktree) -> conflicting files, when they were last compared
+        self.closed = False
+        self._lock = threading.Lock()
+        self._present = {}      # worktree -> what its commit was made from, Present
+        self._merges = {}       # (commit, commit) -> conflicting files
+        self._checked = False   # whether git is new enough
+
+    def close(self, for_good: bool = True) -> None:
+        """Remove the objects; what is being looked at ends with an error."""
+        self.closed = True
+        with self._lock:
+            self._present = {}
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.closed = for_good
+
+    def look(self, tops: list, wanted) -> tuple:
+        """Compare worktrees: {worktree: Present}, {(worktree, worktree or "" for the base): files}, {worktree: what is wrong}.
+
+        `wanted(a, b)` chooses the pairs.  What cannot be compared is an error of its first worktree.
+        """
+        with self._lock:
+            self._check()
+            make_folder(self.folder, 0o700)
+            if sum(os.lstat(f"{path}/{name}").st_size for path, _, names in os.walk(self.folder) for name in names) > OBJECTS_MAX:
+                shutil.rmtree(self.folder + "/objects")
+                self._present = {}
+            make_folder(self.folder + "/objects", 0o700)
+            errors = {}
+
+            def tried(job, top):
+                try:
+                    return job()
+                except (ThrumError, OSError) as error:
+                    errors[top] = os_problem(error) if isinstance(error, OSError) else str(error)
+
+            states = together([lambda top=top: tried(lambda: self.present(top), top) for top in tops])
+            present = {top: state for top, state in zip(tops, states) if state}
+            pairs = [(a, b) for i, a in enumerate(present) for b in [*list(present)[i + 1:], ""] if wanted(a, b)]
+            found = together([lambda a=a, b=b: tried(
+                lambda: self.conflicts(a, present[a].commit, present[b].commit if b else present[a].base), a) for a, b in pairs])
+            result = {pair: files for pair, files in zip(pairs, found) if files is not None}
+            known = {pair: files for pair, files in {**self.known, **result}.items() if pair[0] in tops and pair[1] in tops}
+            self.known = known      # at once: others read it meanwhile
+            return present, result, errors
+
+    def _check(self) -> None:
+        if not self._checked:
+            words = Git(self.work.places.root).run("version").decode(errors="replace").split()
+            if version_key(words[2]) < version_key(MERGE_GIT):
+                raise ThrumError(f"this is git {words[2]}; to find conflicts without touching a worktree takes git {MERGE_GIT} or newer")
+            self._checked = True
+
+    def _run(self, top: str, *args: str, index: str = "", **more) -> bytes:
+        """git with our folder for new objects."""
+        if self.closed:
+            raise ThrumError("the daemon stops")
+        objects = self.work.places.common + "/objects"
+        quoted = '"' + objects.replace("\\", "\\\\").replace('"', '\\"') + '"'      # git(1): else a colon would end it
+        return Git(top).run(*_NO_TRACE, *args, timeout_s=MERGE_S, environ={
+            "GIT_OBJECT_DIRECTORY": self.folder + "/objects", "GIT_ALTERNATE_OBJECT_DIRECTORIES": quoted,
+            "GIT_AUTHOR_DATE": "@0 +0000", "GIT_COMMITTER_DATE": "@0 +0000", **({"GIT_INDEX_FILE": index} if index else {})}, **more)
+
+    def present(self, top: str) -> Present:
+        """The present state of a worktree.  Raises GitError, and ThrumError for one with too much that is not committed."""
+        state, base = together([lambda: self.work.state(top), lambda: self.work.base(top)])
+        own = git_dirs(top)[0]
+        merging = (file_bytes(own + "/MERGE_HEAD") or b"").decode(errors="replace").split()
+        if state.head and not state.entries and not merging:
+            return Present(state.head, state.branch, base or state.head)
+        there, gone, skipped, traits, size, newest = [], [], [], [], 0, 0
+        folder = os.fsencode(top) + b"/"
+        for entry in state.entries:
+            if entry.before and (entry.status == "renamed" or not os.path.lexists(folder + entry.before)):
+                gone.append(entry.before)
+            if entry.raw.endswith(b"/"):        # another repository, or another worktree of this one
+                continue
+            try:
+                found = os.lstat(folder + entry.raw) if entry.status != "deleted" else None
+            except OSError:
+                found = None
+            if not found:
+                gone.append(entry.raw)
+                continue
+            kind = found.st_mode >> 12          # of stat(2), without the module
+            if kind not in (0o10, 0o12, 0o04) or found.st_size > PRESENT_FILE_MAX:
+                skipped.append(entry.path)
+                continue
+            there.append(entry.raw)
+            size += found.st_size
+            # Of a submodule the folder does not tell which commit it is at.
+            newest = max(newest, FAR if kind == 0o04 else found.st_mtime_ns, found.st_ctime_ns)
+            traits.append((entry.raw, found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino, found.st_mode))
+        if size > PRESENT_MAX:
+            raise ThrumError(f"{len(there):,} uncommitted files of {size >> 20:,} MB are too much to compare; .gitignore should name "
+                             "what is generated")
+        traits = (state.head, merging, gone, traits)
+        known = self._present.pop(top, None)
+        if known and known[0] == traits:
+            commit = known[1]
+        else:
+            commit = self._commit(top, own, [state.head] * bool(state.head) + merging, gone, there)
+        if newest < self.work.world.now_ns() - SETTLED_NS:
+            self._present[top] = traits, commit
+        return Present(commit, state.branch, base or commit, skipped)
+
+    def _commit(self, top: str, own: str, parents: list, gone: list, there: list) -> str:
+        """The commit that all of this would make."""
+        index = f"{self.folder}/{hash32(top)[:16]}.index"
+        try:
+            try:
+                shutil.copyfile(own + "/index", index)
+            except FileNotFoundError:
+                remove(index)   # nothing was ever added
+            # What is gone first: a file may have taken the place of a folder, or a link, in which it would be found again.
+            for how, paths in (("--force-remove",), gone), (("--add", "--remove"), there):
+                if paths:
+                    self._run(top, "update-index", *how, "-z", "--stdin", index=index, input=b"\0".join(paths) + b"\0")
+            tree = self._run(top, "write-tree", "--missing-ok", index=index).decode().strip()
+            return self._run(top, "commit-tree", tree, *(word for parent in parents for word in ("-p", parent))).decode().strip()
+        finally:
+            remove(index)
+
+    def conflicts(self, top: str, a: str, b: str) -> list:
+        """The files in which two commits conflict: [{path, kind, ranges, names}]; the attributes are those of a worktree."""
+        if a == b:
+            return []
+        found = self._merges.get((a, b))
+        if found is None:
+            found = self._merge(top, a, b)
+            while len(self._merges) >= MERGES_KEPT:
+                self._merges.pop(next(iter(self._merges)), None)
+            self._merges[a, b] = found
+        return found
+
+    def _merge(self, top: str, a: str, b: str) -> list:
+        tree, stages, found = parse_merge(self._run(
+            top, "merge-tree", "--write-tree", "-z", "--allow-unrelated-histories", a, b, statuses=(0, 1)))
+        # Without --messages there are some only if it does not merge; then there are also those of what was resolved.
+        found = [(kind, paths) for kind, paths in found if not stages.keys().isdisjoint(paths)] or found
+        files = {}
+
+        def own(path):          # a file in the way of a folder of that name is put aside as `name~commit`
+            return path_text(re.sub(rb"~(%s|%s)(_\d+)?$" % (a.encode(), b.encode()), b"", path))
+        for kind, paths in found:
+            if kind == "contents" and 1 not in stages.get(paths[0], {1: ""}):
+                kind = "add/add"
+            if paths[0] not in files or files[paths[0]]["kind"] in ("contents", "add/add"):
+                names = [name for name in map(own, paths[1:]) if name != own(paths[0])]
+                files[paths[0]] = {"path": own(paths[0]), "kind": kind, **({"names": names} if names else {})}
+        texts = {path: [tree.encode() + b":" + path, *(name.encode() for _, name in sides)] for path in files
+                 if len(sides := [stages[path][stage] for stage in (2, 3) if stage in stages.get(path, ())]) == 2
+                 and all(mode.startswith("100") for mode, _ in sides)}
+        for path, (merged, *versions) in self._blobs(top, dict(list(texts.items())[:RANGED_FILES])):
+            ranges = conflict_ranges(merged, (a, b), versions)
+            if ranges[0]:
+                files[path]["ranges"] = ranges
+        return sorted(files.values(), key=lambda file: file["path"])
+
+    def _blobs(self, top: str, wanted: dict):
+        """For each of {path: names of objects} the path and their contents, where all are small enough."""
+        def ask(names, how):
+            return self._run(top, "cat-file", how, "-z", input=b"".join(name + b"\0" for name in names))
+        if not wanted:
+            return
+        sizes = iter(ask((name for names in wanted.values() for name in names), "--batch-check=%(objectsize)").split())
+        small = [path for path, names in wanted.items() if max([int(next(sizes)) for _ in names]) <= RANGED_MAX]
+        data, at = ask((name for path in small for name in wanted[path]), "--batch=%(objectsize)") if small else b"", 0
+        for path in small:
+            texts = []
+            for _ in wanted[path]:
+                start = data.index(b"\n", at) + 1
+                texts.append(data[start:start + int(data[at:start])])
+                at = start + len(texts[-1]) + 1
+            yield path, texts
 
 
 # ================================================================== 12  Routing
@@ -5585,6 +5885,9 @@ PREVIEW_MAX = 200               # characters of a message in its trace
 SNIPPET = 160                   # characters of a message around what was searched for: two lines of a terminal
 SEARCH_WORDS_MAX = 32           # words of a query: more is a text, not a question
 AWAY_NAMES = 5                  # names in a warning
+NOTICE_FILES = 20               # files that a notice names
+NOTICE_PATHS = LINE_MAX // 8    # characters of paths that it keeps for the next one: it has to fit a line, with escapes
+RANGES_SHOWN = 5                # places in a file that are named
 DELIVERY_STATES = (("answered", "answered_at"), ("read", "read_at"), ("seen", "shown_at"), ("pushed", "pushed_at"),
                    ("delivered", "delivered_at"))      # the furthest first
 
@@ -6110,7 +6413,7 @@ def session_set_task(context: Context, params: dict) -> dict:
 
 def team_list(context: Context, params: dict) -> dict:
     """Everybody with an open session, or with `include_offline` everybody, and what is shared."""
-    seen, members, claims = context.ledger.seen, [], {}
+    seen, members, claims, conflicts = context.ledger.seen, [], {}, known_conflicts(context)
     live, held = _live_claims(context)
     for claim in live:
         if claim["claim_id"] in held:
@@ -6125,6 +6428,8 @@ def team_list(context: Context, params: dict) -> dict:
                       current_task=work.get("current_task"), branch=work.get("branch"), git_updated_at=work.get("git_updated_at")),
             "unmerged_commits": len(work.get("unmerged_commits", [])), "file_changes": work.get("file_changes", []),
             "uncommitted_files": work.get("uncommitted_files", []), "claims": claims.get(row["agent_id"], []),
+            "conflicts": [{"with": pair["with"], "files": [file["path"] for file in pair["files"]]}
+                          for pair in conflicts.get(row["agent_id"], [])],
             "inbox_total": row["inbox_total"], "inbox_unread": row["inbox_unread"], "status": "active" if row["session_id"] else "offline"})
     everybody, groups = context.store.shared_messages()
     shared = {"broadcast_total": everybody, "groups": [{"name": name, "total": total} for name, total in groups]}
@@ -6818,6 +7123,109 @@ def worktree_status(context: Context, params: dict) -> dict:
             "uncommitted_total": len(state.entries), "unmerged_commits": len(commits)}
 
 
+def _agents_at_work(context: Context) -> dict:
+    """The worktrees of this repository in which agents have open sessions, and who they are: {worktree: [agent id]}."""
+    places, found = context.ledger.places, {}
+    tops = {worktree_label(top): top for top in dict.fromkeys([places.root, *worktrees_of(places.common)])}
+    for label, agent_id in context.store.open_worktrees(context.ledger.daemon_id):
+        if label in tops and agent_id not in found.setdefault(tops[label], []):
+            found[tops[label]].append(agent_id)
+    return found
+
+
+def _conflicts(context: Context) -> Conflicts:
+    return context.ledger.facts.setdefault("conflicts", Conflicts(_work(context)))
+
+
+def conflict_list(context: Context, params: dict) -> dict:
+    """Which worktrees would not merge with each other, or with the base: those of active agents, with `all` all of them."""
+    agents, places, chosen = _agents_at_work(context), context.ledger.places, set()
+    for name in params.get("agents", []):
+        agent_id = name.lstrip("@")
+        if not context.store.agent(agent_id):
+            raise ThrumError(f"no agent @{agent_id}; 'thrum agent list' shows who there is")
+        worktrees = [top for top, ids in agents.items() if agent_id in ids]
+        if not worktrees:
+            raise ThrumError(f"@{agent_id} has no open session in a worktree of this repository on this machine")
+        chosen.update(worktrees)
+    tops = list(dict.fromkeys([places.root, *worktrees_of(places.common)])) if params.get("all") else list(agents)
+    present, found, errors = _conflicts(context).look(sorted(tops), lambda a, b: not chosen or a in chosen or b in chosen)
+    pairs, base = [], []
+    for (a, b), files in found.items():
+        here = [top for top in (a, b) if top]
+        row = {"agents": [agents.get(top, []) for top in here], "worktrees": list(map(printable, here)),
+               "branches": [present[top].branch for top in here], "clean": not files, "files": files}
+        if b:
+            pairs.append(row)
+        else:
+            base.append({**row, "base": present[a].base})
+    return {"pairs": pairs, "base": base,
+            "skipped": [{"worktree": printable(top), "paths": state.skipped} for top, state in present.items() if state.skipped],
+            "errors": [{"worktree": printable(top), "error": error} for top, error in errors.items()],
+            "checked_at": stamp_of(context.world.now_ns())}
+
+
+def known_conflicts(context: Context) -> dict:
+    """What the newest look has found, without another one: {agent id: [{with: agent id, files: [...]}]}."""
+    agents, found = _agents_at_work(context), {}
+    for (a, b), files in list(_conflicts(context).known.items()):
+        for one, other in ((a, b), (b, a)) if files else ():
+            for agent_id in agents.get(one, []):
+                found.setdefault(agent_id, []).extend({"with": other_id, "files": files} for other_id in agents.get(other, []))
+    return found
+
+
+def conflict_pairs(context: Context, params: dict) -> list:
+    """The pairs of worktrees of active agents, if there is something new to say of them: [{agents: [[…], […]], files}]."""
+    agents = _agents_at_work(context)
+    found = _conflicts(context).look(sorted(agents), lambda a, b: b)[1] if len(agents) > 1 else {}
+    pairs = [{"agents": [agents[a], agents[b]], "files": files} for (a, b), files in found.items()]
+    return pairs if conflict_news(context, pairs) else []
+
+
+def conflict_news(context: Context, pairs: list) -> list:
+    """What has changed since agents were told of their conflicts, as arguments of `notice`.
+
+    What they were told last is in the message that told them, so neither a restart nor a rebuild tells it again.
+    """
+    news = []
+    for pair in pairs:
+        for a, b in sorted({tuple(sorted((a, b))) for a in pair["agents"][0] for b in pair["agents"][1] if a != b}):
+            about = ("conflict", f"{a} {b}")
+            last = (context.store.page(ref=about, author=PROGRAM, limit=1)["messages"] or [{}])[0]
+            told = json.loads(last.get("structured") or "{}")
+            count, known = told.get("count", 0), told.get("files", [])
+            new = [file for file in pair["files"] if file["path"] not in known] if known or len(pair["files"]) > count else []
+            if not new and (pair["files"] or not count):
+                continue
+            whose, names = f"What @{a} and @{b} have", [f"@{name}" for name in ((a, b) if a in pair["agents"][0] else (b, a))]
+            lines = [f"{whose} would not merge in more files now:" if count else f"{whose} would not merge as it is now:"]
+            lines += [f"- {printable(file['path'])[-PAIR_MAX:]}: {conflict_text(file, names)}" for file in new[:NOTICE_FILES]]
+            lines += [f"- and {len(new) - NOTICE_FILES} more"] if len(new) > NOTICE_FILES else []
+            lines += ["Agree on who changes what; `thrum conflicts` shows how it stands."]
+            paths = [file["path"] for file in pair["files"]]
+            news.append(([a, b], "\n".join(lines) if new else f"{whose} would merge again: the conflict is gone.",
+                         f"conflict {a} {b} {last.get('message_id', '')}", [about], {
+                             "count": len(paths), **({"files": paths} if sum(map(len, paths)) <= NOTICE_PATHS else {})}))
+    return news
+
+
+def tell_of_conflicts(context: Context, pairs: list) -> None:
+    for news in conflict_news(context, pairs):
+        notice(context, *news)
+
+
+def conflict_text(file: dict, names: list) -> str:
+    """What is wrong with a file of two sides with those names: `lines 10-14 (@ada), 12-16 (@bob)`, or the kind of conflict."""
+    if "ranges" not in file:
+        return printable(file["kind"] + (f" ({', '.join(file['names'][:2])})" if "names" in file else ""))
+
+    def lines(ranges):
+        shown = [f"after {last}" if last < first else str(first) if first == last else f"{first}-{last}" for first, last in ranges]
+        return ", ".join(shown[:RANGES_SHOWN]) + (f" and {len(shown) - RANGES_SHOWN} more" if len(shown) > RANGES_SHOWN else "")
+    return "lines " + "; ".join(f"{lines(ranges)} ({name})" for name, ranges in zip(names, file["ranges"]))
+
+
 def _content(params: dict, what: str) -> bytes:
     """The bytes of a request's `content`: base64, or plain with `text` (design, decision 23)."""
     content = params.get("content", "")
@@ -6946,7 +7354,7 @@ def _refuse_claim(context: Context, wanted: Waiting, live: list, ticket) -> None
             break
         as_claims = [{"agent_id": first.agent_id, "path": path, "shared": first.shared} for path in first.paths]
         if not any(stands(claim, first.agent_id, first.paths, first.shared) for claim in mine):
-            path = next((path for claim in as_claims if (path := stands(claim, wanted.agent_id, wanted.paths, wanted.shared))), None)
+            path = next((claim["path"] for claim in as_claims if stands(claim, wanted.agent_id, wanted.paths, wanted.shared)), None)
             before += [(path, first)] if path else []
     if not against and not before:
         return
@@ -6957,10 +7365,11 @@ def _refuse_claim(context: Context, wanted: Waiting, live: list, ticket) -> None
     now = context.world.now_ns()
     if against:
         path, claim = against[0]
+        since = min(claim["granted_at"], claim["expires_at"] - claim["ttl_s"] * NS)     # its stamp may be ahead of our clock
         as_what = f" as {claim['path']}" if claim["path"] != path else ""
         text = f"{path} is claimed{as_what} by @{claim['agent_id']}{_on_host(claim, context.ledger.daemon_id)}" \
-               f"{' (shared)' if claim['shared'] else ''} since {stamp_of(claim['granted_at'])[:16].replace('T', ' ')}Z " \
-               f"{until(claim, now)}{_in_quotes(claim['note'])}"
+               f"{' (shared)' if claim['shared'] else ''} " \
+               f"since {_minute_of(since)} {until(claim, now)}{_in_quotes(claim['note'])}"
     else:
         path, first = before[0]
         text = f"@{first.agent_id} waits for {path} already"
@@ -6982,7 +7391,7 @@ def claim_take(context: Context, params: dict) -> dict:
     if not paths:
         raise InvalidParams("name at least one path to claim; '.' is the whole repository")
     if ttl_s is not None and not 0 < ttl_s <= TTL_MAX_S:
-        raise InvalidParams(f"the time of a claim must be between 1s and {span(TTL_MAX_S)}")
+        raise InvalidParams(f"ttl_s must be between 1 and {TTL_MAX_S} seconds")
     if not agent:
         raise ThrumError(f"agent not found: {agent_id} is not registered")
     session = store.open_session(agent_id) if agent["kind"] == "user" else session_of(context, agent_id)
@@ -7101,6 +7510,8 @@ METHODS = {
                         aliases={"all": "include_offline"}),
     "work.whoHas": Method(work_who_has, {"file!": str}, "Who has changed a file, as git says now.", slow=True),
     "worktree.status": Method(worktree_status, {"repo_path": str}, "Branch and uncommitted files of a worktree of this repository."),
+    "conflict.list": Method(conflict_list, {"agents": [str], "all": bool},
+                            "Which worktrees of active agents would not merge, with each other or with the base branch.", slow=True),
     # These write files of the caller's worktree, not events, so they are no changes to the ledger.
     "context.save": Method(context_save, {"content": str, **CONTEXT}, "Save what an agent wants its successor to know."),
     "context.show": Method(context_show, {"include_preamble": bool, "no_preamble": bool, **CONTEXT}, "What an agent has saved."),
@@ -7791,6 +8202,10 @@ async def overview(console: Console, args: Args) -> int:
     work, inbox = report.get("work_context", {}), report.get("inbox")
     if "git_updated_at" in work:
         text += f"Branch info: {len(work.get('unmerged_commits', []))} commits, {len(_files_of(work))} files\n"
+    conflicts = next((member["conflicts"] for member in (await console.call("team.list"))["members"] if member["agent_id"] == me), [])
+    if conflicts:
+        report["conflicts"] = conflicts
+        text += "".join(f"Conflict: {_conflict_line(pair, console)}\n" for pair in conflicts[:TEAM_FILES])
     text += "\nTeam:\n" if others else "\nTeam: nobody else is active\n"
     text += _team_rows(console, [[f"  ● {handle(work['agent_id'])}", one_line(work.get("branch", ""), 30), _age_of(work, console),
                                  one_line(work.get("intent", ""))] for work in others])
@@ -7860,6 +8275,7 @@ def _teammate_text(member: dict, console: Console) -> str:
         text += "  Files:    (no changes)\n"
     if member["claims"]:
         text += f"  Claims:   {one_line(', '.join(member['claims']), left)}\n"
+    text += "".join(f"  Conflict: {_conflict_line(pair, console)}\n" for pair in member["conflicts"][:TEAM_FILES])
     table = [[path_shown(change["path"]), console.ago(change["last_modified"]), f"+{change['additions']} -{change['deletions']}"]
              for change in sorted(files, key=lambda change: change["last_modified"], reverse=True)[:TEAM_FILES]]
     for n, line in enumerate(rows_of(table).splitlines() if table else ()):
@@ -7868,6 +8284,11 @@ def _teammate_text(member: dict, console: Console) -> str:
 
 
 WHO_HAS_FILES = 10              # files of one agent that are named below a folder
+
+
+def _conflict_line(pair: dict, console: Console) -> str:
+    """With whom somebody's work would not merge, and where."""
+    return console.bold(f"with {handle(pair['with'])}") + f": {one_line(', '.join(pair['files']), max(console.width - 40, 20))}"
 
 
 async def who_has(console: Console, args: Args) -> int:
@@ -8024,6 +8445,29 @@ async def ping(console: Console, args: Args) -> int:
             ("Intent:", "intent"), ("Task:", "current_task"), ("Branch:", "branch")) if work and field in work)
     await console.answer({"agents": agents, "contexts": contexts},
                          text or f"@{one_line(wanted)}: not found (no agent registered with this name or role)\n")
+    return 0
+
+
+async def conflicts_command(console: Console, args: Args) -> int:
+    found = await console.call("conflict.list", agents=args.agent, all=args.all)
+    text, counts = "", []
+    for rows, what in ((found["pairs"], "pair{} of worktrees"), (found["base"], "worktree{} and base")):
+        for row in rows:
+            sides = [" ".join(map(handle, ids)) or one_line(os.path.basename(top)) for ids, top in zip(row["agents"], row["worktrees"])]
+            sides += ["base"] * (len(sides) == 1)
+            if not row["clean"]:
+                text += console.bold(" ✗ ".join(sides)) + "\n"
+                text += rows_of([["  " + one_line(file["path"]), one_line(conflict_text(file, sides), ERROR_MAX)]
+                                 for file in row["files"]]) + "\n"
+        if rows:
+            counts.append(f"{sum(row['clean'] for row in rows)} of {len(rows)} {what.format('s' * (len(rows) > 1))}")
+    for row in found["skipped"]:
+        text += f"Left out of {one_line(row['worktree'])}, as too large: {one_line(', '.join(row['paths']))}\n"
+    for row in found["errors"]:
+        text += f"Not compared: {one_line(row['worktree'])}: {one_line(row['error'], ERROR_MAX)}\n"
+    if counts:
+        text += f"Clean: {', '.join(counts)}.\n"
+    await console.answer(found, text or "Nobody has an open session in a worktree here; --all compares all worktrees.\n")
     return 0
 
 
@@ -8912,6 +9356,9 @@ COMMANDS = {
     "who-has": Command(who_has, "Who has changed a file, or something in a folder, as git says now.", (
         Argument("FILE", "the file, from here or from the top of the repository"),), "thrum who-has src/parser.py"),
     "ping": Command(ping, "Whether an agent is active, and at what.", (Argument("AGENT", "@agent or @role"),), "thrum ping @bob"),
+    "conflicts": Command(conflicts_command, "Which active agents' work would not merge, uncommitted work included.", (
+        Argument("AGENT", "only with these", required=False, many=True), Argument("--all", "every worktree, active or not", bool)),
+        "thrum conflicts @bob"),
     "whoami": Command(whoami, "Who you are here; works without the daemon.", offline=True),
     "send": Command(send, "Send a message to an agent, a role or a group; without --to, to everyone.", (
         Argument("MESSAGE", "the text; - reads it from stdin", required=False), Argument("--to", "@agent, @role or @group"),
@@ -9130,6 +9577,7 @@ WRITE_S = 10                    # seconds that a client may take to read what it
 STOP_S = 5                      # seconds for what is in flight when the daemon stops
 LOCK_RETRY_S = 0.02             # seconds between tries: only a signal could end a blocking flock(2), and threads have none
 FLUSH_S = 0.05                  # seconds without a request before branch files are written: a burst goes together
+LOOK_S = 30                     # seconds between two looks for conflicts: each costs a `git status` in every worktree
 SYNC_S = 60                     # seconds between making the branch files durable, when something came
 CONNECTIONS_MAX = 2_000         # open at once; more are turned away
 OWN_FILES = 40                  # descriptors that the daemon needs itself: databases, log, journal, git
@@ -9380,6 +9828,11 @@ class Daemon:
         self._pools = {}            # slow or not -> threads that answer, and (generation, connection) for each of them
         self._acted = set()         # agents that have done something since their worktrees were looked at
         self._server = None
+        self._works = {}            # worktree -> what git said about it when it was looked at last
+        self._looking = None        # the task that looks for conflicts
+        self._changed = False       # whether it has to look again
+        self._looked_at = -LOOK_S   # monotonic s
+        self._look_problem = ""
         self.room = CONNECTIONS_MAX
 
     # ---- from start to end
@@ -9389,6 +9842,8 @@ class Daemon:
         self.loop = asyncio.get_running_loop()
         self.stopping = asyncio.Event()
         self.last_seq = self.ledger.journal.last
+        conflicts = self.ledger.facts["conflicts"] = Conflicts(self.ledger.facts.setdefault("work", Work(self.places, self.world)))
+        conflicts.close(for_good=False)     # what a crash has left
         self.ledger.facts["stop"] = lambda: self.loop.call_soon_threadsafe(self.stopping.set)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self.stopping.set)
@@ -9408,6 +9863,8 @@ class Daemon:
         self.log.info("stopping")
         for chore in chores:
             chore.cancel()
+        if self._looking:
+            self._looking.cancel()
         self._server.close()
         for connection in list(self.connections):
             if connection.waiting or not connection.busy:
@@ -9423,6 +9880,7 @@ class Daemon:
             self.log.warning("who was here was not noted: %s", error)
         self._writes.put(None)
         await self.loop.run_in_executor(None, writer.join)
+        await self.loop.run_in_executor(None, conflicts.close)
         for threads, _ in self._pools.values():
             threads.shutdown()
 
@@ -9474,6 +9932,33 @@ class Daemon:
             session_id = await self._read(_to_look_at, {"agent_id": agent_id})
             if session_id:
                 await self.call("session.heartbeat", {"session_id": session_id}, None)
+
+    def worktrees_changed(self) -> None:
+        """Look for conflicts in the background, and tell those whom they concern; one look for all calls within LOOK_S.
+
+        Any thread may call it.
+        """
+        self.loop.call_soon_threadsafe(self._look_soon)
+
+    def _look_soon(self) -> None:
+        self._changed = True
+        if not self._looking or self._looking.done():
+            self._looking = self.loop.create_task(self._look_for_conflicts())
+
+    async def _look_for_conflicts(self) -> None:
+        while self._changed:
+            while (left := self._looked_at + LOOK_S - self.world.monotonic()) > 0:
+                await asyncio.sleep(left)
+            self._looked_at, self._changed, problem = self.world.monotonic(), False, ""
+            try:
+                pairs = await self._read(conflict_pairs, {}, slow=True)
+                if pairs:
+                    await self._write(lambda context, pairs=pairs: tell_of_conflicts(context, pairs))
+            except Exception as error:
+                problem = str(error)
+            if problem and problem != self._look_problem:       # git may be too old: once is enough
+                self.log.warning("conflicts were not looked for: %s", problem)
+            self._look_problem = problem
 
     # ---- the writer
 
@@ -9669,7 +10154,13 @@ class Daemon:
             def change(context):
                 context.prepared = prepared
                 return context.store.once(key, lambda: method.handler(context, checked))
-            return await (self._queue(change, checked, connection) if method.queues else self._write(change))
+            done = await (self._queue(change, checked, connection) if method.queues else self._write(change))
+            if prepared:
+                work = {**prepared, "git_updated_at": ""}
+                if self._works.get(work["worktree_path"]) != work:
+                    self._works[work["worktree_path"]] = work
+                    self.worktrees_changed()
+            return done
         except (ThrumError, asyncio.CancelledError, ConnectionError):
             raise
         except Exception as error:
@@ -11534,7 +12025,7 @@ async def version(console: Console, args: Args) -> int:
 FIRST = ("quickstart", "send", "inbox", "reply", "wait", "status")      # what an agent needs to begin with
 TOPICS = {                      # where the others stand in the overview; what is named nowhere stands under "More"
     "Messages": "message search sent trace",
-    "Team": "agent claim claims group guard overview ping release session team who-has whoami why",
+    "Team": "agent claim claims conflicts group guard overview ping release session team who-has whoami why",
     "Memory": "context prime",
     "Setup": "completion config init migrate setup worktree",
     "Upkeep": "daemon purge version help",

@@ -89,7 +89,7 @@ HERE = [shell for shell in DRIVERS if shutil.which(shell)]
 
 OFFERED = {
     "se": ["search", "send", "sent", "session", "setup"], "agent li": ["list"], "agent set-": ["set-intent", "set-task"], "sent ": ["show"],
-    "--json agent li": ["list"], "--repo . con": ["config", "context"], "completion ": ["bash", "fish", "powershell", "zsh"],
+    "--json agent li": ["list"], "--repo . con": ["config", "conflicts", "context"], "completion ": ["bash", "fish", "powershell", "zsh"],
     "help ses": ["session"], "send --th": ["--thread"], "daemon restart --fr": ["--from"], "--verb": ["--verbose"],
     "send --to @b": ["@backend", "@bob"], "send --mention @ad": ["@ada"],
     "send --from": [], "inbox --from @p": [], "inbox --from @": ["@ada", "@bob"], "wait --role pl": ["planner"],

@@ -330,7 +330,7 @@ def test_every_generated_event_is_well_formed_and_canonical():
 
 
 SAMPLES = {str: "x", dict: {}, list: [], bool: True, int: 1}
-COMMON = {"timestamp": "2026-03-10T09:15:00Z", "event_id": "evt_1"}
+COMMON = {"timestamp": "2026-03-10T09:15:00Z", "event_id": "evt_01KKBQ0D3R0000000000000001"}
 
 
 def sample(kind, optional=True):
@@ -370,8 +370,20 @@ def test_check_event_refuses(change):
         thrum.check_event({**sample("message.create"), **change})
 
 
+@pytest.mark.parametrize("change", [
+    {"ttl_s": 0}, {"ttl_s": -5}, {"ttl_s": 86_401}, {"path": ""}, {"path": "/etc"}, {"path": "../x"}, {"path": "a//b"}, {"path": "a/"},
+    {"path": "./a"}, {"path": "a/../b"}, {"path": ".git/config"}, {"path": ".thrum"}, {"path": "a\nb"}, {"path": "x" * 257},
+    {"path": "*a" * 17}, {"event_id": "evt_1"}, {"event_id": "evt_" + "Z" * 26}, {"event_id": "evt_01kkbq0d3r0000000000000001"},
+    {"event_id": "evt_01KKBQ0D3R000000000000000U"}, {"claim_id": "a\tb"},
+], ids=str)
+def test_check_event_refuses_claims_that_nobody_could_make(change):
+    assert thrum.check_event(sample("claim.take"))
+    with pytest.raises(ValueError):
+        thrum.check_event({**sample("claim.take"), **change})
+
+
 def test_check_event_takes_types_that_are_not_known():
-    assert thrum.check_event({**COMMON, "type": "claim.granted", "paths": ["a"], "agent_id": "ada"})
+    assert thrum.check_event({**COMMON, "type": "lock.granted", "paths": ["a"], "agent_id": "ada"})
 
 
 def test_check_event_never_fails_otherwise():
