@@ -2369,13 +2369,6 @@ class Store:
         self.db.execute(f"update agent_work_contexts set {' = ?, '.join(facts)} = ? where session_id = ? and "
                         "ifnull(git_updated_at, '') < ?", (*values, session_id, facts["git_updated_at"]))
 
-    def clean_work(self, now_ns: int) -> None:
-        """Drop what is known of work that nobody does any more (storage contract, section 13.3)."""
-        self.db.execute("delete from agent_work_contexts where session_id in (select session_id from sessions where ended_at < ?)",
-                        (now_ns - WORK_ENDED_S * NS,))
-        self.db.execute(f"update agent_work_contexts set {' = null, '.join(WORK_FACTS)} = null where git_updated_at < ? and "
-                        "ifnull(unmerged_commits, '[]') = '[]'", (stamp_of(now_ns - WORK_STALE_S * NS),))
-
     def team(self, offline: bool) -> list:
         """The agents and people, each with its newest open session and the work in it, the newest session first.
 
@@ -2400,8 +2393,8 @@ class Store:
 
     def newest_intent(self, agent_id: str) -> dict | None:
         """The agent's work context with the newest intent, of ended sessions too."""
-        return self.row("select c.* from agent_work_contexts c join agents a using(agent) where a.agent_id = ? and "
-                        "c.intent is not null order by c.intent_updated_at desc limit 1", agent_id)
+        return self.row("select c.*, s.ended_at from agent_work_contexts c join agents a using(agent) join sessions s using(session_id) "
+                        "where a.agent_id = ? and c.intent is not null order by c.intent_updated_at desc limit 1", agent_id)
 
     def session_pairs(self, session_id: str) -> tuple:
         """The scopes and the references of a session, as lists of tuples."""
@@ -2409,9 +2402,9 @@ class Store:
                                           (session_id,))) for kind in ("scope", "ref"))
 
     def open_worktrees(self, daemon_id: str) -> list:
-        """Who has an open session of a daemon in which worktree: pairs of its label and the agent's id, the oldest session first."""
+        """The open sessions of a daemon that name a worktree: (how they name it, agent id, session id), the oldest first."""
         return list(self.db.execute(
-            "select r.ref_value, a.agent_id from session_refs r join sessions s using(session_id) join agents a using(agent) "
+            "select r.ref_value, a.agent_id, s.session_id from session_refs r join sessions s using(session_id) join agents a using(agent) "
             "where r.ref_type = 'worktree' and s.ended_at is null and s.daemon = ? order by s.started_at, a.agent_id limit ?",
             (daemon_id, LIST_MAX)))
 
@@ -3736,7 +3729,6 @@ class Ledger:
         if not self.store.group(EVERYONE):
             self._create_everyone()
         self.flush(sync=True)
-        self.store.clean_work(self.world.now_ns())
         self._remove_leftovers()
         self.untidy, self.late = self.store.is_untidy(), self.store.idle_since(OVERDUE_S)
         self.progress = lambda: None    # whoever wanted to know has gone
@@ -4296,6 +4288,7 @@ def parse_changes(data: bytes) -> dict:
 
 
 def _file_change(path: str, ns: int, status: str, additions: int = 0, deletions: int = 0, before: str = "") -> dict:
+    ns = max(0, min(ns, FAR - 1))       # a commit or a file may have any time
     return {"path": path, "last_modified": stamp_of(ns)[:19] + "Z", "additions": additions, "deletions": deletions, "status": status,
             **({"renamed_from": before} if before else {})}
 
@@ -4386,7 +4379,7 @@ class Work:
         for part in parts:
             if not part:        # before each commit: no path is empty
                 sha, at, subject = next(parts, b""), next(parts, b"0"), next(parts, b"")
-                at, first = max(0, min(int(at), FAR // NS - 1)), True       # somebody's program wrote it
+                at, first = int(at), True
                 commits += [{"sha": sha.decode(), "message": printable(path_text(subject)), "files": []}] if sha else []
                 continue
             path, first = path_text(part[1:] if first else part), False     # a newline stands before the first
@@ -4452,7 +4445,7 @@ class Work:
             blob = blobs.get(state.head) if state else None
             base = main if os.path.realpath(top) == os.path.realpath(self.places.root) else linked
             try:
-                if blob is None or not _is_untouched(top, path, blob):
+                if blob is None or not _is_untouched(top, path, blob, len(state.head) // 2):
                     return self._changes_in(top, _own_part(top, path), base)
                 return state, [], self._committed(top, path, base, state.head)
             except GitError as error:
@@ -4494,8 +4487,8 @@ def _concerns(change: dict, path: str) -> bool:
     return is_below(change["path"], path) or is_below(change.get("renamed_from", "\0"), path)
 
 
-def _is_untouched(top: str, path: str, blob: str) -> bool:
-    """Whether a path in a worktree is for certain what it is in the commit: its `blob`, or "" for nothing.
+def _is_untouched(top: str, path: str, blob: str, id_size: int) -> bool:
+    """Whether a path in a worktree is for certain what it is in the commit: its `blob`, or "" for nothing.  Ids have so many bytes.
 
     It is when the index has that blob, and the file's stat is the one that the index remembers, which is how git itself knows.
     Whatever is the least bit unusual is not certain, and left to git.  (gitformat-index(5), versions 2 and 3.)
@@ -4514,7 +4507,6 @@ def _is_untouched(top: str, path: str, blob: str) -> bool:
         return False
     if data[:4] != b"DIRC" or data[4:8] not in (b"\0\0\0\2", b"\0\0\0\3"):
         return False
-    id_size = len(blob) // 2 or 20
     fixed, at = 42 + id_size, data.find(raw + b"\0")
     while at >= 0:
         entry = data[max(at - fixed, 0):at]
@@ -6231,6 +6223,8 @@ def agent_whoami(context: Context, params: dict) -> dict:
     agent_id = caller_of(context, params)
     agent, session = context.store.agent(agent_id) or {}, context.store.open_session(agent_id)
     work = context.store.newest_intent(agent_id) or {}
+    if work and work["ended_at"] and work["ended_at"] < context.world.now_ns() - WORK_ENDED_S * NS:
+        work = {}               # what it did then says nothing about now
     reply = {"agent_id": agent_id, "role": agent.get("role") or "", "module": agent.get("module") or "",
              "display": agent.get("display") or "", "source": "caller" if params.get("caller_agent_id") else "identity_file"}
     if session:
@@ -6249,9 +6243,14 @@ def _shaped(item: dict, shape: dict) -> dict:
     return {**shaped, "files": [file for file in shaped["files"] if type(file) is str]} if "files" in shape else shaped
 
 
-def _work_context(row: dict) -> dict:
-    """What is known of the work of a session, from a row of the store."""
-    lists = {}
+def _work_context(context: Context, row: dict) -> dict:
+    """What is known of the work of a session, from a row of the store.
+
+    What git said a day ago of a worktree without a commit of its own says nothing any more (storage contract, section 13.3).
+    """
+    lists, stale = {}, stamp_of(context.world.now_ns() - WORK_STALE_S * NS)
+    if (row.get("git_updated_at") or "") < stale and row.get("unmerged_commits") in (None, "[]"):
+        row = {**row, **dict.fromkeys(WORK_FACTS)}
     for field, shape in (("unmerged_commits", COMMIT_SUMMARY), ("file_changes", FILE_CHANGE), ("uncommitted_files", ""),
                          ("changed_files", "")):
         try:
@@ -6269,7 +6268,7 @@ def agent_list_context(context: Context, params: dict) -> dict:
     """What agents with an open session do; `agent_id` is exact, `role` is additive to the reference."""
     file = params.get("file", "")
     rows = context.store.work_contexts(params.get("agent_id", ""), params.get("role", ""), params.get("branch", ""), file)
-    return {"contexts": [work for work in map(_work_context, rows)
+    return {"contexts": [work for work in [_work_context(context, row) for row in rows]
                          if not file or file in work.get("changed_files", []) + work.get("uncommitted_files", [])]}
 
 
@@ -6277,17 +6276,27 @@ def _work(context: Context) -> Work:
     return context.ledger.facts.setdefault("work", Work(context.ledger.places, context.world))
 
 
-def _top_of(context: Context, refs: list) -> str:
-    """The worktree of this repository that a session's references (pairs) name, "" for none: no other place is looked at."""
-    named = [value for kind, value in refs if kind == "worktree"]
-    real = {os.path.realpath(value) for value in named if os.path.isabs(value)}
-    tops = _our_worktrees(context.ledger.places) if named else ()
-    return next((top for top in tops if worktree_label(top) in named or os.path.realpath(top) in real), "")
+def _worktree_finder(context: Context):
+    """A function that gives the worktree of this repository which a session names, "" for any other place: that is not looked at."""
+    tops = _our_worktrees(context.ledger.places)
+    names = {name: top for top in reversed(tops) for name in (os.path.realpath(top), worktree_label(top))}
+    return lambda name: names.get(name) or (names.get(os.path.realpath(name), "") if os.path.isabs(name) else "")
+
+
+def _sessions_at_work(context: Context) -> dict:
+    """The open sessions of this machine that work in a worktree: session id -> (worktree, agent id)."""
+    find, found = _worktree_finder(context), {}
+    for name, agent_id, session_id in context.store.open_worktrees(context.ledger.daemon_id):
+        top = find(name)
+        if top:
+            found.setdefault(session_id, (top, agent_id))
+    return found
 
 
 def _look_at(context: Context, refs: list) -> dict | None:
     """What git says about the worktree that a session's references name; None where it says nothing."""
-    top = _top_of(context, refs)
+    find = _worktree_finder(context)
+    top = next(filter(None, (find(value) for kind, value in refs if kind == "worktree")), "")
     try:
         return _work(context).facts(top) if top else None
     except GitError as error:
@@ -6335,7 +6344,7 @@ def _end_session(context: Context, session: dict, reason: str, after: int) -> di
     """End a session, and tell the other machines what it did: its work context, as much as fits one event."""
     event = context.append("agent.session.end", after=after, session_id=session["session_id"], reason=reason)
     row = context.store.work_context(session["session_id"])
-    work = _work_context({**row, "agent_id": ""}) if row else {}
+    work = _work_context(context, {**row, "agent_id": ""}) if row else {}
     work.pop("agent_id", None)
     for limit in WORK_SHARED:
         for field, value in work.items():
@@ -6389,7 +6398,7 @@ def session_heartbeat(context: Context, params: dict) -> dict:
     context.store.touch(session["session_id"], now)
     if context.prepared:
         context.store.note_work(session["session_id"], context.prepared)
-    work = _work_context({"agent_id": "", **(context.store.work_context(session["session_id"]) or session)})
+    work = _work_context(context, {"agent_id": "", **(context.store.work_context(session["session_id"]) or session)})
     git = {"unmerged_commits": len(work.get("unmerged_commits", [])), "file_changes": work.get("file_changes", [])}
     return {"session_id": session["session_id"], "last_seen_at": stamp_of(now), **compact(branch=work.get("branch")),
             **(git if "git_updated_at" in work else {})}
@@ -6420,7 +6429,7 @@ def team_list(context: Context, params: dict) -> dict:
             claims.setdefault(claim["agent_id"], []).append(claim["path"])
     for row in context.store.team(params.get("include_offline", False)):
         last_seen = max(row["last_seen_at"], seen.get(row["agent_id"], 0))
-        work = _work_context({**row, "session_id": row["session_id"] or ""})
+        work = _work_context(context, {**row, "session_id": row["session_id"] or ""})
         members.append({
             "agent_id": row["agent_id"], "kind": row["kind"], "role": row["role"], "module": row["module"],
             **compact(display=row["display"], hostname=row["hostname"], worktree=row["worktree"], session_id=row["session_id"],
@@ -6449,19 +6458,19 @@ def work_who_has(context: Context, params: dict) -> dict:
     except GitError as error:
         logging.getLogger("thrum").warning("who-has: %s", error)
         answers = {}
-    found, met = [], set()
+    found, where = [], _sessions_at_work(context)
+    met = {top for top, _ in where.values()}
     for row in store.work_contexts():
-        top = _top_of(context, store.session_pairs(row["session_id"])[1]) if row["daemon"] == ledger.daemon_id else ""
-        met.add(top)
+        top, _ = where.get(row["session_id"], ("", ""))
         if answers.get(top):
             state, uncommitted, committed = answers[top]
-            found.append({**_work_context(row), "branch": state.branch, "worktree_path": printable(top), "git_updated_at": stamp_of(now_ns),
-                          "uncommitted_files": [change["path"] for change in uncommitted], "live": True,
+            found.append({**_work_context(context, row), "branch": state.branch, "worktree_path": printable(top), "live": True,
+                          "uncommitted_files": [change["path"] for change in uncommitted], "git_updated_at": stamp_of(now_ns),
                           "changed_files": [change["path"] for change in committed], "file_changes": uncommitted + committed})
         elif row["daemon"] == ledger.daemon_id:
-            found.append({**_known_changes(row, path), "live": False})
+            found.append({**_known_changes(context, row, path), "live": False})
     for row in store.contexts_elsewhere(ledger.daemon_id, stamp_of(now_ns - WORK_ENDED_S * NS)):
-        found.append({**_known_changes(row, path), "live": False, **compact(hostname=row["hostname"])})
+        found.append({**_known_changes(context, row, path), "live": False, **compact(hostname=row["hostname"])})
     left = [{"worktree_path": printable(top), **compact(branch=answer[0].branch), "file_changes": answer[1],
              "agents": sorted(identity.agent_id() for _, identity in _identities_in(top))}
             for top, answer in answers.items() if top not in met and answer and answer[1]]
@@ -6471,9 +6480,9 @@ def work_who_has(context: Context, params: dict) -> dict:
     return {"file": path, "contexts": found, "claims": claims, "unattended": left}
 
 
-def _known_changes(row: dict, path: str) -> dict:
+def _known_changes(context: Context, row: dict, path: str) -> dict:
     """A stored work context, and of its files only those at or below a path."""
-    work = {"uncommitted_files": [], "changed_files": [], "file_changes": [], **_work_context(row)}
+    work = {"uncommitted_files": [], "changed_files": [], "file_changes": [], **_work_context(context, row)}
     for field in ("uncommitted_files", "changed_files", "file_changes"):
         work[field] = [item for item in work[field] if is_below(item["path"] if field == "file_changes" else item, path)]
     return work
@@ -7125,11 +7134,9 @@ def worktree_status(context: Context, params: dict) -> dict:
 
 def _agents_at_work(context: Context) -> dict:
     """The worktrees of this repository in which agents have open sessions, and who they are: {worktree: [agent id]}."""
-    places, found = context.ledger.places, {}
-    tops = {worktree_label(top): top for top in dict.fromkeys([places.root, *worktrees_of(places.common)])}
-    for label, agent_id in context.store.open_worktrees(context.ledger.daemon_id):
-        if label in tops and agent_id not in found.setdefault(tops[label], []):
-            found[tops[label]].append(agent_id)
+    found = {}
+    for top, agent_id in dict.fromkeys(_sessions_at_work(context).values()):
+        found.setdefault(top, []).append(agent_id)
     return found
 
 

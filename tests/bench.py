@@ -5,7 +5,7 @@
 Figure and floor are taken in turns in one run, so that noise hits both; what is printed are medians.  A budget is a
 ratio to the floor, so it holds on any machine.  `--large` adds the rows for 1,000,000 messages (some minutes and 3 GB),
 `--quick` takes fewer rounds.  `--only` names a group: command, surface, parallel, send, clients, broadcast, crowd, inbox,
-outbox, search, start, rebuild, memory.  The exit status is 1 when a budget is missed.
+outbox, search, work, start, rebuild, memory.  The exit status is 1 when a budget is missed.
 """
 
 import argparse
@@ -41,9 +41,10 @@ FILE_BYTES = 8 << 20            # of one journal file
 SURFACE = (
     "inbox --all", "inbox --from agent2", "inbox --scope module:core", "sent", "sent --unread", "sent --to @agent2", "search parser",
     "trace MSG", "message get MSG", "message read --all", "reply MSG yes", "wait --after-seq 0 --timeout 1s", "status", "overview",
-    "prime", "whoami", "ping agent2", "agent list", "agent list --context", "agent context", "session list", "session heartbeat",
+    "prime", "whoami", "ping agent2", "agent list", "agent list --context", "agent context", "session list", "team", "claims",
     "group list", "group info everyone", "group members everyone --expand", "purge --before 1d", "agent cleanup --dry-run", "context show",
     "config show", "version", "help")
+WORKTREES, FILES = 10, 5_000    # of the rows about work
 SEARCHES = {"rare": "Message 4711", "common": "parser", "three words": "parser module pass"}
 thrum = None                    # the module that is measured; see `load`
 
@@ -740,6 +741,65 @@ class Bench:
         for size in self.sizes():
             self.repo(size).stop()
 
+    def work(self):
+        """What git knows, in ten worktrees of 5,000 files, in each of which an agent edits."""
+        repo = Repo(self.scratch + "/work")
+        self.repos["work"] = repo
+
+        def git(*args, cwd=repo.path):
+            subprocess.run(["git", "-c", "user.name=b", "-c", "user.email=b@localhost", *args], cwd=cwd, env=CLEAN, check=True,
+                           capture_output=True)
+        for n in range(FILES):
+            os.makedirs(f"{repo.path}/src/d{n // 100}", exist_ok=True)
+            with open(f"{repo.path}/src/d{n // 100}/f{n}.py", "w") as file:
+                file.writelines(f"line {line} of {n}\n" for line in range(20))
+        git("add", "-A")
+        git("commit", "-q", "-m", "files")
+        tops = [f"{repo.path}-{n}" for n in range(WORKTREES)]
+        for n, top in enumerate(tops):
+            git("worktree", "add", "-q", "-b", f"b{n}", top)
+            thrum.set_up_worktree(top, repo.path)
+            with open(f"{top}/src/d0/f{n}.py", "a") as file:
+                file.write("more\n")
+            with open(f"{top}/src/d1/f100.py", "a") as file:
+                file.write(f"of {n}\n")
+        repo.start()
+        os.chdir(tops[0])
+        launcher = tops[0] + "/.thrum/bin/thrum"
+        run([launcher, "quickstart", "--name", "a0", "--role", "coder", "--module", "m0"])
+        with repo.client() as client:
+            for n, top in enumerate(tops[1:], 1):
+                client.call("agent.register", name=f"a{n}", role="coder", module=f"m{n}")
+                client.call("session.start", agent_id=f"a{n}", refs=[{"type": "worktree", "value": top}])
+            session = client.call("agent.whoami", caller_agent_id="a0")["session_id"]
+            actions = {
+                "who-has, in ten worktrees": lambda: client.call("work.whoHas", file="src/d0/f1.py"),
+                "… by the launcher": lambda: run([launcher, "who-has", "src/d0/f1.py"]),
+                "heartbeat": lambda: client.call("session.heartbeat", session_id=session),
+                "… by the launcher ": lambda: run([launcher, "session", "heartbeat"])}
+            more = {"who-has of a file that all ten edit": lambda: client.call("work.whoHas", file="src/d1/f100.py"),
+                    "team": lambda: client.call("team.list"),
+                    "conflicts of 45 pairs, nothing has changed": lambda: client.call("conflict.list")}
+            first = clock(more["conflicts of 45 pairs, nothing has changed"])
+            status = [shutil.which("git"), "status"]
+            spent = self.in_turns(self.rounds(24), lambda: run(status), *actions.values(), *more.values(), warm_up=2)
+            for what, seconds in zip(actions, spent[1:]):
+                self.row(f"{what} / one git status", seconds * 1e3, spent[0] * 1e3, "ms", TIMES, 3)
+            for what, seconds in zip(more, spent[1 + len(actions):]):
+                self.row(f"{what} / one git status", seconds * 1e3, spent[0] * 1e3)
+            self.row("conflicts of 45 pairs, for the first time / one git status", first * 1e3, spent[0] * 1e3)
+            claimed, freed = [], []
+            for n in range(self.rounds(200)):
+                claimed.append(clock(client.call, "claim.take", paths=[f"src/d{n % 50}"], caller_agent_id="a0"))
+                freed.append(clock(client.call, "claim.release", caller_agent_id="a0"))
+            self.row("claim and release, durable", statistics.median(claimed) * 1e3 + statistics.median(freed) * 1e3, 0)
+            for n in range(1, WORKTREES):
+                client.call("claim.take", paths=[f"a{n}/x{i}/**/*.py" for i in range(100)], caller_agent_id=f"a{n}")
+            paths = [f"a{n % 9 + 1}/x{n % 100}/y/{n}.py" for n in range(1_000)]
+            self.row("whether 1,000 files touch 900 claims", statistics.median(
+                [clock(client.call, "claim.check", paths=paths) for _ in range(5)]) * 1e3, 0)
+        repo.stop()
+
     def start(self):
         """Daemon starts: warm, first, after kill -9."""
         sizes = ["nothing", *self.sizes()]
@@ -826,8 +886,8 @@ def number(value, unit):
     return f"{value:,.{digits}f} {unit}".rstrip()
 
 
-GROUPS = ("command", "surface", "parallel", "send", "clients", "broadcast", "crowd", "inbox", "outbox", "search", "start", "rebuild",
-          "memory")
+GROUPS = ("command", "surface", "parallel", "send", "clients", "broadcast", "crowd", "inbox", "outbox", "search", "work", "start",
+          "rebuild", "memory")
 
 
 def main():
