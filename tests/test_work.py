@@ -1,7 +1,7 @@
 """What agents do, as git says it: parsing, odd repositories, who-has against git's own answer, and what is never run."""
 
 import base64
-import collections
+import contextlib
 import json
 import os
 import random
@@ -437,3 +437,550 @@ def test_who_has_agrees_with_git_in_each_worktree(tmp_path, seed):
             names = tree.git("diff", "--name-only", "--no-renames", "-z", "main...HEAD").split(b"\0")
             if not uncommitted:
                 assert (raw in names) == bool(committed), f"seed {seed}: {path!r} in {tree.top}: {committed}"
+
+
+# ---- odd repositories, through the commands
+
+def put_names(tree, names, data="one\n"):
+    for name in names:
+        tree.put(name, data)
+
+
+ODD = [name for name in NAMES if "\udcff" not in name]
+
+
+def renamed(tree):
+    """Renames of every kind: committed, committed and then edited, staged, staged and then edited, and in the worktree alone."""
+    lines = "".join(f"line {n}\n" for n in range(20))
+    for n, name in enumerate(("c", "ce", "s", "se", "w")):
+        tree.put("old " + name, lines + str(n) * 30 + "\n")
+    tree.commit("untouched")
+    tree.git("checkout", "-q", "-b", "feature")
+    for name in ("c", "ce"):
+        tree.git("mv", "old " + name, "new " + name)
+    tree.git("commit", "-q", "-m", "rename")
+    for name in ("s", "se"):
+        tree.git("mv", "old " + name, "new " + name)
+    os.rename(tree.file("old w"), tree.file("new w"))
+    for name in ("ce", "se"):
+        with open(tree.file("new " + name), "a") as file:
+            file.write("more\n")
+    return tree, {
+        "branch": "feature", "commits": 1, "changed": {"new c", "new ce"},
+        "uncommitted": {"new ce", "new s", "new se", "old w", "new w"},
+        "changes": {"new c": ("renamed", 0, 0), "new ce": ("renamed", 1, 0), "new s": ("renamed", 0, 0), "new se": ("renamed", 1, 0),
+                    "old w": ("deleted", 0, 21), "new w": ("added", 21, 0)},
+        "touched": ["old c", "old ce", "old s", "old se"], "untouched": ["untouched"]}
+
+
+def deleted(tree):
+    tree.commit("committed", "staged", "gone", "kept", "d/a", "d/b", "untouched")
+    tree.git("checkout", "-q", "-b", "feature")
+    tree.git("rm", "-q", "committed")
+    tree.git("commit", "-q", "-m", "delete")
+    tree.git("rm", "-q", "staged")
+    os.remove(tree.file("gone"))
+    tree.git("rm", "-q", "--cached", "kept")
+    shutil.rmtree(tree.file("d"))
+    return tree, {"branch": "feature", "commits": 1, "changed": {"committed"}, "uncommitted": {"staged", "gone", "kept", "d/a", "d/b"},
+                  "changes": {name: ("deleted", 0, 2) for name in ("committed", "staged", "gone", "d/a", "d/b")},
+                  "touched": ["kept", "d"], "untouched": ["untouched"]}
+
+
+def named_oddly(tree):
+    """Names of every kind: committed, edited, and new."""
+    tree.commit("untouched")
+    tree.git("checkout", "-q", "-b", "feature")
+    for name in ODD[::3]:
+        tree.put(name)
+    tree.commit(message="odd")
+    put_names(tree, ODD[1::3])
+    tree.git("add", "-A")
+    put_names(tree, ODD[2::3])
+    return tree, {"branch": "feature", "commits": 1, "changed": set(ODD[::3]), "uncommitted": {*ODD[1::3], *ODD[2::3]},
+                  "changes": {name: ("added", 1 if n % 3 else 2, 0) for n, name in enumerate(ODD)}, "untouched": ["untouched"]}
+
+
+def detached(tree):
+    tree.commit("a")
+    tree.git("checkout", "-q", "--detach")
+    tree.commit("b")
+    tree.put("a", "changed\n")
+    return tree, {"branch": None, "commits": 1, "changed": {"b"}, "uncommitted": {"a"},
+                  "changes": {"b": ("added", 2, 0), "a": ("modified", 1, 2)}, "untouched": ["no such file"]}
+
+
+def unborn(folder):
+    tree = Tree(folder / "repo", commit=False)
+    put_names(tree, ["staged", "d/new"])
+    tree.git("add", "staged")
+    return tree, {"branch": "main", "commits": 0, "changed": set(), "uncommitted": {"staged", "d/new"},
+                  "changes": {"d/new": ("added", 1, 0)}, "untouched": ["nothing"]}
+
+
+def shallow(folder):
+    tree = Tree(folder / "origin")
+    for n in range(5):
+        tree.commit("f", data=f"{n}\n")
+    tree.git("branch", "topic")
+    tree.git("checkout", "-q", "topic")
+    tree.commit("topic")
+    tree.git("checkout", "-q", "main")
+    subprocess.run(["git", "clone", "-q", "--depth=1", "--no-single-branch", f"file://{tree.top}", str(folder / "clone")], env=CLEAN, check=True)
+    clone = Tree(folder / "clone")
+    clone.git("checkout", "-q", "-b", "mine", "origin/main")
+    clone.commit("mine")
+    clone.put("f", "edited\n")
+    return clone, {"branch": "mine", "commits": 1, "changed": {"mine"}, "uncommitted": {"f"},
+                   "changes": {"mine": ("added", 2, 0), "f": ("modified", 1, 1)}, "untouched": ["topic"]}
+
+
+def based_on(name):
+    def build(folder):
+        tree = Tree(folder / "repo", commit=False)
+        tree.git("symbolic-ref", "HEAD", "refs/heads/" + name)
+        tree.commit("a", "untouched")
+        tree.git("checkout", "-q", "-b", "feature")
+        tree.commit("b")
+        tree.put("a", "x\n")
+        return tree, {"branch": "feature", "commits": 1, "changed": {"b"}, "uncommitted": {"a"},
+                      "changes": {"b": ("added", 2, 0), "a": ("modified", 1, 2)}, "untouched": ["untouched"]}
+    return build
+
+
+def origin_head_alone(folder):
+    """Only origin/HEAD says what the base is: origin/develop."""
+    origin = Tree(folder / "origin", commit=False)
+    origin.git("symbolic-ref", "HEAD", "refs/heads/develop")
+    origin.commit("a", "untouched")
+    subprocess.run(["git", "clone", "-q", origin.top, str(folder / "clone")], env=CLEAN, check=True)
+    tree = Tree(folder / "clone")
+    tree.git("checkout", "-q", "-b", "feature")
+    tree.git("branch", "-D", "develop")
+    tree.commit("b")
+    return tree, {"branch": "feature", "commits": 1, "changed": {"b"}, "uncommitted": set(), "changes": {"b": ("added", 2, 0)},
+                  "untouched": ["untouched", "a"]}
+
+
+def no_base(folder):
+    """No branch of a known name: the main worktree is compared with the first commit, a linked one with the main one's branch."""
+    tree = Tree(folder / "repo", commit=False)
+    tree.git("symbolic-ref", "HEAD", "refs/heads/odd")
+    tree.commit("a")
+    tree.commit("b")
+    return tree, {"branch": "odd", "commits": 1, "changed": {"b"}, "uncommitted": set(), "changes": {"b": ("added", 2, 0)},
+                  "untouched": ["a"]}
+
+
+def no_base_linked(folder):
+    main, _ = no_base(folder)
+    tree = main.worktree("linked")
+    tree.commit("c")
+    return tree, {"branch": "linked", "commits": 1, "changed": {"c"}, "uncommitted": set(), "changes": {"c": ("added", 2, 0)},
+                  "untouched": ["a"], "main": main.top}
+
+
+def merging(tree):
+    tree.commit("f", "untouched")
+    tree.git("checkout", "-q", "-b", "feature")
+    tree.commit("f", data="ours\n")
+    tree.git("checkout", "-q", "main")
+    tree.commit("f", "theirs", data="theirs\n")
+    tree.git("checkout", "-q", "feature")
+    tree.git("merge", "-q", "main", check=False)
+    return tree, {"branch": "feature", "commits": 1, "changed": {"f"}, "uncommitted": {"f", "theirs"},
+                  "changes": {}, "untouched": ["untouched"]}
+
+
+def rebasing(tree):
+    merging(tree)
+    tree.git("merge", "--abort")
+    tree.git("rebase", "-q", "main", check=False)
+    return tree, {"branch": None, "commits": 0, "changed": set(), "uncommitted": {"f"}, "changes": {}, "untouched": ["untouched", "theirs"]}
+
+
+def sparse(tree):
+    tree.commit("in/a", "in/b", "out/a", "top")
+    tree.git("checkout", "-q", "-b", "feature")
+    tree.git("sparse-checkout", "set", "--cone", "--sparse-index", "in")
+    tree.put("in/a", "x\n")
+    return tree, {"branch": "feature", "commits": 0, "changed": set(), "uncommitted": {"in/a"}, "changes": {"in/a": ("modified", 1, 2)},
+                  "untouched": ["out/a", "in/b", "top", "out"]}
+
+
+def with_submodule(folder):
+    inner = Tree(folder / "inner")
+    inner.commit("in", "deep/in")
+    tree = Tree(folder / "repo")
+    for name in ("clean", "dirty", "moved"):
+        tree.git("submodule", "-q", "add", inner.top, name)
+    tree.commit("untouched")
+    tree.git("checkout", "-q", "-b", "feature")
+    Tree(tree.path / "dirty").put("in", "edited\n")
+    Tree(tree.path / "moved").commit("more")
+    return tree, {"branch": "feature", "commits": 0, "changed": set(), "uncommitted": {"dirty", "moved"},
+                  "changes": {"moved": ("modified", 1, 1), "dirty": ("modified", 0, 0)}, "untouched": ["clean", "untouched", "clean/in"]}
+
+
+def through_a_link(folder):
+    tree = Tree(folder / "real" / "repo")
+    tree.commit("a", "d/b")
+    os.symlink(folder / "real", folder / "link")
+    linked = Tree(folder / "link" / "repo")
+    linked.put("a", "x\n")
+    return linked, {"branch": "main", "commits": 0, "changed": set(), "uncommitted": {"a"}, "changes": {"a": ("modified", 1, 2)},
+                    "untouched": ["d/b"], "path": os.path.realpath(linked.top)}
+
+
+def inside_another(folder):
+    """A linked worktree in a folder of the main one."""
+    main = Tree(folder / "repo")
+    main.commit("a", "untouched")
+    main.git("worktree", "add", "-q", "-b", "feature", main.top + "/trees/one")
+    tree = Tree(main.path / "trees" / "one")
+    tree.put("a", "x\n")
+    return tree, {"branch": "feature", "commits": 0, "changed": set(), "uncommitted": {"a"}, "changes": {"a": ("modified", 1, 2)},
+                  "untouched": ["untouched"], "main": main.top}
+
+
+def with_separate_git_dir(folder):
+    tree = Tree(folder / "repo", f"--separate-git-dir={folder}/elsewhere.git")
+    tree.commit("a", "untouched")
+    tree.put("a", "x\n")
+    return tree, {"branch": "main", "commits": 0, "changed": set(), "uncommitted": {"a"}, "changes": {"a": ("modified", 1, 2)},
+                  "untouched": ["untouched"]}
+
+
+def unusual_files(tree):
+    """A link, a mode, a binary file, an ignored one, an empty one, a FIFO, and a file that became a folder."""
+    tree.commit("mode", "becomes", "untouched", ".gitignore", data="ignored\n.thrum\n")
+    tree.put("binary", "\0" * 10)
+    tree.git("add", "-A")
+    tree.git("commit", "-q", "-m", "binary")
+    tree.git("checkout", "-q", "-b", "feature")
+    os.chmod(tree.file("mode"), 0o755)
+    os.symlink("nowhere", tree.file("link"))
+    tree.put("binary", "\0" * 11)
+    tree.put("ignored")
+    tree.put("empty", "")
+    os.mkfifo(tree.file("fifo"))
+    os.remove(tree.file("becomes"))
+    tree.put("becomes/inner", "x\n")
+    return tree, {"branch": "feature", "commits": 0, "changed": set(), "uncommitted": {"mode", "link", "binary", "empty", "becomes", "becomes/inner"},
+                  "changes": {"mode": ("modified", 0, 0), "binary": ("modified", 0, 0), "empty": ("added", 0, 0),
+                              "becomes": ("deleted", 0, 2), "becomes/inner": ("added", 1, 0)},
+                  "untouched": ["ignored", "untouched", "fifo"]}
+
+
+def in_sha256(folder):
+    tree = Tree(folder / "repo", "--object-format=sha256")
+    tree.commit("a", "untouched")
+    tree.git("checkout", "-q", "-b", "feature")
+    tree.commit("b")
+    tree.put("a", "x\n")
+    return tree, {"branch": "feature", "commits": 1, "changed": {"b"}, "uncommitted": {"a"},
+                  "changes": {"b": ("added", 2, 0), "a": ("modified", 1, 2)}, "untouched": ["untouched"]}
+
+
+TREES = {build.__name__: lambda folder, build=build: build(Tree(folder / "repo"))
+         for build in (renamed, deleted, named_oddly, detached, merging, rebasing, sparse, unusual_files)}
+TREES.update({build.__name__: build for build in (unborn, shallow, origin_head_alone, no_base, no_base_linked, with_submodule, through_a_link,
+                                                  inside_another, with_separate_git_dir, in_sha256)})
+TREES.update({"based_on_" + name: based_on(name) for name in ("main", "master", "trunk")})
+
+
+@pytest.mark.parametrize("kind", TREES)
+def test_odd_repositories(tmp_path, kind):
+    """heartbeat, agent context, team, overview, status and who-has tell the truth, and all the same."""
+    tree, wanted = TREES[kind](tmp_path)
+    repo, main = Repo(tree.top), Repo(wanted.get("main", tree.top))
+    try:
+        if main.path != repo.path:
+            main.ok("init")
+        repo.join("ada")
+        with open(thrum.git_dirs(tree.top)[1] + "/info/exclude", "a") as file:     # what `quickstart` itself writes is not the work
+            file.write("/.gitignore\n")
+        beat = repo.json("session", "heartbeat")
+        context, = repo.json("agent", "context", "ada")["contexts"]
+        member, = repo.json("team")["members"]
+        assert repo.json("overview")["work_context"] == context == repo.json("status")["work_context"]
+        assert beat["file_changes"] == context.get("file_changes", []) == member["file_changes"]
+        assert beat.get("branch") == context.get("branch") == member.get("branch") == wanted["branch"]
+        assert beat["unmerged_commits"] == member["unmerged_commits"] == len(context.get("unmerged_commits", ())) == wanted["commits"]
+        assert context["worktree_path"] == wanted.get("path", tree.top)
+        changed, uncommitted = context.get("changed_files", []), context.get("uncommitted_files", [])
+        assert set(changed) == wanted["changed"] and set(uncommitted) - {".gitignore"} == wanted["uncommitted"]
+        assert len(uncommitted) == len(set(uncommitted)) and uncommitted == member["uncommitted_files"]
+        found = listed(member)
+        assert {path: found.get(path) for path in wanted["changes"]} == wanted["changes"]
+        assert set(found) - {".gitignore"} == wanted["uncommitted"] | wanted["changed"]
+        paths = [*sorted(wanted["changed"] | wanted["uncommitted"]), *wanted.get("touched", ())]
+        with contextlib.closing(repo.client()) as client:
+            for path in paths:
+                has = client.call("work.whoHas", file=path)
+                assert [(work["agent_id"], work["live"]) for work in has["contexts"]] == [("ada", True)], path
+                if path in found:
+                    assert listed(has["contexts"][0])[path] == found[path]
+                    assert (path in has["contexts"][0]["uncommitted_files"]) == (path in wanted["uncommitted"]), path
+                assert has["contexts"][0]["file_changes"], path
+            for path in wanted["untouched"]:
+                assert client.call("work.whoHas", file=path)["contexts"] == [], path
+        assert [work["agent_id"] for work in repo.json("who-has", paths[-1])["contexts"]] == ["ada"]
+        assert repo.ok("who-has", path) == f"No agents are currently editing {path}\n"
+    finally:
+        main.close()
+
+
+# ---- what is never done
+
+def plant(folder, mark, *more):
+    """An executable that leaves a mark when it is run."""
+    path = Path(folder) / f"planted{len(os.listdir(folder))}"
+    path.write_text("#!/bin/sh\n" + "".join(line + "\n" for line in (f"echo \"$0 $*\" >> {mark}", *more)))
+    path.chmod(0o755)
+    return str(path)
+
+
+def sign(tree):
+    """Replace the last commit by one that carries a signature, which is none."""
+    head, body = tree.git("cat-file", "commit", "HEAD").split(b"\n\n", 1)
+    signed = head + b"\ngpgsig -----BEGIN PGP SIGNATURE-----\n \n xx\n -----END PGP SIGNATURE-----\n\n" + body
+    tree.git("reset", "-q", tree.git("hash-object", "-t", "commit", "-w", "--stdin", input=signed).decode().strip())
+
+
+SETTINGS_THAT_RUN = {
+    "core.fsmonitor": ["status"], "diff.external": ["diff"], "diff.planted.textconv": ["diff"], "diff.planted.command": ["diff"],
+    "gpg.program": ["log", "-1"], "core.pager": ["-p", "log", "-1"], "core.sshCommand": None, "core.editor": None, "core.askPass": None,
+    "pager.status": ["-p", "status"], "pager.diff": None, "pager.log": None, "credential.helper": None, "alias.status": None,
+    "core.alternateRefsCommand": None, "interactive.diffFilter": None, "trailer.x.command": None, "uploadpack.packObjectsHook": None,
+}
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS_THAT_RUN, "hooks", "core.hooksPath", "submodule"])
+def test_nothing_that_a_repository_names_is_run(feature, tmp_path, setting):
+    """Hooks, monitors, filters of the output, signature checks: none, in the repository or in a submodule of it."""
+    tree, mark = feature, tmp_path / "mark"
+    (tmp_path / "planted").mkdir()
+    script, control, setter = plant(tmp_path / "planted", mark, "exit 1"), None, tree
+    tree.put(".gitattributes", "* diff=planted\n")
+    tree.commit("a", "b")
+    tree.git("config", "log.showSignature", "true")
+    if setting == "gpg.program":
+        sign(tree)
+    if setting in ("hooks", "core.hooksPath"):
+        folder = tree.path / ".git" / "hooks"
+        if setting == "core.hooksPath":
+            folder = tmp_path / "elsewhere"
+            folder.mkdir()
+            tree.git("config", "core.hooksPath", str(folder))
+        for hook in ("post-index-change", "fsmonitor-watchman", "reference-transaction", "pre-auto-gc", "post-checkout"):
+            shutil.copy(script, folder / hook)
+        control = ["update-index", "--refresh"]
+        os.utime(tree.file("b"), (1e9, 1e9))
+    elif setting == "submodule":
+        inner = Tree(tmp_path / "inner")
+        inner.commit("in")
+        tree.git("submodule", "-q", "add", inner.top, "sub")
+        tree.git("commit", "-q", "-m", "sub")
+        setter, control = Tree(tree.path / "sub"), ["status"]
+        setter.git("config", "core.fsmonitor", script)
+    else:
+        tree.git("config", setting, "!" + script if setting.startswith("alias") else script)
+        control = SETTINGS_THAT_RUN[setting]
+    tree.put("a", "changed\n")
+    mark.unlink(missing_ok=True)
+    work = tree.work()
+    assert {"a", "b"} <= set(listed(tree.facts(work))) and set(tree.who("a", work)[0]) == {"a"}
+    assert tree.who("", work)[0] and not tree.who("nothing", work)[0]
+    assert not mark.exists(), mark.read_text()
+    if control:                     # the plant is a live one
+        subprocess.run(["git", *control], cwd=setter.top, env={**CLEAN, "GIT_PAGER_IN_USE": "0"}, capture_output=True)
+        if setting not in ("core.pager", "pager.status"):       # which run on a terminal alone
+            assert mark.exists(), setting
+
+
+def test_the_locks_and_the_index_are_left_alone(feature):
+    """Somebody holds index.lock, and every file has another time than the index remembers: still nothing is written."""
+    tree = feature
+    tree.commit("a", "b", "c")
+    tree.put("a", "changed\n")
+    for name in ("b", "c"):
+        os.utime(tree.file(name), (1e9, 1e9))       # `git status` would like to refresh these
+    folder = tree.path / ".git"
+    for lock in ("index.lock", "HEAD.lock", "config.lock"):
+        (folder / lock).write_text("")
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) for path in sorted(folder.rglob("*")) if path.is_file()}
+    work = tree.work()
+    assert tree.facts(work)["uncommitted_files"] == ["a"] and list(tree.who("b", work)[1]) == ["b"] and list(tree.who("a", work)[0]) == ["a"]
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) for path in sorted(folder.rglob("*")) if path.is_file()} \
+        == before
+    for lock in ("index.lock", "HEAD.lock", "config.lock"):
+        (folder / lock).unlink()
+    tree.git("status")
+    assert (folder / "index").stat().st_mtime_ns != before[folder / "index"][1], "git's own status does refresh"
+
+
+def test_the_environment_does_not_matter(feature, tmp_path, monkeypatch):
+    tree, other = feature, Tree(tmp_path / "other")
+    tree.commit("a")
+    tree.put("a", "changed\n")
+    other.commit("x")
+    before = tree.facts()
+    mark = tmp_path / "mark"
+    (tmp_path / "planted").mkdir()
+    for name, value in {
+            "GIT_DIR": other.top + "/.git", "GIT_WORK_TREE": other.top, "GIT_INDEX_FILE": "/nowhere/index", "GIT_OBJECT_DIRECTORY": "/nowhere",
+            "GIT_COMMON_DIR": other.top + "/.git", "GIT_NAMESPACE": "n", "GIT_CEILING_DIRECTORIES": str(tmp_path), "GIT_EXTERNAL_DIFF":
+            plant(tmp_path / "planted", mark), "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.bare", "GIT_CONFIG_VALUE_0": "true",
+            "GIT_CONFIG_PARAMETERS": "'core.bare=true'", "GIT_PREFIX": "x/", "GIT_TRACE": "1", "GIT_LITERAL_PATHSPECS": "0", "GIT_DIFF_OPTS": "-u9",
+            "GIT_ICASE_PATHSPECS": "1", "GIT_OPTIONAL_LOCKS": "1", "GIT_PAGER": plant(tmp_path / "planted", mark), "LC_ALL": "de_DE.UTF-8",
+            "LANGUAGE": "de", "GIT_REDIRECT_STDOUT": str(mark), "GIT_REPLACE_REF_BASE": "refs/x", "GIT_SHALLOW_FILE": "/nowhere"}.items():
+        monkeypatch.setenv(name, value)
+    facts = tree.work().facts(tree.top)
+    assert {**facts, "git_updated_at": ""} == {**before, "git_updated_at": ""} and not mark.exists()
+
+
+def test_large_work_is_bounded(feature):
+    """3,000 new files, 20,000 changed lines, 250 commits, a commit of 300 files, and a subject of 100,000 characters."""
+    tree = feature
+    tree.commit("long", data="x\n" * 20_000)
+    tree.commit(*(f"many/{n}" for n in range(300)), message="s" * 100_000)
+    tree.git("update-ref", "refs/heads/feature", thousand_commits(tree, 250))
+    tree.git("reset", "-q", "--mixed")
+    tree.put("long", "y\n" * 20_000)
+    for n in range(3_000):
+        tree.put(f"new/{n}")
+    began = time.monotonic()
+    facts = tree.facts()
+    assert time.monotonic() - began < 20
+    for field in ("uncommitted_files", "changed_files", "file_changes"):
+        assert len(facts[field]) <= thrum.WORK_FILES
+    assert len(facts["unmerged_commits"]) == thrum.WORK_COMMITS
+    assert all(len(commit["files"]) <= thrum.COMMIT_FILES for commit in facts["unmerged_commits"])
+    assert len(thrum.canonical(facts)) < 400_000
+    state = tree.work().state(tree.top)
+    assert len(state.entries) == 3_001
+    assert tree.who("long")[0]["long"]["additions"] == 20_000
+
+
+def thousand_commits(tree, count):
+    """Make empty commits at once; the name of the last."""
+    head = tree.git("rev-parse", "HEAD").decode().strip()
+    stream = "".join(f"commit refs/heads/fast\ncommitter T <t@l> {1_700_000_000 + n} +0000\ndata 4\nfast\n" + (f"from {head}\n" if not n else "")
+                     for n in range(count))
+    tree.git("fast-import", "--quiet", input=stream.encode())
+    return tree.git("rev-parse", "fast").decode().strip()
+
+
+# ---- what the first look has found
+
+def test_a_file_name_forges_no_commit(feature):
+    forged = "\x01" + "a" * 40 + "\x021\x02evil"
+    feature.commit("\x01!", forged, "\nlead")
+    facts = feature.facts()
+    assert [sorted(commit["files"]) for commit in facts["unmerged_commits"]] == [sorted(["\x01!", forged, "\nlead"])]
+    feature.commit("\nfirst")
+    assert feature.facts()["unmerged_commits"][0]["files"] == ["\nfirst"]
+
+
+@pytest.mark.parametrize("date", ["@999999999999999999 +0000", "@99999999999999 +0000", "@0 +0000", "@253402300800 +0000"])
+def test_absurd_dates(feature, date):
+    feature.commit("x", GIT_AUTHOR_DATE=date, GIT_COMMITTER_DATE=date)
+    assert listed(feature.facts()) == {"x": ("added", 2, 0)} and set(feature.who("x")[1]) == {"x"}
+
+
+@pytest.mark.parametrize("seconds", [-10**9, 0, 10**10, 2**33])
+def test_absurd_file_times(feature, seconds):
+    feature.put("x")
+    os.utime(feature.file("x"), (seconds, seconds))
+    assert listed(feature.facts()) == {"x": ("added", 2, 0)}
+
+
+def test_a_file_that_git_was_told_to_forget_is_listed_once(feature):
+    feature.commit("f")
+    feature.git("rm", "-q", "--cached", "f")
+    assert feature.facts()["uncommitted_files"] == ["f"] and list(feature.who("f")[0]) == ["f"]
+
+
+@pytest.mark.parametrize("name", ["a\rb", "a\x0bb", "a\x0cb", "a\x1cb", "a\x85b", "a\u2028b"])
+def test_names_that_hold_other_line_ends(tree, name):
+    """Staged deletions in worktrees at many commits: the answers of git are not mistaken for one another."""
+    trees = [tree, *(tree.worktree(f"w{n}") for n in range(4))]
+    for n, other in enumerate(trees[1:]):
+        other.commit(name, f"only{n}")
+        other.git("rm", "-q", name)
+    answers = tree.work().changes_of(name, [other.top for other in trees])
+    assert [[change["status"] for change in answers[other.top][1]] for other in trees] == [[], *[["deleted"]] * 4]
+
+
+def test_a_branch_with_brackets(tree):
+    for name in ("x(detached)", "(detached)", "(initial)"):
+        tree.git("checkout", "-q", "-b", name)
+        assert tree.facts()["branch"] == name
+
+
+def test_a_folder_that_became_a_link(tree):
+    tree.commit("d/f")
+    os.utime(tree.file("d/f"), (1e9, 1e9))
+    tree.git("status")
+    os.rename(tree.file("d"), tree.file("e"))
+    os.symlink("e", tree.file("d"))
+    assert list(tree.who("d/f")[0]) == ["d/f"]
+
+
+def test_renames_that_only_status_sees(tree):
+    """The base has two files of the same content: the one that git says was renamed counts."""
+    tree.commit("f", "g")
+    tree.git("mv", "g", "h")
+    os.remove(tree.file("f"))
+    assert tree.who("g")[0] and tree.who("h")[0] and tree.who("f")[0]
+    tree.git("reset", "-q", "--hard")
+    tree.git("checkout", "-q", "-b", "feature")
+    tree.commit("added", data="".join(f"{n}\n" for n in range(9)))
+    tree.git("mv", "added", "moved")
+    assert list(tree.who("added")[0]) == ["moved"]
+
+
+def test_a_file_in_a_submodule(tree, tmp_path):
+    inner = Tree(tmp_path / "inner")
+    inner.commit("in")
+    tree.git("submodule", "-q", "add", inner.top, "sub")
+    tree.git("commit", "-q", "-m", "sub")
+    assert not tree.who("sub/in")[0] and not tree.who("sub")[0]
+    Tree(tree.path / "sub").put("in", "edited\n")
+    assert list(tree.who("sub")[0]) == ["sub"] == list(tree.who("sub/in")[0])
+
+
+def test_subjects_in_other_encodings(feature):
+    feature.git("config", "i18n.logOutputEncoding", "latin1")
+    feature.commit("x", message="é")
+    assert feature.facts()["unmerged_commits"][0]["message"] == "é"
+
+
+SETTINGS = ["status.renames=false", "status.renames=copies", "diff.renames=copies", "diff.renames=false", "diff.relative=true", "diff.noprefix=true",
+            "log.follow=true", "log.decorate=full", "log.diffMerges=on", "format.pretty=oneline", "status.showStash=true",
+            "status.showUntrackedFiles=no", "core.quotePath=true", "color.ui=always", "column.ui=always", "diff.algorithm=histogram",
+            "diff.submodule=log", "diff.ignoreSubmodules=all", "core.abbrev=4", "log.date=raw", "core.untrackedCache=true", "index.sparse=true",
+            "diff.wsErrorHighlight=all", "diff.colorMoved=zebra", "status.branch=false", "status.short=true", "log.showRoot=false",
+            "core.attributesFile=/nowhere", "diff.mnemonicPrefix=true", "log.mailmap=true", "status.aheadBehind=true", "advice.statusHints=true"]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_no_setting_of_the_user_changes_what_is_read(feature, setting):
+    tree = feature
+    tree.commit("b", "é", "gone")
+    tree.commit("c", data="".join(f"{n}\n" for n in range(9)))
+    tree.git("branch", "-f", "main")
+    tree.commit("a")
+    tree.git("mv", "c", "d")
+    tree.put("b", "one\ntwo\nthree\n")
+    tree.put("new", "x\n")
+    tree.git("rm", "-q", "gone")
+    before = tree.facts()
+    tree.git("config", *setting.split("="))
+    after = tree.facts()
+    if "renames=false" in setting:          # then git itself sees two changes
+        assert set(after["uncommitted_files"]) >= {"b", "d", "gone", "new"}
+    else:
+        assert {**after, "git_updated_at": ""} == {**before, "git_updated_at": ""}
+    assert tree.who("c")[0] and tree.who("d")[0]
