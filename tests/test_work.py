@@ -17,9 +17,10 @@ import pytest
 
 import thrum
 from conftest import CLEAN, FakeWorld, Repo
-from generate import places_in
+from generate import answers, difference
 from shapes import shape, shaped
 from team import POISON, Team, error_line, finish, raw_in, start
+from test_methods import Team as Methods
 
 USER = ("-c", "user.name=Test", "-c", "user.email=test@localhost", "-c", "protocol.file.allow=always")
 
@@ -984,3 +985,339 @@ def test_no_setting_of_the_user_changes_what_is_read(feature, setting):
     else:
         assert {**after, "git_updated_at": ""} == {**before, "git_updated_at": ""}
     assert tree.who("c")[0] and tree.who("d")[0]
+
+
+# ---- sessions: what is kept, shared, and looked at
+
+class Office(Methods):
+    """The methods on a ledger in a real repository, called as the daemon calls them, `prepare` included."""
+
+    def __init__(self, path):
+        self.tree = Tree(path)
+        super().__init__(self.tree.path)
+        self.world.at = time.time_ns()
+        self.tree.put(".git/info/exclude", ".thrum\n")
+
+    def call(self, method, **params):
+        self.world.at += thrum.NS
+        row = thrum.METHODS[method]
+        if not row.prepare:
+            return super().call(method, **params)
+        checked = thrum.check_params(row, params)
+        prepared = self.reading.within(10, lambda: row.prepare(thrum.Context(self.world, self.reading, self.ledger), checked))
+
+        def change(context):
+            context.prepared = prepared
+            return row.handler(context, checked)
+        (outcome,), self.events = self.ledger.commit([change])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return json.loads(json.dumps(outcome))
+
+    def at_work(self, name, tree=None, **more):
+        """Register an agent and start its session in a worktree; the session's id."""
+        self.call("agent.register", name=name, role="r_" + name, module="core", force=True)
+        ref = {"type": "worktree", "value": thrum.worktree_label((tree or self.tree).top)}
+        return self.call("session.start", agent_id=name, refs=[ref], **more)["session_id"]
+
+    def context(self, name):
+        found = self.call("agent.listContext", agent_id=name)["contexts"]
+        return found[0] if found else None
+
+    def who(self, path):
+        found = self.call("work.whoHas", file=path)
+        shaped(found, "Holders")
+        return found
+
+    def again(self, days=0):
+        """Stop, let time pass, start."""
+        self.close()
+        self.world.at += int(days * 86_400) * thrum.NS
+        self.open()
+
+    def take_over(self, other):
+        """Begin anew, with what another machine has put on the branch."""
+        self.close()
+        shutil.rmtree(self.places.var)
+        shutil.rmtree(self.places.sync)
+        shutil.copytree(other.places.sync, self.places.sync)
+        self.world.at = other.world.at
+        self.open()
+
+    def rebuilt(self):
+        """Make the database anew from the journal."""
+        self.close()
+        for path in Path(self.places.var).glob("*.db*"):
+            path.unlink()
+        self.open()
+
+
+@pytest.fixture
+def office(tmp_path):
+    made = Office(tmp_path / "repo")
+    yield made
+    made.close()
+
+
+def pairs(*texts):
+    return [dict(zip(("type", "value"), text.split(":", 1))) for text in texts]
+
+
+def test_heartbeats_change_scopes_and_references(office):
+    """Also the reference to the worktree itself: what is removed is not looked at, what is added is."""
+    other = office.tree.worktree("other")
+    other.put("only here")
+    session = office.at_work("ada", scopes=pairs("module:a"))
+    def kept():
+        return [sorted(f"{k}:{v}" for k, v in found) for found in office.reading.session_pairs(session)]
+    here = f"worktree:{office.tree.top}"
+    assert kept() == [["module:a"], [here]]
+    seq = office.ledger.journal.last
+    beat = office.call("session.heartbeat", session_id=session)
+    shaped(beat, "Heartbeat")
+    assert beat["branch"] == "main" and office.ledger.journal.last == seq, "nothing changed: nothing is written"
+    office.call("session.heartbeat", session_id=session, add_scopes=pairs("module:b", "module:a"), remove_scopes=pairs("module:zz"),
+                add_refs=pairs("pr:42"))
+    assert kept() == [["module:a", "module:b"], sorted(["pr:42", here])]
+    assert [event["type"] for _, event in office.events] == ["session.update"]
+    # removed and added at once: removal comes first
+    office.call("session.heartbeat", session_id=session, add_scopes=pairs("module:a"), remove_scopes=pairs("module:a", "module:b"))
+    assert kept()[0] == ["module:a"]
+    moved = office.call("session.heartbeat", session_id=session, add_refs=pairs(f"worktree:{other.top}"), remove_refs=pairs(here))
+    assert moved["branch"] == "other" and [c["path"] for c in moved["file_changes"]] == ["only here"]
+    office.call("session.heartbeat", session_id=session, remove_refs=pairs(f"worktree:{other.top}"))
+    before = office.context("ada")["git_updated_at"]
+    office.call("session.heartbeat", session_id=session)
+    assert office.context("ada")["git_updated_at"] == before, "nowhere to look"
+    assert kept() == [["module:a"], ["pr:42"]]
+    office.rebuilt()
+    assert kept() == [["module:a"], ["pr:42"]]
+
+
+def test_only_worktrees_of_this_repository_are_looked_at(office, tmp_path):
+    """Whatever a session says: another repository, a folder of ours, a name, one that has gone, one in whose place another one lies."""
+    alien, gone, usurped = Tree(tmp_path / "alien"), office.tree.worktree("gone"), office.tree.worktree("usurped")
+    mark = tmp_path / "mark"
+    (tmp_path / "planted").mkdir()
+    script = plant(tmp_path / "planted", mark, "exit 1")
+    shutil.rmtree(gone.path)
+    shutil.rmtree(usurped.path)
+    usurped = Tree(usurped.path)
+    os.makedirs(office.tree.file("folder"))
+    for tree in (alien, usurped):
+        tree.put("secret")
+        tree.git("config", "filter.evil.clean", script)
+        tree.put(".gitattributes", "* filter=evil\n")
+    os.symlink(alien.top, tmp_path / "link")
+    office.call("agent.register", name="eve", role="r", module="m", force=True)
+    for place in (alien.top, gone.top, usurped.top, office.tree.top + "/folder", office.tree.top + "/.git", "repo", ".", "", "/", "~", "-x",
+                  str(tmp_path / "link"), office.tree.top + "/../alien", "/proc/self/cwd", "x\n" + office.tree.top):
+        try:
+            started = office.call("session.start", agent_id="eve", refs=[{"type": "worktree", "value": place}])
+        except thrum.ThrumError:
+            continue                # no value of a reference at all
+        beat = office.call("session.heartbeat", session_id=started["session_id"])
+        assert "branch" not in started and "branch" not in beat and "file_changes" not in beat, place
+        office.call("session.end", session_id=started["session_id"])
+    assert "secret" not in json.dumps(office.who("secret")["contexts"]) and not office.who("secret")["unattended"]
+    assert not mark.exists()
+    link = tmp_path / "to us"
+    os.symlink(office.tree.top, link)
+    started = office.call("session.start", agent_id="eve", refs=[{"type": "worktree", "value": str(link)}])
+    assert started["branch"] == "main", "another way to a worktree of ours is one"
+
+
+def test_the_end_of_a_session_tells_what_it_did(office, tmp_path):
+    """One agent.update event, which fits a line, and which another machine understands; the same after a rebuild."""
+    tree = office.tree
+    tree.git("checkout", "-q", "-b", "feature")
+    names = [f"{'ü' * 100}/{'é' * 100}{n:04}" for n in range(600)]
+    tree.commit(*names[:300], message="long names " + "x" * 70_000)
+    for name in names[300:]:
+        tree.put(name)
+    session = office.at_work("ada")
+    office.call("session.setIntent", session_id=session, intent="naming")
+    tree.put("last minute")
+    office.call("session.end", session_id=session)
+    events = [event for _, event in office.events]
+    assert [event["type"] for event in events] == ["agent.session.end", "agent.update"]
+    assert len(thrum.canonical(events[1])) <= thrum.LINE_MAX
+    work, = events[1]["work_contexts"]
+    shaped({**work, "agent_id": "ada"}, "WorkContext")
+    assert work["branch"] == "feature" and work["intent"] == "naming" and work["uncommitted_files"] and work["changed_files"]
+    before = answers(office.reading, [])
+    kept = office.reading.work_context(session)
+    office.rebuilt()
+    assert not difference(before, answers(office.reading, []))
+    again = office.reading.work_context(session)
+    for field in ("branch", "worktree_path", "intent", "git_updated_at", "intent_updated_at"):
+        assert again[field] == kept[field]
+
+    other = Office(tmp_path / "elsewhere")
+    other.take_over(office)
+    try:
+        told = other.who(work["changed_files"][0])["contexts"]
+        assert [(c["agent_id"], c["live"], c["branch"], c["session_id"]) for c in told] == [("ada", False, "feature", session)]
+        assert told[0]["git_updated_at"] == work["git_updated_at"] and told[0]["hostname"]
+        assert other.who(work["uncommitted_files"][0])["contexts"] and not other.who("nothing")["contexts"]
+        assert other.call("team.list")["members"] == [], "it has ended"
+        member, = other.call("team.list", include_offline=True)["members"]
+        assert member["status"] == "offline" and member["agent_id"] == "ada"
+    finally:
+        other.close()
+
+
+@pytest.mark.parametrize("subject", [1, 1_000, 100_000])
+def test_any_session_can_end(office, subject):
+    """200 commits with subjects of any length, and the longest names that a file system takes."""
+    tree = office.tree
+    tree.git("checkout", "-q", "-b", "feature")
+    for n in range(3):
+        tree.commit(f"{'a' * 255}/{'b' * 255}/{'c' * 255}/{n}", message="\x01" * subject)
+    session = office.at_work("ada")
+    office.call("session.end", session_id=session)
+    assert all(len(thrum.canonical(event)) <= thrum.LINE_MAX for _, event in office.events)
+    assert [event["type"] for _, event in office.events] == ["agent.session.end", "agent.update"]
+
+
+def test_a_session_without_git_ends_too(office):
+    """Nothing to tell: no event; an intent alone is told (the reference loses it)."""
+    office.call("agent.register", name="ada", role="r", module="m", force=True)
+    session = office.call("session.start", agent_id="ada")["session_id"]
+    office.call("session.end", session_id=session)
+    assert [event["type"] for _, event in office.events] == ["agent.session.end"]
+    session = office.call("session.start", agent_id="ada")["session_id"]
+    office.call("session.setTask", session_id=session, current_task="beads:1")
+    office.call("session.end", session_id=session)
+    assert [event["type"] for _, event in office.events] == ["agent.session.end", "agent.update"]
+
+
+def test_git_that_fails_stops_no_session(office):
+    """A damaged repository: sessions start, beat and end without git's words."""
+    session = office.at_work("ada")
+    head = office.tree.path / ".git" / "HEAD"
+    good = head.read_bytes()
+    head.write_bytes(b"nonsense\n")
+    try:
+        beat = office.call("session.heartbeat", session_id=session)
+        shaped(beat, "Heartbeat")
+        office.who("x")
+        office.call("session.end", session_id=session)
+        office.at_work("ada")
+    finally:
+        head.write_bytes(good)
+
+
+def test_what_is_stale(office):
+    """24 hours without a commit of its own, 7 days after the end; a commit, an intent and a task outlive the first."""
+    quiet, busy = office.tree, office.tree.worktree("busy")
+    busy.commit("done")
+    quiet.put("loose")
+    first, second = office.at_work("quiet", quiet), office.at_work("busy", busy)
+    for session in (first, second):
+        office.call("session.setIntent", session_id=session, intent="as before")
+        office.call("session.setTask", session_id=session, current_task="t")
+    office.again(days=0.9)
+    assert office.context("quiet")["uncommitted_files"] == ["loose"] and office.context("busy")["branch"] == "busy"
+    office.again(days=0.2)
+    stale, fresh = office.context("quiet"), office.context("busy")
+    assert not {"branch", "git_updated_at", "uncommitted_files", "file_changes"} & set(stale)
+    assert stale["intent"] == "as before" and stale["current_task"] == "t"
+    assert fresh["branch"] == "busy" and fresh["changed_files"] == ["done"]
+    member = {m["agent_id"]: m for m in office.call("team.list")["members"]}["quiet"]
+    assert "branch" not in member and member["file_changes"] == [] and member["intent"] == "as before"
+    assert office.call("agent.listContext", branch="main")["contexts"] == [] and office.call("agent.listContext", file="loose")["contexts"] == []
+    assert [c["agent_id"] for c in office.who("loose")["contexts"]] == ["quiet"], "git itself is asked"
+    office.call("session.heartbeat", session_id=first)
+    assert office.context("quiet")["branch"] == "main"
+    office.call("session.end", session_id=second)
+    office.again(days=6.9)
+    assert office.call("agent.whoami", caller_agent_id="busy").get("intent") == "as before"
+    office.again(days=0.2)
+    assert "intent" not in office.call("agent.whoami", caller_agent_id="busy")
+
+
+def test_agents_of_another_machine(office, tmp_path):
+    """Their last known state, with its age and the name of their machine; never asked from git here."""
+    far = Office(tmp_path / "far")
+    far.tree.git("checkout", "-q", "-b", "away")
+    far.tree.commit("shared", "d/x")
+    far.tree.put("loose")
+    session = far.at_work("zoe")
+    far.call("session.end", session_id=session)
+    told = far.world.at
+    far.at_work("zoe")              # at work again, which nobody elsewhere sees in detail
+    far.close()
+    office.take_over(far)
+    office.world.at = told + 3_600 * thrum.NS
+    office.tree.put("shared")
+    office.at_work("ada")
+    found = {c["agent_id"]: c for c in office.who("shared")["contexts"]}
+    assert (found["ada"]["live"], found["zoe"]["live"]) == (True, False)
+    assert found["zoe"]["branch"] == "away" and found["zoe"]["hostname"] and "hostname" not in found["ada"]
+    assert thrum.ns_of(found["zoe"]["git_updated_at"]) < told
+    assert [c["path"] for c in found["zoe"]["file_changes"]] == ["shared"]
+    assert {c["path"] for c in office.who("d")["contexts"][0]["file_changes"]} == {"d/x"}
+    assert office.who("loose")["contexts"][0]["uncommitted_files"] == ["loose"]
+    assert "zoe" in {m["agent_id"] for m in office.call("team.list")["members"]}
+    office.again(days=8)
+    assert "zoe" not in {c["agent_id"] for c in office.who("shared")["contexts"]}, "too long ago"
+
+
+def test_who_has_without_a_session_and_without_a_worktree(office):
+    """Changes in a worktree where nobody has a session are named with the agents that live there; a worktree that has gone is remembered."""
+    one, two = office.tree.worktree("one"), office.tree.worktree("two")
+    one.put("f")
+    two.put("f")
+    two.commit("g")
+    two.put("h")
+    session = office.at_work("bob", two)
+    found = office.who("f")
+    assert found["contexts"] == [] or [c["agent_id"] for c in found["contexts"]] == ["bob"]
+    assert [(left["worktree_path"], left["branch"], left["agents"]) for left in found["unattended"]] == [(one.top, "one", [])]
+    shutil.rmtree(two.path)
+    found = office.who("h")
+    assert [(c["agent_id"], c["live"], c["uncommitted_files"]) for c in found["contexts"]] == [("bob", False, ["h"])]
+    assert office.who("g")["contexts"][0]["changed_files"] == ["f", "g"] or office.who("g")["contexts"][0]["changed_files"] == ["g"]
+    shaped(office.call("session.heartbeat", session_id=session), "Heartbeat")
+    office.call("session.end", session_id=session)
+    assert office.who("h")["contexts"] == []
+    two_again = Tree(two.path) if two.path.exists() else None
+    assert two_again is None
+
+
+def test_agents_that_share_a_worktree(office):
+    office.tree.put("f")
+    office.at_work("ada")
+    office.at_work("bob")
+    assert sorted(c["agent_id"] for c in office.who("f")["contexts"]) == ["ada", "bob"] and not office.who("f")["unattended"]
+
+
+def test_who_is_looked_at_unasked(office):
+    """Agents of this machine with an open session, whose work was not looked at for a minute."""
+    def due(agent_id):
+        return thrum._to_look_at(thrum.Context(office.world, office.reading, office.ledger), {"agent_id": agent_id})
+    session = office.at_work("ada")
+    office.call("agent.register", name="idle", role="i", module="m", force=True)
+    assert due("ada") is None and due("idle") is None and due("nobody") is None
+    office.world.at += thrum.SYNC_S * thrum.NS
+    assert due("ada") == session and due("idle") is None
+    office.call("session.heartbeat", session_id=session)
+    assert due("ada") is None
+    office.world.at += 2 * thrum.SYNC_S * thrum.NS
+    office.call("session.end", session_id=session)
+    assert due("ada") is None
+
+
+@pytest.mark.parametrize("setting, commits", [("develop", 1), ("older", 2), ("nowhere", 2)])
+def test_the_base_can_be_set(tmp_path, setting, commits):
+    tree = Tree(tmp_path / "repo")
+    tree.git("branch", "older")
+    tree.git("checkout", "-q", "-b", "develop")
+    tree.commit("a")
+    tree.git("checkout", "-q", "-b", "feature")
+    tree.commit("b")
+    (tree.path / ".thrum").mkdir()
+    (tree.path / ".thrum" / "config.json").write_text(json.dumps({"work": {"base": setting}}))
+    tree.git("config", "core.excludesFile", "/dev/null")
+    assert len(tree.facts()["unmerged_commits"]) == commits
