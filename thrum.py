@@ -2479,10 +2479,9 @@ class Store:
 
     # ---- claims
 
-    def claims(self, now_ns: int = 0) -> list:
-        """The open claims that have not expired at a time, the first grant first; without one, those too that have lapsed."""
-        return self.rows(f"{_CLAIMS} c.open and (? = 0 or (c.open = 1 and c.expires_at > ?)) order by c.granted_at, c.grant_event",
-                         now_ns, now_ns)
+    def claims(self) -> list:
+        """The open claims, the first grant first, with those whose time has passed."""
+        return self.rows(f"{_CLAIMS} c.open order by c.granted_at, c.grant_event")
 
     def claim(self, claim_id: str) -> dict | None:
         return self.row(f"{_CLAIMS} c.claim_id = ?", claim_id)
@@ -4256,7 +4255,7 @@ def parse_status(data: bytes) -> State:
     for part in parts:
         kind = part[:1].decode(errors="replace")
         if part.startswith(b"# branch.head "):
-            branch = path_text(part[14:]).replace("(detached)", "")     # no name of a branch holds a bracket
+            branch = path_text(part[14:]) if part[14:] != b"(detached)" else ""
         elif part.startswith(b"# branch.oid "):
             head = part[13:].decode().replace("(initial)", "")
         elif kind in _FIELDS_BEFORE_PATH:
@@ -4413,6 +4412,8 @@ class Work:
             else:
                 change = ("added", _line_count(folder + entry.raw) if len(found) < WORK_FILES else 0)
             found[entry.path] = _file_change(entry.path, changed_ns, *change)
+            if entry.before:    # from the base the diff may take it for another's, or for new
+                found[entry.path].setdefault("renamed_from", path_text(entry.before))
         return found
 
     def facts(self, top: str) -> dict:
@@ -4501,7 +4502,8 @@ def _is_untouched(top: str, path: str, blob: str, id_size: int) -> bool:
     except OSError:
         stat = None
     try:
-        with open(git_dirs(top)[0] + "/index", "rb") as file:
+        own = git_dirs(top)[0]
+        with open(own + "/index", "rb") as file:
             data, index_ns = file.read(), os.fstat(file.fileno()).st_mtime_ns
     except OSError:
         return False
@@ -4513,8 +4515,8 @@ def _is_untouched(top: str, path: str, blob: str, id_size: int) -> bool:
         if len(entry) == fixed and not (at - fixed - 12) % 8 and int.from_bytes(entry[-2:], "big") & 0xFFF == min(len(raw), 0xFFF):
             break
         at = data.find(raw + b"\0", at + 1)
-    if at < 0 or not stat or not blob:
-        return at < 0 and not stat and not blob
+    if at < 0 or not stat or not blob:      # nothing anywhere; an index may be split, or have longer entries
+        return not stat and not blob and raw + b"\0" not in data and not any(name[:12] == "sharedindex." for name in os.listdir(own))
     (changed_s, changed_ns, modified_s, modified_ns, _, inode, mode, _, _, size), flags = struct.unpack(">10I", entry[:40]), entry[-2]
     modified = modified_s * NS + modified_ns
     return entry[40:-2].hex() == blob and flags & 0xF0 == 0 and modified < index_ns \
@@ -4539,6 +4541,7 @@ LAPSE_TTL_S = 60                # seconds below which nobody is told: it would c
 LAPSE_TOGETHER_S = 60           # seconds within which several claims of an agent make one notice
 GONE_S = 15 * 60                # seconds without a sign of life after which a holder whose worktree is gone is gone too
 CLAIMS_NAMED = 10               # claims named in a message
+NOTE_SHOWN = 100                # characters of a note in a message or refusal, which also has to say the rest
 PROGRAM = "thrum"               # the author of what the program itself writes; nobody can register under it
 PATTERNS_MAX = 4 * CLAIMS_MAX   # patterns that are kept in the form in which they are compared
 ONE, STAR, DEEP, MAYBE = range(4)       # in a pattern: `?`, `*`, `**`, and that the next two may be missing
@@ -4667,6 +4670,11 @@ class Waiting(Record):
     since: int                  # when it asked first (ns): who came earlier comes first
 
 
+def live_claims(claims: list, now_ns: int) -> list:
+    """Those of the open claims whose time has not passed here."""
+    return [claim for claim in claims if claim["open"] == 1 and claim["expires_at"] > now_ns]
+
+
 def object_to(claim, agent_id: str, path: str, shared: bool) -> bool:
     """Whether a live claim (a row of the store) stands against one of an agent on a path."""
     return claim["agent_id"] != agent_id and not (shared and claim["shared"]) and overlap(claim["path"], path)
@@ -4741,7 +4749,7 @@ def claims_step(context: Context) -> int:
             continue
         due = min(due, claim["expires_at"], gone[claim["session_id"]] if ours else FAR)
         live.append(claim)
-    holds = holding(live)
+    holds = holding(live) if any(claim["daemon"] != own for claim in live) else live      # own ones were made one after the other
     held = {claim["claim_id"] for claim in holds}
     for claim in live:
         if claim["daemon"] != own:
@@ -4760,7 +4768,7 @@ def claims_step(context: Context) -> int:
         lines = [f"- `{claim['path']}`: @{winner['agent_id']}{_on_host(winner, own)} claimed `{winner['path']}` before you, "
                  f"{until(winner, now)}{_in_quotes(winner['note'])}" for claim, winner in claims]
         others = " and ".join(sorted({"@" + winner["agent_id"] for _, winner in claims}))
-        notice(context, [agent_id], f"You have lost {_count_claims(claims)}; both were made before the machines had heard of each other."
+        notice(context, [agent_id], f"You have lost {_count_claims(claims)}: another machine, which had not heard of it, was first."
                f"\n{_first_lines(lines)}\nStop editing there and talk to {others}, or queue with `thrum claim … --wait 20m`.",
                "lost:" + claims[0][0]["claim_id"])
     for agent_id, found in late.items():
@@ -4769,8 +4777,8 @@ def claims_step(context: Context) -> int:
         claims = [claim for _, claim in found]
         lines = [f"- `{claim['path']}` {until(claim, now)}{_in_quotes(claim['note'])}" for claim in claims]
         words = " ".join(shlex.quote(claim["path"]) for claim in claims[:CLAIMS_NAMED])
-        notice(context, [agent_id], f"{_count_claims(claims)} will lapse:\n{_first_lines(lines)}\nTo keep, from the top of the "
-               f"repository: `thrum claim {words}`. When you are done: `thrum release`.".replace("your", "Your", 1),
+        notice(context, [agent_id], f"The time of {_count_claims(claims)} is nearly over:\n{_first_lines(lines)}\nTo go on, from "
+               f"the top of the repository: `thrum claim {words}`. When you are done: `thrum release`.",
                "lapse:" + claims[0]["renew_event"], [("lapse", claim["renew_event"]) for claim in claims])
     return due
 
@@ -4795,7 +4803,8 @@ def _on_host(claim: dict, own: str) -> str:
 
 
 def _in_quotes(note: str | None) -> str:
-    return f": “{note}”" if note else ""
+    text = " ".join((note or "").split())
+    return f": “{text[:NOTE_SHOWN]}{'…' if len(text) > NOTE_SHOWN else ''}”" if text else ""
 
 
 def _count_claims(claims: list) -> str:
@@ -6423,7 +6432,7 @@ def session_set_task(context: Context, params: dict) -> dict:
 def team_list(context: Context, params: dict) -> dict:
     """Everybody with an open session, or with `include_offline` everybody, and what is shared."""
     seen, members, claims, conflicts = context.ledger.seen, [], {}, known_conflicts(context)
-    live, held = _live_claims(context)
+    live, held = _live_and_held(context)
     for claim in live:
         if claim["claim_id"] in held:
             claims.setdefault(claim["agent_id"], []).append(claim["path"])
@@ -6475,7 +6484,7 @@ def work_who_has(context: Context, params: dict) -> dict:
              "agents": sorted(identity.agent_id() for _, identity in _identities_in(top))}
             for top, answer in answers.items() if top not in met and answer and answer[1]]
     found = [known for known in found if known["uncommitted_files"] or known["changed_files"]]
-    live, held = _live_claims(context)
+    live, held = _live_and_held(context)
     claims = [_claim_info(context, claim) for claim in live if claim["claim_id"] in held and overlap(claim["path"], path or ".")]
     return {"file": path, "contexts": found, "claims": claims, "unattended": left}
 
@@ -7173,12 +7182,13 @@ def conflict_list(context: Context, params: dict) -> dict:
 
 
 def known_conflicts(context: Context) -> dict:
-    """What the newest look has found, without another one: {agent id: [{with: agent id, files: [...]}]}."""
+    """What the newest look has found, without another one: {agent id: [{with: agent id, files: [...]}]}, its own lines first."""
     agents, found = _agents_at_work(context), {}
-    for (a, b), files in list(_conflicts(context).known.items()):
-        for one, other in ((a, b), (b, a)) if files else ():
+    for (a, b), files in _conflicts(context).known.items():
+        turned = [{**file, "ranges": file["ranges"][::-1]} if "ranges" in file else file for file in files]
+        for one, other, seen in ((a, b, files), (b, a, turned)) if files else ():
             for agent_id in agents.get(one, []):
-                found.setdefault(agent_id, []).extend({"with": other_id, "files": files} for other_id in agents.get(other, []))
+                found.setdefault(agent_id, []).extend({"with": other_id, "files": seen} for other_id in agents.get(other, []))
     return found
 
 
@@ -7200,8 +7210,12 @@ def conflict_news(context: Context, pairs: list) -> list:
         for a, b in sorted({tuple(sorted((a, b))) for a in pair["agents"][0] for b in pair["agents"][1] if a != b}):
             about = ("conflict", f"{a} {b}")
             last = (context.store.page(ref=about, author=PROGRAM, limit=1)["messages"] or [{}])[0]
-            told = json.loads(last.get("structured") or "{}")
-            count, known = told.get("count", 0), told.get("files", [])
+            try:
+                told = decode_object(last.get("structured") or "{}")
+            except ValueError:      # of another version
+                told = {}
+            count = told["count"] if type(told.get("count")) is int else 0
+            known = told["files"] if type(told.get("files")) is list else []
             new = [file for file in pair["files"] if file["path"] not in known] if known or len(pair["files"]) > count else []
             if not new and (pair["files"] or not count):
                 continue
@@ -7218,18 +7232,22 @@ def conflict_news(context: Context, pairs: list) -> list:
 
 
 def tell_of_conflicts(context: Context, pairs: list) -> None:
+    """Send what `conflict_news` has; asked again here, where nothing comes between."""
     for news in conflict_news(context, pairs):
         notice(context, *news)
 
 
 def conflict_text(file: dict, names: list) -> str:
-    """What is wrong with a file of two sides with those names: `lines 10-14 (@ada), 12-16 (@bob)`, or the kind of conflict."""
+    """What is wrong with a file of two sides with those names: `lines 10-14 (@ada); 12-16 (@bob)`, or the kind of conflict."""
     if "ranges" not in file:
         return printable(file["kind"] + (f" ({', '.join(file['names'][:2])})" if "names" in file else ""))
 
     def lines(ranges):
         shown = [f"after {last}" if last < first else str(first) if first == last else f"{first}-{last}" for first, last in ranges]
         return ", ".join(shown[:RANGES_SHOWN]) + (f" and {len(shown) - RANGES_SHOWN} more" if len(shown) > RANGES_SHOWN else "")
+    if file["ranges"][0] == file["ranges"][1]:
+        here = lines(file["ranges"][0])
+        return f"line{'s' * (not here.isdigit())} {here}"
     return "lines " + "; ".join(f"{lines(ranges)} ({name})" for name, ranges in zip(names, file["ranges"]))
 
 
@@ -7341,7 +7359,7 @@ def _waiting_info(waiting: Waiting) -> dict:
 
 def _queue(context: Context) -> list:
     """Who waits for a claim, with tickets, the first first."""
-    return sorted(context.ledger.queue.items(), key=lambda entry: entry[1].since)
+    return sorted(context.ledger.queue.copy().items(), key=lambda entry: entry[1].since)
 
 
 def _refuse_claim(context: Context, wanted: Waiting, live: list, ticket) -> None:
@@ -7407,7 +7425,8 @@ def claim_take(context: Context, params: dict) -> dict:
         since = min(now, ns_of(params["queued_at"])) if "queued_at" in params else now
     except ValueError as error:
         raise InvalidParams(f"queued_at: {error}") from None
-    live = store.claims(now)
+    known = store.claims()
+    live = live_claims(known, now)
     own = {claim["path"]: claim for claim in live if claim["agent_id"] == agent_id}
     kept = {path: own[path] for path in paths
             if path in own and (bool(own[path]["shared"]), own[path]["session_id"]) == (shared, session_id)}
@@ -7418,7 +7437,7 @@ def claim_take(context: Context, params: dict) -> dict:
         raise ThrumError(f"@{agent_id} would have more than {CLAIMS_PER_AGENT} claims; release some, or claim the folder above them")
     if len(live) + added > CLAIMS_MAX:
         raise ThrumError(f"there would be more than {CLAIMS_MAX:,} claims; 'thrum claims' lists them")
-    known, done = store.claims(), []
+    done = []
     for path in paths:
         before = own.get(path)
         if path in kept:
@@ -7445,7 +7464,7 @@ def _claim_scope(context: Context, params: dict) -> str:
 
 def claim_release(context: Context, params: dict) -> dict:
     """Give back the caller's claims on exactly these paths, all of them without any."""
-    agent_id, paths, live = caller_of(context, params), _claimed_paths(params), context.store.claims(context.world.now_ns())
+    agent_id, paths, live = caller_of(context, params), _claimed_paths(params), live_claims(context.store.claims(), context.world.now_ns())
     mine = [claim for claim in live if claim["agent_id"] == agent_id]
     for path in paths:
         if all(claim["path"] != path for claim in mine):
@@ -7459,15 +7478,15 @@ def claim_release(context: Context, params: dict) -> dict:
     return {"released": [_claim_info(context, claim) for claim in released], "count": len(released)}
 
 
-def _live_claims(context: Context) -> tuple:
+def _live_and_held(context: Context) -> tuple:
     """The live claims, and the ids of those that hold."""
-    live = context.store.claims(context.world.now_ns())
+    live = live_claims(context.store.claims(), context.world.now_ns())
     return live, {claim["claim_id"] for claim in holding(live)}
 
 
 def claim_list(context: Context, params: dict) -> dict:
     paths, agent_id = _claimed_paths(params), params.get("agent_id", "")
-    live, held = _live_claims(context)
+    live, held = _live_and_held(context)
 
     def wanted(whose, others):
         return agent_id in ("", whose) and (not paths or any(overlap(path, other) for path in paths for other in others))
@@ -7479,7 +7498,7 @@ def claim_list(context: Context, params: dict) -> dict:
 
 def claim_check(context: Context, params: dict) -> dict:
     """Which exclusive claims of others cover some paths; `files` of each are those that it covers."""
-    live, held = _live_claims(context)
+    live, held = _live_and_held(context)
     files, found = sorted(set(params["paths"])), []
     for claim in live:
         if claim["shared"] or claim["claim_id"] not in held or claim["agent_id"] == params.get("caller_agent_id"):
@@ -8248,6 +8267,7 @@ def _by_agent(found: dict) -> dict:
 
 
 TEAM_FILES = 5                  # changed files of an agent that `team` names
+TEAM_BRANCH = 30                # characters of a branch in a line that says more
 
 
 async def team(console: Console, args: Args) -> int:
@@ -8267,16 +8287,15 @@ def _teammate_text(member: dict, console: Console) -> str:
     active, left = member["status"] == "active", console.width - 12
     seen = console.ago(member["last_seen"]) if "last_seen" in member else "never"
     head = f"{'●' if active else '○'} {console.bold(handle(member['agent_id']))} ({one_line(member['module'])})"
-    if "intent" in member:
-        head += f" — {one_line(member['intent'], max(console.width - len(head) - len(member.get('branch', '')) - 6, 20))}"
-    head += f" [{one_line(member['branch'])}]" if "branch" in member else ""
+    branch = f" [{one_line(member['branch'], TEAM_BRANCH)}]" if "branch" in member else ""
+    head += (f" — {one_line(member['intent'], max(left - len(head) - len(branch), 20))}" if "intent" in member else "") + branch
     session = f"{member['session_id'][:16]}... (active {seen})" if active else f"offline (last seen {seen})"
-    commits, files = member["unmerged_commits"], member["file_changes"]
+    files, ahead = member["file_changes"], f"{member['unmerged_commits']} commit{'s' * (member['unmerged_commits'] != 1)} ahead"
     lines = [("Worktree:", one_line(member.get("worktree", ""))), ("Host:", one_line(member.get("hostname", ""))), ("Session:", session),
              ("Intent:", one_line(member.get("intent", ""), left)), ("Task:", one_line(member.get("current_task", ""), left)),
              ("Inbox:", f"{member['inbox_unread']} unread / {member['inbox_total']} total"),
-             ("Branch:", f"{one_line(member['branch'])} ({commits} commits ahead)" if "branch" in member else
-              f"(detached, {commits} commits ahead)" if "git_updated_at" in member else "")]
+             ("Branch:", f"{one_line(member['branch'])} ({ahead})" if "branch" in member else
+              f"(detached, {ahead})" if "git_updated_at" in member else "")]
     text = head + "\n" + "".join(f"  {label:<9} {value}\n" for label, value in lines if value)
     if "git_updated_at" in member and not files:
         text += "  Files:    (no changes)\n"
@@ -8300,7 +8319,7 @@ def _conflict_line(pair: dict, console: Console) -> str:
 
 async def who_has(console: Console, args: Args) -> int:
     path = repo_path(args.file, console.top, console.cwd)
-    found = await console.call("work.whoHas", file=path)
+    found = await console.call("work.whoHas", file=path or ".")
     shown, lines = path_shown(path) or "this repository", []
     for work in found["contexts"]:
         changes, who = work["file_changes"], handle(work["agent_id"])
@@ -8329,7 +8348,7 @@ def _change_text(change: dict, work: dict, console: Console) -> str:
         facts += f", from {path_shown(change['renamed_from'])}"
     known = "" if work["live"] else f", as of {console.ago(work.get('git_updated_at', ''))}"
     known += f" on {one_line(work['hostname'])}" if "hostname" in work else ""
-    return f"{verb} {path_shown(change['path'])} ({facts}), branch: {one_line(work.get('branch', '')) or '(detached)'}{known}"
+    return f"{verb} {path_shown(change['path'])} ({facts}), branch: {one_line(work.get('branch', ''), TEAM_BRANCH) or '(detached)'}{known}"
 
 
 async def prime(console: Console, args: Args) -> int:
