@@ -20,6 +20,7 @@ from conftest import CLEAN, FakeWorld, Repo
 from generate import answers, difference
 from shapes import shape, shaped
 from team import POISON, Team, error_line, finish, raw_in, start
+from test_daemon import foreground, until  # noqa: F401 (a fixture)
 from test_methods import Team as Methods
 
 USER = ("-c", "user.name=Test", "-c", "user.email=test@localhost", "-c", "protocol.file.allow=always")
@@ -993,8 +994,10 @@ class Office(Methods):
     """The methods on a ledger in a real repository, called as the daemon calls them, `prepare` included."""
 
     def __init__(self, path):
-        self.tree = Tree(path)
-        super().__init__(self.tree.path)
+        self.tree, world = Tree(path), FakeWorld()
+        Office.count = getattr(Office, "count", 0) + 1
+        world.drawn = Office.count << 40        # other numbers than those of other machines
+        super().__init__(self.tree.path, world)
         self.world.at = time.time_ns()
         self.tree.put(".git/info/exclude", ".thrum\n")
 
@@ -1255,7 +1258,7 @@ def test_agents_of_another_machine(office, tmp_path):
     found = {c["agent_id"]: c for c in office.who("shared")["contexts"]}
     assert (found["ada"]["live"], found["zoe"]["live"]) == (True, False)
     assert found["zoe"]["branch"] == "away" and found["zoe"]["hostname"] and "hostname" not in found["ada"]
-    assert thrum.ns_of(found["zoe"]["git_updated_at"]) < told
+    assert thrum.ns_of(found["zoe"]["git_updated_at"]) <= told
     assert [c["path"] for c in found["zoe"]["file_changes"]] == ["shared"]
     assert {c["path"] for c in office.who("d")["contexts"][0]["file_changes"]} == {"d/x"}
     assert office.who("loose")["contexts"][0]["uncommitted_files"] == ["loose"]
@@ -1321,3 +1324,217 @@ def test_the_base_can_be_set(tmp_path, setting, commits):
     (tree.path / ".thrum" / "config.json").write_text(json.dumps({"work": {"base": setting}}))
     tree.git("config", "core.excludesFile", "/dev/null")
     assert len(tree.facts()["unmerged_commits"]) == commits
+
+
+# ---- through the daemon
+
+@pytest.fixture(scope="module")
+def crew(tmp_path_factory):
+    """@ada in the main worktree, @bob in a linked one with work in it."""
+    made = Team(tmp_path_factory.mktemp("work"))
+    ada, bob = Tree(made.ada.path), Tree(made.bob.path)
+    ada.put("info", "")             # what `init` has written is committed, so that nothing but the tests' own is changed
+    ada.commit("README.md", "src/lexer.py", "src/sub/deep.py", "a b")
+    bob.git("reset", "-q", "--hard", "main")
+    bob.commit("src/parser.py")
+    bob.put("src/lexer.py", "changed\n")
+    bob.put("src/new.py")
+    yield made
+    made.close()
+
+
+def test_paths_are_those_of_the_caller(crew, tmp_path):
+    """Relative to where it is called, absolute, with a slash behind, through ".." and "."; always the same answer."""
+    bob = crew.bob
+    wanted = crew.ada.ok("who-has", "src/lexer.py")
+    assert re.match(r"@bob is editing src/lexer\.py \(\+1 -2, modified [^)]+\), branch: bob\n$", wanted), wanted
+    for cwd, path in (("src", "lexer.py"), ("src", "./lexer.py"), ("src/sub", "../lexer.py"), (".", "src//lexer.py"), (".", "src/sub/../lexer.py"),
+                      (".", "./src/./lexer.py"), ("src", str(bob.path / "src/lexer.py")), (".", "src/lexer.py/"), ("src/sub", "../../src/lexer.py")):
+        assert bob.ok("who-has", path, cwd=bob.path / cwd) == wanted, (cwd, path)
+    assert bob.ok("--repo", str(bob.path), "who-has", str(bob.path / "src/lexer.py"), cwd=tmp_path) == wanted
+    for path, cwd in (("src", "."), (".", "src"), ("src/", "."), (str(bob.path / "src"), ".")):
+        found = bob.json("who-has", path, cwd=bob.path / cwd)
+        assert found["file"] == "src" and set(found["contexts"][0]["uncommitted_files"]) == {"src/lexer.py", "src/new.py"}
+        assert found["contexts"][0]["changed_files"] == ["src/parser.py"]
+    everything = bob.json("who-has", ".")
+    assert everything["file"] == "" and len(everything["contexts"][0]["file_changes"]) == 3
+    for path in (str(bob.path), "src/.."):
+        assert bob.json("who-has", path)["contexts"][0]["file_changes"] == everything["contexts"][0]["file_changes"]
+    assert "this repository" in crew.ada.ok("who-has", ".") or "@bob" in crew.ada.ok("who-has", ".")
+    assert "No agents are currently editing README.md" in bob.ok("who-has", "README.md")
+    assert "No agents are currently editing src/lexer.pyx" in bob.ok("who-has", "src/lexer.pyx")
+    assert "No agents are currently editing src/lexer" in bob.ok("who-has", "src/lexer")
+
+
+@pytest.mark.parametrize("path, words", [
+    ("", "the path is empty"), ("../outside", "is outside of the repository"), ("/etc/passwd", "is outside of the repository"),
+    ("src/../../x", "is outside of the repository"), (".git", "belongs to git"), (".git/config", "belongs to git"), ("src/../.git/x", "belongs to git"),
+    ("x" * 5_000, "not a path"), ("a/" * 2_500, "not a path"), ("..", "is outside of the repository"), ("/", "is outside of the repository"),
+])
+def test_paths_that_are_none_of_ours(crew, path, words):
+    before = crew.trace()
+    line = error_line(crew.bob.run("who-has", path))
+    assert words in line and "file is required" not in line
+    assert crew.trace() == before
+    with contextlib.closing(crew.bob.client()) as client, pytest.raises(thrum.ThrumError):
+        client.call("work.whoHas", file=path)
+
+
+@pytest.mark.parametrize("file", ["../x", "/etc/passwd", ".git/x", "a\0b", "x" * 2_000, "a/../../b", "\ud800"])
+def test_paths_of_a_socket_are_held_to_the_same(crew, file):
+    with contextlib.closing(crew.bob.client()) as client:
+        with pytest.raises(thrum.ThrumError) as caught:
+            client.call("work.whoHas", file=file)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 3_000
+        assert client.call("health")["status"] == "ok"
+
+
+def test_names_that_a_terminal_would_obey(crew):
+    """Files, branches, intents and subjects of every kind: one line each, nothing raw, and columns that stand below one another."""
+    bob, tree = crew.bob, Tree(crew.bob.path)
+    evil = "ev" + POISON.replace("/", "") + "il\nname"
+    tree.put("odd/" + evil)
+    tree.put("odd/" + "l" * 200)
+    bob.ok("session", "set-intent", "words " + POISON + " and more " * 40)
+    tree.git("checkout", "-q", "-b", "long/" + "branch-" * 25)
+    tree.git("commit", "-q", "--allow-empty", "-m", POISON + "subject " * 40)
+    bob.ok("session", "heartbeat")
+    try:
+        for words in (["team"], ["overview"], ["status"], ["agent", "list", "--context"], ["agent", "list"], ["agent", "context"],
+                      ["agent", "context", "bob"], ["who-has", "odd"], ["who-has", "odd/" + evil], ["who-has", "odd/" + "l" * 200], ["ping", "@bob"],
+                      ["session", "heartbeat"], ["prime"]):
+            for columns in ("80", "200"):
+                out = crew.bob.ok(*words, env={"COLUMNS": columns})
+                assert not raw_in(out), words
+                assert out.endswith("\n"), words
+                trailing = [line for line in out.splitlines() if line != line.rstrip()]
+                assert not trailing or words == ["prime"], (words, trailing)
+        out = crew.ada.ok("agent", "list", "--context", env={"COLUMNS": "80"})
+        lines = out.splitlines()
+        assert not [line for line in lines if len(line) > 80]
+        for head in ("SESSION", "BRANCH", "COMMITS", "FILES", "INTENT", "UPDATED"):
+            column = lines[0].index(head)
+            assert all(line[column - 2:column] == "  " and line[column] != " " for line in lines[1:]), out
+        out = crew.ada.ok("who-has", "odd/" + evil)
+        assert out.count("\n") == 1 and out.startswith("@bob is editing odd/ev")
+        files = [line for line in crew.ada.ok("team", env={"COLUMNS": "80"}).splitlines() if re.match(r" {2}(Files:| {6}) ", line)]
+        assert len(files) >= 5
+    finally:
+        tree.git("checkout", "-q", "bob")
+        shutil.rmtree(tree.file("odd"))
+        bob.ok("session", "heartbeat")
+
+
+def test_team_and_overview_in_words(crew):
+    crew.bob.ok("session", "heartbeat")
+    out = crew.ada.ok("team", env={"COLUMNS": "80"})
+    block = next(block for block in out.split("\n\n") if block.startswith("● @bob"))
+    assert "[bob]" in block.splitlines()[0] and "  Worktree: bob" in block and "(1 commit" in block and "src/lexer.py" in block and "+1 -2" in block
+    crew.bob.ok("session", "end")
+    try:
+        assert "@bob" not in crew.ada.ok("team") and re.search(r"○ @bob[^\n]*\n(.*\n)*?.*offline \(last seen", crew.ada.ok("team", "--all"))
+        out = crew.ada.ok("who-has", "src/lexer.py")
+        assert out.startswith("No agents are currently editing src/lexer.py\nUncommitted in ") and "@bob, who has no session" in out
+        assert crew.ada.json("who-has", "src/lexer.py")["unattended"][0]["agents"] == ["bob"]
+    finally:
+        crew.bob.ok("session", "start")
+    assert crew.bob.json("status")["work_context"]["uncommitted_files"]
+    assert "1 ahead" in crew.bob.ok("status") and "1 changed, 2 uncommitted" in crew.bob.ok("status")
+    assert "@bob" in crew.ada.ok("overview")
+
+
+@pytest.mark.parametrize("words, shape_name", [(["team"], "cli team"), (["team", "--all"], "cli team"), (["who-has", "src/lexer.py"], "cli who-has"),
+                                               (["who-has", "nothing"], "cli who-has"), (["who-has", "src"], "cli who-has")])
+def test_shapes(crew, words, shape_name):
+    shaped(crew.ada.json(*words), shape_name)
+    with contextlib.closing(crew.ada.client()) as client:
+        for params in ({}, {"include_offline": True}, {"all": True}):
+            shaped(client.call("team.list", **params), "rpc team.list")
+        shaped(client.call("agent.listContext", file="src/lexer.py"), "rpc agent.listContext")
+
+
+def test_filters_of_agent_context(crew):
+    crew.bob.ok("session", "heartbeat")
+    def names(*args):
+        return [work["agent_id"] for work in crew.ada.json("agent", "context", *args)["contexts"]]
+    assert names("--file", "src/lexer.py") == ["bob"] == names("--branch", "bob") == names("--agent", "implementer") == names("--agent", "@bob")
+    assert names("--file", "src/parser.py") == ["bob"] and names("--file", "src/lexer") == [] == names("--file", "%") == names("--branch", "bo")
+    assert names("--branch", "bob", "--file", "README.md") == [] and "ada" in names("--branch", "main")
+    out = crew.ada.ok("agent", "context", "bob")
+    assert re.search(r"^Branch: bob$", out, re.M) and "Unmerged Commits (1):\n" in out and "[src/parser.py]" in out and "Uncommitted: 2\n" in out
+
+
+def stand_in(folder, real):
+    """A `git` that hangs while the file `hang` is there; gives the folder for PATH and that file."""
+    hang = folder / "hang"
+    path = folder / "bin" / "git"
+    path.parent.mkdir()
+    path.write_text(f'#!/bin/sh\n[ -e "{hang}" ] && exec sleep 60\nexec "{real}" "$@"\n')
+    path.chmod(0o755)
+    return str(path.parent), hang
+
+
+def test_a_git_that_hangs(tmp_path):
+    """A heartbeat ends with git's time limit, who-has answers with what was known, and quick calls do not wait meanwhile."""
+    folder, hang = stand_in(tmp_path, shutil.which("git"))
+    env = {"PATH": folder + os.pathsep + os.environ["PATH"]}
+    (tmp_path / "repo").mkdir()
+    repo, tree = Repo(tmp_path / "repo"), Tree(tmp_path / "repo")
+    repo.git("init", "-q", "-b", "main")
+    tree.commit("f")
+    try:
+        repo.join("ada", env=env)
+        tree.put("f", "changed\n")
+        repo.ok("session", "heartbeat")
+        hang.write_text("")
+        began = time.monotonic()
+        beats = [start(repo, "session", "heartbeat", "--json", env={"THRUM_NAME": "ada"}) for _ in range(3)]
+        with contextlib.closing(repo.client()) as client:
+            for _ in range(20):
+                asked = time.monotonic()
+                client.call("agent.list")
+                client.call("session.list")
+                assert time.monotonic() - asked < 3
+            found = client.call("work.whoHas", file="f")
+        assert [(c["agent_id"], c["live"]) for c in found["contexts"]] == [("ada", False)]
+        for beat in beats:
+            status, out, err = finish(beat)
+            assert status == 0 and json.loads(out)["branch"] == "main", err
+        assert time.monotonic() - began < 6 * thrum.GIT_LOCAL_S
+        hang.unlink()
+        assert client is not None and repo.json("who-has", "f")["contexts"][0]["live"]
+    finally:
+        hang.unlink(missing_ok=True)
+        repo.close()
+
+
+def test_the_daemon_looks_at_those_who_do_something(make_repo, foreground):
+    """Whoever does something need not send heartbeats; whoever only waits is not looked at, but is here."""
+    repo = make_repo()
+    for name in ("ada", "bob"):
+        repo.join(name, "role_" + name, env={"THRUM_NAME": name})
+    repo.ok("daemon", "stop")
+    foreground(repo, "thrum.SYNC_S = 0.2")
+    tree = Tree(repo.path)
+    waiting = start(repo, "wait", "--timeout", "60s", env={"THRUM_NAME": "bob"})
+    try:
+        with contextlib.closing(repo.client()) as client:
+            def context(name):
+                return client.call("agent.listContext", agent_id=name)["contexts"][0]
+
+            def seen():
+                return {m["agent_id"]: m["last_seen"] for m in client.call("team.list")["members"]}
+            until(lambda: client.call("health")["status"] == "ok" and waiting.poll() is None, "somebody waits")
+            first, here = context("bob").get("git_updated_at"), seen()["bob"]
+            until(lambda: seen()["bob"] > here, "whoever waits is here")
+            here = seen()["bob"]
+            settled = context("bob").get("git_updated_at")
+            tree.put("new file")
+            client.call("message.list", caller_agent_id="ada", for_agent="ada")
+            until(lambda: "new file" in context("ada").get("uncommitted_files", ()), "what ada did was looked at")
+            until(lambda: seen()["bob"] > here, "whoever waits is still here")
+            assert context("bob").get("git_updated_at") in (first, settled), "nobody has looked at who only waits"
+            assert "new file" not in context("bob").get("uncommitted_files", ())
+    finally:
+        waiting.kill()
+        waiting.communicate()
