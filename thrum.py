@@ -898,18 +898,20 @@ PATH_MAX = 1_024                # characters of a path that a caller names: long
 def repo_path(path: str, top: str, cwd: str = "") -> str:
     """A path as git has it, from the top of its repository, with "/" between; "" is the top itself.
 
-    `path` may be relative to `cwd`, or absolute below `top`; links are not followed, as git does not follow them.  Raises
-    InvalidParams for what lies outside.
+    `path` may be relative to `cwd`, or absolute below `top`; links in it are not followed, as git does not follow them, but
+    one may lead to it.  Raises InvalidParams for what lies outside.
     """
-    if not path or len(path) > PATH_MAX or "\0" in path or not is_unicode(path):
-        raise InvalidParams(f"not a path: {printable(path[:80])!r}" if path else "the path is empty")
-    root = os.path.normpath(top or "/")
+    if not path or len(path) > PATH_MAX or "\0" in path:
+        raise InvalidParams(f"{printable(path[:80])!r} cannot be a path" if path else "the path is empty; '.' is the whole repository")
+    root = os.path.normpath(top or "/-")        # from the top of wherever it is
     full = os.path.normpath(os.path.join(root, cwd, path))
+    if top and full != root and not full.startswith(root + "/"):
+        full = os.path.join(os.path.realpath(os.path.dirname(full)), os.path.basename(full))
     found = "" if full == root else os.path.relpath(full, root)
-    if found.split("/")[0] == ".." or (not top and (path[0] == "/" or ".." in path.split("/"))):
-        raise InvalidParams(f"{path} is outside of the repository {top}".rstrip())
+    if found.split("/")[0] == "..":
+        raise InvalidParams(f"{printable(path)} is outside of the repository {top}".rstrip())
     if found.split("/")[0] == ".git":
-        raise InvalidParams(f"{path} belongs to git, not to the repository's files")
+        raise InvalidParams(f"{printable(path)} is in .git, which is git's own")
     return found
 
 
@@ -4638,18 +4640,9 @@ def overlap(a: str, b: str) -> bool:
     return two.meets(one.tokens)
 
 
-def claim_path(text: str, folder: str = "", top: str = "") -> str:
-    """A path as claims have it, from the top of the repository.  Raises InvalidParams naming what cannot be claimed.
-
-    `folder` is where it was given, from the top as well; what begins with `/` must lie below the root `top`.
-    """
-    path, name = os.path.normpath(os.path.join(folder, text)), printable(text[:PAIR_MAX])
-    if top and path.startswith("/"):
-        path = os.path.relpath(path, top)
-    if not text:
-        raise InvalidParams("the path to claim is empty; '.' is the whole repository")
-    if path[0] == "/" or path.split("/")[0] == "..":
-        raise InvalidParams(f"{name} is outside of the repository")
+def claim_path(text: str, top: str = "", cwd: str = "") -> str:
+    """As `repo_path`, for what may hold wildcards; `.` is the whole repository.  Raises InvalidParams naming what cannot be claimed."""
+    path, name = repo_path(text, top, cwd) or ".", printable(text[:PAIR_MAX])
     if path.split("/")[0] in UNCLAIMABLE:
         raise InvalidParams(f"{name} is in {path.split('/')[0]}, where nothing can be claimed")
     if len(path) > PAIR_MAX:
@@ -4823,26 +4816,26 @@ BLAME_S = 60                    # seconds for git to find the commit of a line: 
 
 def read_line(top: str, path: str, line: int) -> dict:
     """A line of a file, which is {text}, and of the commit that made it, if it is committed, {sha, author, date (in UTC), subject,
-    message, agents, threads}, the last two from its trailers.  `path` is absolute.  Raises ThrumError naming what is wrong.
+    message, agents, threads}, the last two from its trailers.  Raises ThrumError naming what is wrong.
     """
-    shown, git = path[len(top) + 1:], Git(top)
+    full, git = f"{top}/{path}", Git(top)
     try:
-        data = file_bytes(path) if os.path.isfile(path) and not os.path.islink(path) else None
+        data = file_bytes(full) if os.path.isfile(full) and not os.path.islink(full) else None
     except OSError as error:
-        raise ThrumError(f"cannot read {shown}: {error.strerror}") from None
+        raise ThrumError(f"cannot read {path}: {error.strerror}") from None
     if data is None:
-        raise ThrumError(f"{shown} is {'no file' if os.path.lexists(path) else 'not there'}")
+        raise ThrumError(f"{path or top} is {'no file' if os.path.lexists(full) else 'not there'}")
     if b"\0" in data:
-        raise ThrumError(f"{shown} is a binary file, which has no lines")
+        raise ThrumError(f"{path} is a binary file, which has no lines")
     count = data.count(b"\n") + (data[-1:] not in (b"", b"\n"))
     if not 0 < line <= count:
-        raise ThrumError(f"{shown} has no line {line}; it has {count:,}" if count else f"{shown} is empty")
-    if not git.run("ls-files", "-z", "--", shown):
-        raise ThrumError(f"{shown} was never committed: git does not track it")
+        raise ThrumError(f"{path} has no line {line}; it has {count:,}" if count else f"{path} is empty")
+    if not git.run("ls-files", "-z", "--", path):
+        raise ThrumError(f"{path} was never committed: git does not track it")
     found = {"text": data.split(b"\n")[line - 1].decode(errors="replace")}
     if not git.run("rev-parse", "-q", "--verify", "HEAD", check=False):
         return found
-    sha = git.run("blame", "--porcelain", "--no-textconv", "-L", f"{line},{line}", "--", shown, timeout_s=BLAME_S).split(b" ")[0]
+    sha = git.run("blame", "--porcelain", "--no-textconv", "-L", f"{line},{line}", "--", path, timeout_s=BLAME_S).split(b" ")[0]
     if not sha.strip(b"0"):
         return found
     trailers = [f"%(trailers:key=Thrum-{key},valueonly,unfold)" for key in ("Agent", "Thread")]
@@ -8994,8 +8987,7 @@ async def purge(console: Console, args: Args) -> int:
 
 def _claim_paths(console: Console, args: Args) -> list:
     """The paths of a command line as claims have them: they were given from where the caller is."""
-    folder = os.path.relpath(console.cwd, console.top)
-    return [claim_path(path, folder, console.top) for path in args.path]
+    return [claim_path(path, console.top, console.cwd) for path in args.path]
 
 
 def _ends_text(claim: dict, console: Console) -> str:
@@ -9960,13 +9952,7 @@ class Daemon:
                 await self.call("session.heartbeat", {"session_id": session_id}, None)
 
     def worktrees_changed(self) -> None:
-        """Look for conflicts in the background, and tell those whom they concern; one look for all calls within LOOK_S.
-
-        Any thread may call it.
-        """
-        self.loop.call_soon_threadsafe(self._look_soon)
-
-    def _look_soon(self) -> None:
+        """Look for conflicts in the background, and tell those whom they concern; one look for all calls within LOOK_S."""
         self._changed = True
         if not self._looking or self._looking.done():
             self._looking = self.loop.create_task(self._look_for_conflicts())
@@ -11986,12 +11972,9 @@ async def why(console: LocalConsole, args: Args) -> int:
     if not name or not (number.isascii() and number.isdigit() and len(number) < 10):
         raise Usage(f"{one_line(args.line)!r} names no line; write FILE:LINE, such as src/main.c:42")
     places = console.places
-    folder, base = os.path.split(os.path.join(console.cwd, name))
-    path = os.path.normpath(os.path.join(os.path.realpath(folder), base))
-    if not path.startswith(places.top + "/"):
-        raise ThrumError(f"{name} is outside of {places.top}")
+    path = repo_path(name, places.top, console.cwd)
     commit = read_line(places.top, path, int(number))
-    report = {"file": path[len(places.top) + 1:], "line": int(number), "commit": None}
+    report = {"file": path, "line": int(number), "commit": None}
     text = _line_text(report, commit["text"]) + "It is not committed yet.\n"
     if "sha" in commit:
         agent, thread = (next(iter(commit.pop(names)), "") for names in ("agents", "threads"))

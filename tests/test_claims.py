@@ -98,7 +98,7 @@ def test_an_odd_pattern_takes_no_time():
     ("*.py", "src", "src/*.py"), ("/top/x/y", "a", "x/y"), ("/top", "a", "."), (".github", "", ".github"), ("ü ß", "", "ü ß"),
 ])
 def test_a_path_is_taken_from_where_the_caller_is(text, folder, path):
-    assert thrum.claim_path(text, folder, "/top") == path
+    assert thrum.claim_path(text, "/top", "/top/" + folder) == path
 
 
 @pytest.mark.parametrize("text, why", [
@@ -109,7 +109,7 @@ def test_a_path_is_taken_from_where_the_caller_is(text, folder, path):
 def test_what_cannot_be_claimed_is_named(text, why):
     for top in ("/top", ""):
         with pytest.raises(thrum.InvalidParams, match=why) as caught:
-            thrum.claim_path(text, "", top)
+            thrum.claim_path(text, top)
         assert not raw_in(str(caught.value)) and len(str(caught.value)) < 400
 
 
@@ -627,7 +627,7 @@ def settle(team, count):
 
 def test_the_commands(team):
     text = team.ada.ok("claim", "src/a.py", "--ttl", "20m", "--note", "x")
-    assert re.fullmatch(r"✓ Claimed src/a\.py until [^\n]*\d\d:\d\dZ \(in 20m\)\n", text), text
+    assert re.fullmatch(r"✓ Claimed src/a\.py until [^\n]*\d\d:\d\dZ \(in 20m\), this machine\n", text), text
     assert "(shared)" in team.ada.ok("claim", "docs", "--shared")
     assert team.ada.ok("claim", "src/a.py").startswith("✓ Renewed src/a.py until")
     text = team.bob.ok("claims")

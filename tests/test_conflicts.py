@@ -527,15 +527,16 @@ def test_the_command(two):
 # ---- what agents are told
 
 LOOKING = """
-import threading
-made, look, ended = thrum.Daemon.__init__, thrum.Daemon._look_for_conflicts, threading.Semaphore(0)
+import asyncio
+made = thrum.Daemon.__init__
 def make(self, *args):
     made(self, *args)
-    thrum.METHODS["look"] = thrum.Method(lambda context, params: self.worktrees_changed() or ended.acquire(timeout=30), {}, "Look.")
-async def looked(self):
-    await look(self)
-    ended.release()
-thrum.Daemon.__init__, thrum.Daemon._look_for_conflicts, thrum.LOOK_S = make, looked, 0
+    async def look():       # one that has begun goes on until it has seen this, too
+        self.worktrees_changed()
+        await self._looking
+    thrum.METHODS["look"] = thrum.Method(
+        lambda context, params: asyncio.run_coroutine_threadsafe(look(), self.loop).result(30) is None, {}, "Look.")
+thrum.Daemon.__init__, thrum.LOOK_S = make, 0
 """
 
 

@@ -127,7 +127,7 @@ def test_without_a_daemon_git_still_answers(team, talk):
     ("src/main.c:x", "names no line"),
     ("src/main.c:-1", "names no line"), ("src/main.c:٣", "names no line"), ("src/main.c:" + "9" * 5000, "names no line"),
     ("src/main.c:0", "src/main.c has no line 0; it has 3"), ("src/main.c:4", "has no line 4"), ("nothing:1", "nothing is not there"),
-    ("src:1", "src is no file"), ("/etc/passwd:1", "is outside of"), ("../repo/x:1", "is outside of"), (".:1", "is outside of"),
+    ("src:1", "src is no file"), ("/etc/passwd:1", "is outside of"), ("../repo/x:1", "is outside of"), (".:1", "is no file"),
     ("untracked:1", "never committed: git does not track it"), ("empty:1", "empty is empty"), ("binary:1", "binary file"),
     ("link:1", "link is no file"), ("\x1b[2J:1", "is not there"), ("src/main.c\n:1", "is not there")])
 def test_one_clear_error(team, talk, what, words):
