@@ -383,8 +383,7 @@ def committed_blobs(tree):
     return found
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("ids", ["sha1", "sha256"])
+@pytest.mark.parametrize("mode, ids", [*((mode, "sha1") for mode in MODES), *((mode, "sha256") for mode in ("plain", "version4", "split"))])
 def test_nothing_is_called_untouched_that_git_calls_changed(tmp_path, mode, ids):
     """Hundreds of histories of edits; and the quick look is of use: it knows of the untouched ones that they are."""
     said = asked = 0
