@@ -857,9 +857,13 @@ def registered_worktrees(common: str) -> list:
 
 
 def worktrees_of(common: str) -> list:
-    """The roots of a repository's worktrees that are there: the main one first, that of the branch a-sync left out."""
+    """The roots of a repository's worktrees that are there: the main one first, that of the branch a-sync left out.
+
+    What has taken the place of one is none: it may be a repository of its own.
+    """
     found = [os.path.dirname(common)] if os.path.basename(common) == ".git" else []
-    return found + [top for _, top in registered_worktrees(common) if os.path.isdir(top) and not top.startswith(common + "/")]
+    return found + [top for _, top in registered_worktrees(common) if not top.startswith(common + "/")
+                    and os.path.realpath(git_common_dir(top) or "/") == os.path.realpath(common)]
 
 
 def is_connected(top: str, thrum: str) -> bool:
@@ -1315,8 +1319,13 @@ class Git:
                          LC_ALL="C", **environ or {})
         command = next((word for word in args if word[0] != "-" and "=" not in word), "")
         try:
-            done = subprocess.run(["git", *(() if as_user else self.SETTINGS), *args], cwd=self.directory, input=input, env=variables,
-                                  capture_output=True, timeout=timeout_s, start_new_session=True)
+            with subprocess.Popen(["git", *(() if as_user else self.SETTINGS), *args], cwd=self.directory, env=variables,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
+                try:
+                    out, err = process.communicate(input, timeout_s)
+                except BaseException:
+                    kill_group(process.pid)     # git's own children too: a filter, a hook
+                    raise
         except FileNotFoundError as error:
             if error.filename == "git":
                 raise GitError("git was not found; install it, or put it on the PATH") from None
@@ -1325,13 +1334,21 @@ class Git:
             raise GitError(f"cannot run git in {self.directory}: not a directory") from None
         except subprocess.TimeoutExpired:
             raise GitError(f"git {command} took longer than {timeout_s:g} s") from None
-        if done.returncode not in statuses:
+        if process.returncode not in statuses:
             if not check:
                 return b""
-            reason = [line for line in done.stderr.decode(errors="replace").splitlines() if line and not line.startswith("hint:")] \
-                or [f"exit status {done.returncode}"]
+            reason = [line for line in err.decode(errors="replace").splitlines() if line and not line.startswith("hint:")] \
+                or [f"exit status {process.returncode}"]
             raise GitError(f"git {command} failed: {reason[-1]}")
-        return done.stdout
+        return out
+
+
+def kill_group(pid: int) -> None:
+    """End a process that leads a group, and all that it has started; they may have gone already."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except OSError:
+        pass
 
 
 def together(jobs: list) -> list:
@@ -4208,6 +4225,7 @@ class Ledger:
 WORK_FILES = 500                # files in a list of a work context: more are not work, but a forgotten ignore line
 WORK_COMMITS = 200              # commits that are listed
 COMMIT_FILES = 100              # files of one commit
+SUBJECT_MAX = 200               # characters of its subject: git's own advice is fifty
 PATHS_GIVEN = 200               # changed paths that git is asked about one by one; beyond, it looks at all
 COUNTED_MAX = 1 << 20           # bytes of a new file whose lines are counted
 AHEAD_KEPT = 256                # pairs of commits whose difference is remembered: some for each worktree
@@ -4381,7 +4399,7 @@ class Work:
             if not part:        # before each commit: no path is empty
                 sha, at, subject = next(parts, b""), next(parts, b"0"), next(parts, b"")
                 at, first = int(at), True
-                commits += [{"sha": sha.decode(), "message": printable(path_text(subject)), "files": []}] if sha else []
+                commits += [{"sha": sha.decode(), "message": printable(path_text(subject))[:SUBJECT_MAX], "files": []}] if sha else []
                 continue
             path, first = path_text(part[1:] if first else part), False     # a newline stands before the first
             times.setdefault(path, at)
@@ -4405,10 +4423,10 @@ class Work:
         for entry in state.entries:
             if entry.path in found:     # taken out of the index, but still there
                 continue
-            try:
-                changed_ns = os.lstat(folder + entry.raw).st_mtime_ns
-            except OSError:     # deleted
-                changed_ns = self.world.now_ns()
+            there = folder + entry.raw
+            while not os.path.lexists(there):       # deleted: the folder above it knows when
+                there = os.path.dirname(there)
+            changed_ns = os.lstat(there).st_mtime_ns
             if entry.tracked:
                 change = changes.get(entry.path, (entry.status, 0, 0, path_text(entry.before)))
             else:
@@ -6268,10 +6286,11 @@ def _work_context(context: Context, row: dict) -> dict:
 
 def agent_list_context(context: Context, params: dict) -> dict:
     """What agents with an open session do; `agent_id` is exact, `role` is additive to the reference."""
-    file = params.get("file", "")
-    rows = context.store.work_contexts(params.get("agent_id", ""), params.get("role", ""), params.get("branch", ""), file)
+    file, branch = params.get("file", ""), params.get("branch", "")
+    rows = context.store.work_contexts(params.get("agent_id", ""), params.get("role", ""), branch, file)
     return {"contexts": [work for work in [_work_context(context, row) for row in rows]
-                         if not file or file in work.get("changed_files", []) + work.get("uncommitted_files", [])]}
+                         if (not file or file in work.get("changed_files", []) + work.get("uncommitted_files", []))
+                         and branch in ("", work.get("branch"))]}
 
 
 def _work(context: Context) -> Work:
@@ -9168,11 +9187,12 @@ def _contexts_table(contexts: list, console: Console) -> str:
     table = [["AGENT", "SESSION", "BRANCH", "COMMITS", "FILES", "INTENT", "UPDATED"]]
     for work in contexts:
         known = "git_updated_at" in work
-        table.append([handle(work["agent_id"]), work["session_id"][:SESSION_WIDTH] + "...", one_line(work.get("branch", "-"), 20),
+        table.append([one_line(handle(work["agent_id"]), max(console.width // 8, 10)), work["session_id"][:SESSION_WIDTH] + "...",
+                      one_line(work.get("branch", "-"), max(console.width // 6, 12)),
                       str(len(work.get("unmerged_commits", []))) if known else "-", str(len(_files_of(work))) if known else "-",
                       work.get("intent", "-"), _age_of(work, console)])
     others = sum(max(len(row[i]) for row in table) + 2 for i in range(7) if i != 5)
-    return rows_of([[*row[:5], one_line(row[5], max(console.width - others, 12)), row[6]] for row in table])
+    return rows_of([[*row[:5], one_line(row[5], max(console.width - others, 10)), row[6]] for row in table])
 
 
 async def agent_context_command(console: Console, args: Args) -> int:
@@ -9847,6 +9867,7 @@ class Daemon:
         self._acted = set()         # agents that have done something since their worktrees were looked at
         self._server = None
         self._works = {}            # worktree -> what git said about it when it was looked at last
+        self._glancing = None       # the task that looks at the worktrees of `_acted`
         self._looking = None        # the task that looks for conflicts
         self._changed = False       # whether it has to look again
         self._looked_at = -LOOK_S   # monotonic s
@@ -9881,8 +9902,8 @@ class Daemon:
         self.log.info("stopping")
         for chore in chores:
             chore.cancel()
-        if self._looking:
-            self._looking.cancel()
+        for task in filter(None, (self._looking, self._glancing)):
+            task.cancel()
         self._server.close()
         for connection in list(self.connections):
             if connection.waiting or not connection.busy:
@@ -9945,11 +9966,19 @@ class Daemon:
             await self._write(lambda context: self.ledger.note_presence())
         if self.ledger.unsynced():
             await self._write(lambda context: self.ledger.flush(sync=True))
+        if self._acted and (not self._glancing or self._glancing.done()):
+            self._glancing = self.loop.create_task(self._glance())
+
+    async def _glance(self) -> None:
+        """Look at the worktrees of those who have done something: whoever works need not send heartbeats."""
         acted, self._acted = self._acted, set()
-        for agent_id in sorted(acted)[:LOOKS_MAX]:      # whoever works need not send heartbeats
-            session_id = await self._read(_to_look_at, {"agent_id": agent_id})
-            if session_id:
-                await self.call("session.heartbeat", {"session_id": session_id}, None)
+        for agent_id in sorted(acted)[:LOOKS_MAX]:
+            try:
+                session_id = await self._read(_to_look_at, {"agent_id": agent_id})
+                if session_id:
+                    await self.call("session.heartbeat", {"session_id": session_id}, None)
+            except ThrumError as error:     # it has ended meanwhile, or the disk is full
+                self.log.info("%s was not looked at: %s", agent_id, error)
 
     def worktrees_changed(self) -> None:
         """Look for conflicts in the background, and tell those whom they concern; one look for all calls within LOOK_S."""
@@ -10759,10 +10788,7 @@ def start_daemon(places: Places) -> bool:
                     told = True
                     show(2, b"thrum: the database is made anew from the log; this may take a moment\n")
         if said != "ok":
-            try:
-                os.killpg(process.pid, signal.SIGKILL)      # the daemon has detached itself from what we started
-            except ProcessLookupError:
-                pass
+            kill_group(process.pid)     # the daemon has detached itself from what we started
             process.wait()
             raise ThrumError(f"the daemon did not start: {said or 'it ended'}")
         process.wait()          # the one that detached itself

@@ -616,12 +616,10 @@ def test_looks_are_half_a_minute_apart(two, world, monkeypatch):
         for _ in range(3):
             for _ in range(5):
                 daemon.worktrees_changed()
-            await sleep(0)      # any thread may have called it, so the loop comes to it later
             while not daemon._looking.done():
                 await sleep(0)
         daemon._looking = None
         daemon.worktrees_changed()
-        await sleep(0)
         await sleep(0)
         daemon._looking.cancel()
         with pytest.raises(asyncio.CancelledError):

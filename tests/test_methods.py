@@ -111,6 +111,7 @@ RIGHT = {
     "agent.listContext": {"agent_id": "a", "role": "x", "branch": "main", "file": "a.py"},
     "team.list": {"include_offline": True},
     "work.whoHas": {"file": "src/a.py"},
+    "conflict.list": {"agents": [], "all": True},
     "worktree.status": {"repo_path": "TOP"},
     "context.save": {"agent_name": "a", "content": "bm90ZXM=", "text": False, "repo_path": "TOP", "caller_agent_id": "a"},
     "context.show": {"agent_name": "a", "include_preamble": True, "no_preamble": False, "text": True, "repo_path": "TOP",

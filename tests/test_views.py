@@ -269,6 +269,9 @@ def test_the_worktrees_of_a_repository(team, tmp_path):
         (fake / "worktrees" / name).mkdir()
         (fake / "worktrees" / name / "gitdir").write_text(link)
     (tmp_path / "other").mkdir()
+    assert thrum.worktrees_of(str(fake)) == [str(tmp_path / "main")], "what has taken its place is no worktree"
+    (fake / "worktrees" / "relative" / "commondir").write_text("../..\n")
+    (tmp_path / "other" / ".git").write_text("gitdir: ../main/.git/worktrees/relative\n")
     assert thrum.worktrees_of(str(fake)) == [str(tmp_path / "main"), str(tmp_path / "other")]
     assert thrum.worktrees_of(str(tmp_path / "bare.git")) == []
 
@@ -459,7 +462,7 @@ def test_the_forms_of_what_git_says():
     replies = {
         "health": {"status": "ok", "uptime_ms": 5, "version": "1", "sync_state": "ok", "agents": 1, "messages": 1, "bad_lines": 0},
         "agent.whoami": {**who, "session_id": "ses_1", "session_start": "2026-03-10T09:00:00Z"},
-        "agent.listContext": {"contexts": [work]}, "message.list": {"total": 3, "unread": 0, "messages": []},
+        "agent.listContext": {"contexts": [work]}, "team.list": {"members": []}, "message.list": {"total": 3, "unread": 0, "messages": []},
         "agent.list": {"agents": [{**who, "kind": "agent", "registered_at": "2026-03-10T09:00:00Z"}]},
         "session.heartbeat": {"session_id": "ses_1", "last_seen_at": "2026-03-10T09:00:00Z", "branch": "feature", "unmerged_commits": 1,
                               "file_changes": FACTS["file_changes"]}}
