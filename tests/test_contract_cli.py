@@ -71,6 +71,7 @@ ROWS = {
     # 5
     "5.1 prime": "test_prime", "5.1 without daemon": "test_prime_without_a_daemon", "5.2 overview": "test_overview",
     "5.2 identity": "decision 27", "5.3 status": "test_what_people_see",
+    "5.4 team": "test_team_in_words, test_json_has_its_shape", "5.4 nobody": "test_team_in_words",
     "5.5 whoami": "test_what_people_see, test_commands.test_whoami_without_a_daemon", "5.5 errors": "test_who_am_i_fails_clearly",
     "5.6 version": "test_version_links", "5.6 completion": "test_completion", "5.6 help": "test_help_fits_a_screen",
     # 6
@@ -97,6 +98,8 @@ ROWS = {
     "9 create": "test_what_people_see", "9 delete": "test_groups_to_the_end", "9 add": "test_what_people_see",
     "9 remove": "test_groups_to_the_end", "9 list": "test_what_people_see", "9 info": "test_groups_to_the_end",
     "9 members": "test_groups_to_the_end", "9 errors": "test_refusals", "9 no identity": "test_groups_without_identity",
+    # 10
+    "10 who-has": "test_coordination, test_work.test_paths_are_those_of_the_caller, test_json_has_its_shape", "10 ping": "test_ping",
     # 12.1
     "12.1 save": "test_context", "12.1 show": "test_context", "12.1 clear": "test_context", "12.1 preamble": "test_context_preamble",
     "12.1 agent": "test_context_of_another", "12.1 sync": "issue: sync", "12.1 update": "issue: agents",
@@ -124,7 +127,7 @@ ROWS = {
     "20 #79": "test_init.test_init_in_a_linked_worktree", "20 #80": "test_a_fresh_init", "20 #81": "test_wait_in_words",
     "20 #82": "test_ping", "20 #84": "decision 1", "20 #85": "test_a_send_to_nobody", "20 #86": "test_each_way_to_send_arrives",
     "20 #87": "test_wait_in_words", "20 #88": "test_each_way_to_send_arrives", "20 #89": "test_a_name_is_no_role",
-    **{f"20 #{n}": "issue: coordination" for n in (12, 43, 50, 52, 53, 56)}, **{f"20 #{n}": "issue: live" for n in (4, 21, 61, 63)},
+    **{f"20 #{n}": "test_coordination" for n in (12, 43, 50, 52, 53, 56, 93)}, **{f"20 #{n}": "issue: live" for n in (4, 21, 61, 63)},
     **{f"20 #{n}": "issue: sync" for n in (75, 76)}, **{f"20 #{n}": "issue: agents" for n in (68, 69, 70, 71, 83)},
     **{f"20 #{n}": "issue: page" for n in (26, 44, 90)}, **{f"20 #{n}": "issue: operate" for n in (72, 73, 74)},
 }
@@ -133,8 +136,8 @@ ROWS = {
 def test_each_row_has_its_proof():
     assert not unproved(ROWS, "test_contract_cli")
     sections = {row.split()[0] for row in ROWS}
-    assert sections >= set("1.1 1.2 1.3 1.4 1.5 1.6 1.7 1.8 1.9 1.10 2 3.1 3.3 3.5 4 5.1 5.2 5.3 5.5 5.6 6.1 6.2 6.3 6.4 6.5 6.6 6.7 "
-                           "7.1 7.2 7.3 8 9 12.1 20".split())
+    assert sections >= set("1.1 1.2 1.3 1.4 1.5 1.6 1.7 1.8 1.9 1.10 2 3.1 3.3 3.5 4 5.1 5.2 5.3 5.4 5.5 5.6 6.1 6.2 6.3 6.4 6.5 6.6 6.7 "
+                           "7.1 7.2 7.3 8 9 10 12.1 20".split())
     assert {f"20 #{n}" for n in range(2, 91)} <= set(ROWS)
 
 
@@ -330,6 +333,7 @@ SHAPED = {
     "wait --unread --all --after-seq 0": "wait", "agent register --name ada --role planner --module core": "agent register",
     "agent register --name {agent}x --role helper --module {new}": "agent register",
     "agent list": "agent list", "agent list --role planner": "agent list", "agent list --context": "agent list --context",
+    "team": "team", "team --all": "team", "who-has README.md": "who-has", "who-has .": "who-has",
     "agent context": "agent context", "agent context @ada": "agent context", "agent delete {agent} --force": "agent delete",
     "agent cleanup --dry-run": "agent cleanup", "session start": "session start", "session list": "session list",
     "session heartbeat": "session heartbeat", "session set-intent words": "session set-intent",
@@ -980,6 +984,59 @@ def test_agent_context(team):
     assert {row["agent_id"] for row in team.ada.json("agent", "context", "@bob")["contexts"]} == {"bob"}
     out = team.ada.ok("agent", "list", "--context")
     assert re.match(r"AGENT\s+SESSION\s+BRANCH\s+COMMITS\s+FILES\s+INTENT\s+UPDATED", out)
+
+
+def test_coordination(make_repo):
+    """20 #12, #43, #50, #52, #53, #56, #93: what the end-to-end tests do with the views."""
+    repo = make_repo()
+    (repo.path / "README.md").write_text("one\n")
+    repo.git("add", "README.md")
+    repo.git("commit", "-q", "-m", "readme")
+    roles = ("coordinator", "implementer", "reviewer", "tester", "planner")
+    for role in roles:
+        repo.ok("quickstart", "--name", "e2e_" + role, "--role", role, "--module", "main", env={"THRUM_NAME": "e2e_" + role})
+    me = {"THRUM_NAME": "e2e_coordinator"}
+    out = repo.ok("agent", "list", env=me)
+    assert "@coordinator" in out and "@implementer" in out
+    repo.ok("agent", "heartbeat", env=me)
+    for words in (["who-has", "README.md"], ["who-has", "no/such/file"]):
+        out = repo.ok(*words, env=me)
+        assert out and "error" not in out.lower() and isinstance(repo.json(*words, env=me), dict)
+        assert out == f"No agents are currently editing {words[1]}\n"
+    (repo.path / "README.md").write_text("two\n")
+    repo.ok("agent", "heartbeat", env=me)
+    out = repo.ok("who-has", "README.md", env=me)
+    assert re.search("is editing|no agent", out, re.I) and "@e2e_coordinator is editing README.md (+1 -1, modified " in out
+    assert "branch" in repo.ok("agent", "context", env=me).lower()
+    out = repo.ok("agent", "list", "--context", env={**me, "COLUMNS": "80"})
+    assert "e2e_co" in out and re.search("intent|branch|commits|files", out, re.I)
+    assert re.search("coordinator|implementer", repo.ok("team", env=me))
+    members = repo.json("team", env=me)["members"]
+    assert all(member["agent_id"] and member["role"] for member in members) and {member["role"] for member in members} >= set(roles)
+
+
+def test_team_in_words(make_repo):
+    """5.4, line by line."""
+    repo = make_repo()
+    repo.ok("init")
+    assert repo.ok("team") == "No active agents. Use --all to include offline agents.\n"
+    assert repo.ok("team", "--all") == "No agents are registered.\n"
+    repo.git("add", ".gitignore")
+    repo.git("commit", "-q", "-m", "ignore")
+    repo.join("ada", "planner", "core")
+    repo.ok("session", "set-intent", "Plan it")
+    repo.ok("session", "set-task", "t-1")
+    repo.ok("session", "heartbeat")
+    repo.ok("send", "to all")
+    out = repo.ok("team")
+    session = repo.json("whoami")["session_id"]
+    assert re.fullmatch(
+        rf"● @ada \(core\) — Plan it \[main\]\n  Worktree: repo\n  Host: +\S+\n  Session:  {session[:16]}\.\.\. \(active [^)]+\)\n"
+        r"  Intent:   Plan it\n  Task:     t-1\n  Inbox:    0 unread / 0 total\n  Branch:   main \(0 commits ahead\)\n"
+        r"  Files:    \(no changes\)\n\n--- Shared ---\nBroadcasts: 1 messages\n", out), out
+    repo.ok("session", "end")
+    assert repo.ok("team").startswith("No active agents. Use --all to include offline agents.\n")
+    assert re.match(r"○ @ada \(core\).*\n(  .*\n)*?  Session:  offline \(last seen [^)]+\)\n", repo.ok("team", "--all"))
 
 
 def test_agent_delete(make_repo):

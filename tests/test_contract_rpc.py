@@ -62,6 +62,11 @@ ROWS = {
     "6.2 #10": "test_register_again", "6.2 effects": "test_events_and_their_files", "6.2 role group": "decision 3",
     "6.3 filters": "test_agent_list", "6.3 order": "test_agent_list", "6.3 users": "test_user_register",
     "6.4 caller": "test_whoami", "6.4 none": "test_who_is_calling", "6.4 session": "test_whoami", "6.4 intent": "test_whoami",
+    # 6.5, 6.8
+    "6.5 request": "test_list_context, test_work.test_filters_of_agent_context", "6.5 response": "test_every_reply_has_its_shape",
+    "6.5 order": "test_list_context",
+    "6.8 members": "test_every_reply_has_its_shape", "6.8 shared_messages": "test_team_list", "6.8 rows": "test_team_list",
+    "6.8 status": "test_team_list", "6.8 inbox": "test_team_list, test_store.test_inbox_unread_and_sent_are_those_of_the_model",
     # 6.6, 6.7
     "6.6 response": "test_agent_delete", "6.6 errors": "test_agent_delete_refuses", "6.6 effects": "test_agent_delete",
     "6.6 comes back": "test_an_agent_that_was_deleted_can_come_back", "6.6 stays": "test_what_a_deleted_agent_leaves",
@@ -72,7 +77,7 @@ ROWS = {
     "6.9 end errors": "test_refusals", "6.9 ended again": "design 10", "6.9 list": "test_session_list",
     "6.9 heartbeat": "test_heartbeat", "6.9 heartbeat errors": "test_refusals, test_an_ended_session_takes_nothing",
     "6.9 setIntent": "test_intent_and_task", "6.9 setTask": "test_intent_and_task",
-    "6.9 git context": "issue: coordination",
+    "6.9 git context": "test_work.test_odd_repositories, test_work.test_what_is_stale",
     # 6.10
     "6.10 create": "test_group_create", "6.10 create errors": "test_refusals, test_group_create", "6.10 delete": "test_group_delete",
     "6.10 delete errors": "test_refusals, test_vector_31", "6.10 add": "test_group_members", "6.10 add errors": "test_refusals",
@@ -124,7 +129,8 @@ ROWS = {
     **{f"13 {kind}": "test_events_and_their_files" for kind in (
         "message.create", "message.edit", "message.delete", "message.receipt", "agent.register", "agent.session.start / end",
         "agent.cleanup", "group.create / delete", "group.member.add / remove", "purge.executed")},
-    "13 agent.update": "issue: coordination", "13 group.update": "test_store.test_any_order_and_repetition_gives_the_same_answers",
+    "13 agent.update": "test_work.test_the_end_of_a_session_tells_what_it_did",
+    "13 group.update": "test_store.test_any_order_and_repetition_gives_the_same_answers",
     "13 unknown types": "test_an_unknown_event_is_carried_and_ignored",
     "13 without event": "test_what_was_done_outlives_the_database",
     # 14.4, 14.5, whose shapes the issue names
@@ -144,7 +150,7 @@ ROWS = {
 def test_each_row_has_its_proof():
     assert not unproved(ROWS, "test_contract_rpc")
     sections = {row.split()[0] for row in ROWS}
-    assert sections >= set("1.1 2 3.1 3.2 3.3 4 6.1 6.2 6.3 6.4 6.6 6.7 6.9 6.10 6.11 7.1 7.2 7.3 7.4 7.5 7.6 7.7 7.8 "
+    assert sections >= set("1.1 2 3.1 3.2 3.3 4 6.1 6.2 6.3 6.4 6.5 6.6 6.7 6.8 6.9 6.10 6.11 7.1 7.2 7.3 7.4 7.5 7.6 7.7 7.8 "
                            "8.1 8.2 8.3 8.4 9 10 13 18".split())
     assert {f"18 #{n}" for n in range(1, 41)} <= set(ROWS)
 
@@ -343,7 +349,9 @@ def example(crew):
     return [
         ("health", {}), ("agent.register", {"role": "z", "module": "z", "name": f"new{crew.n}", "force": True}),
         ("agent.register", {"role": crew.x, "module": "core", "name": f"taken{crew.n}"}), ("agent.list", {}),
-        ("agent.whoami", {"caller_agent_id": crew.a}), ("agent.cleanup", {"dry_run": True, "threshold": 30}),
+        ("agent.whoami", {"caller_agent_id": crew.a}), ("agent.listContext", {}),
+        ("agent.listContext", {"agent_id": crew.a}), ("team.list", {}), ("team.list", {"include_offline": True}),
+        ("work.whoHas", {"file": "README.md"}), ("agent.cleanup", {"dry_run": True, "threshold": 30}),
         ("session.start", {"agent_id": crew.b}), ("session.list", {}), ("session.heartbeat", {"session_id": session}),
         ("session.setIntent", {"session_id": session, "intent": "think"}),
         ("session.setTask", {"session_id": session, "current_task": "t-1"}), ("session.end", {"session_id": session}),
@@ -572,6 +580,52 @@ def test_session_list(crew):
     assert crew.call("session.list", agent_id="ghost")["sessions"] == []
     crew.call("session.setIntent", session_id=again, intent="sorting")
     assert crew.call("session.list", agent_id=crew.a)["sessions"][0]["intent"] == "sorting"
+
+
+def test_list_context(crew):
+    """6.5: open sessions alone, by exact id, branch and file."""
+    mine, = crew.call("agent.listContext", agent_id=crew.a)["contexts"]
+    assert (mine["session_id"], mine["agent_id"]) == (crew.sessions[crew.a], crew.a)
+    for params in ({"agent_id": crew.a[:-1] + "%"}, {"agent_id": crew.x}, {"agent_id": crew.a, "branch": "nowhere"},
+                   {"agent_id": crew.a, "file": "%"}):
+        assert crew.call("agent.listContext", **params)["contexts"] == []
+    assert [work["agent_id"] for work in crew.call("agent.listContext")["contexts"] if work["agent_id"] in (crew.a, crew.b, crew.c)] \
+        == [crew.c, crew.b, crew.a], "the newest first"
+    crew.call("session.end", session_id=crew.sessions[crew.a])
+    assert crew.call("agent.listContext", agent_id=crew.a)["contexts"] == []
+
+
+def test_team_list(crew):
+    """6.8: one row for each who has a session, or with include_offline for each; mail that waits; what is shared."""
+    def team(**more):
+        return {member["agent_id"]: member for member in crew.call("team.list", **more)["members"]}
+
+    def shared():
+        found = crew.call("team.list").get("shared_messages", {"broadcast_total": 0, "groups": []})
+        return found["broadcast_total"], {group["name"]: group["total"] for group in found["groups"]}
+    broadcasts, groups = shared()
+    direct = crew.send(crew.a, "direct", mentions=["@" + crew.b])["message_id"]
+    crew.send(crew.a, "to the role", mentions=["@" + crew.y])
+    name = f"team{crew.n}"
+    crew.call("group.create", name=name)
+    crew.call("group.member.add", group=name, member_type="agent", member_value=crew.b)
+    crew.send(crew.a, "to the group", mentions=["@" + name])
+    everyone = crew.send(crew.a, "to all")["message_id"]
+    assert shared()[0] == broadcasts + 1 and shared()[1] == {**groups, name: 1, crew.y: 1}
+    mine = team()[crew.b]
+    assert mine["status"] == "active" and mine["session_id"] == crew.sessions[crew.b] and (mine["role"], mine["module"]) == (crew.y, "core")
+    assert mine["inbox_unread"] == mine["inbox_total"] >= 2 and team()[crew.a]["inbox_total"] == 0
+    crew.call("message.markRead", message_ids=[direct], caller_agent_id=crew.b)
+    assert (team()[crew.b]["inbox_total"], team()[crew.b]["inbox_unread"]) == (mine["inbox_total"], mine["inbox_unread"] - 1)
+    crew.call("message.delete", message_id=everyone, caller_agent_id=crew.a)
+    assert shared()[0] == broadcasts
+    crew.call("session.end", session_id=crew.sessions[crew.b])
+    assert crew.b not in team() and crew.b not in team(include_offline=False)
+    for params in ({"include_offline": True}, {"all": True}):
+        gone = team(**params)[crew.b]
+        assert gone["status"] == "offline" and "session_id" not in gone
+    order = [member["status"] for member in crew.call("team.list", all=True)["members"]]
+    assert order == sorted(order), "offline last"
 
 
 def test_heartbeat(crew):
