@@ -4410,15 +4410,19 @@ class Work:
         newest = max(times.values(), default=0)
         return Ahead(since, commits, {path: _file_change(path, times.get(path, newest) * NS, *change) for path, change in changes.items()})
 
-    def uncommitted(self, top: str, state: State, ahead: Ahead) -> dict:
-        """path -> FileChange of what is not committed, counted from where the branch began."""
+    def _differences(self, top: str, since: str, *paths: str) -> dict:
+        """What a worktree has changed since a commit, as `parse_changes` gives it; only some paths, if given."""
+        only = ("--", *paths) if paths else ()
+        return parse_changes(Git(top).run("diff", "--raw", "--numstat", "-z", "-M", "--no-ext-diff", "--no-textconv", since, *only))
+
+    def uncommitted(self, top: str, state: State, ahead: Ahead, changes: dict | None = None) -> dict:
+        """path -> FileChange of what is not committed, counted from where the branch began; `changes` if that is known."""
         tracked, since = [entry for entry in state.entries if entry.tracked], ahead.since or state.head
-        changes = {}
-        if tracked and since:
+        if changes is None and tracked and since:
             paths = [os.fsdecode(raw) for entry in tracked for raw in (entry.raw, entry.before) if raw]
             paths += [ahead.changes[path]["renamed_from"] for path in paths if "renamed_from" in ahead.changes.get(path, ())]
-            only = ("--", *paths) if len(paths) <= PATHS_GIVEN else ()
-            changes = parse_changes(Git(top).run("diff", "--raw", "--numstat", "-z", "-M", "--no-ext-diff", "--no-textconv", since, *only))
+            changes = self._differences(top, since, *paths if len(paths) <= PATHS_GIVEN else ())
+        changes = changes or {}
         found, folder = {}, os.fsencode(top) + b"/"
         for entry in state.entries:
             if entry.path in found:     # taken out of the index, but still there
@@ -4433,7 +4437,7 @@ class Work:
                 change = ("added", _line_count(folder + entry.raw) if len(found) < WORK_FILES else 0)
             found[entry.path] = _file_change(entry.path, changed_ns, *change)
             if entry.before:    # from the base the diff may take it for another's, or for new
-                found[entry.path].setdefault("renamed_from", path_text(entry.before))
+                found[entry.path]["renamed_from"] = path_text(entry.before)
         return found
 
     def facts(self, top: str) -> dict:
@@ -4454,25 +4458,39 @@ class Work:
         their index says, which takes a hundredth of the time of a `git status`.
         """
         (linked, main), heads = together([self.bases, self._heads])
-        commits, blobs = sorted({state.head for state in heads.values()} - {""}), {}
-        if path and "\n" not in path:
-            wanted = "".join([f"{commit}:{path}\n" for commit in commits]).encode()
-            told = Git(self.places.root).run("cat-file", "--batch-check=%(objecttype) %(objectname)", input=wanted).split(b"\n")
-            blobs = {commit: line[5:].decode() for commit, line in zip(commits, told) if line.startswith(b"blob ")}
-            blobs.update((commit, "") for commit, line in zip(commits, told) if line.endswith(b" missing"))
+        committed = self._committed_as(sorted({state.head for state in heads.values()} - {""}), path)
 
         def look(top):
             state = heads.get(os.path.realpath(top))
-            blob = blobs.get(state.head) if state else None
+            entry = committed.get(state.head) if state else None
             base = main if os.path.realpath(top) == os.path.realpath(self.places.root) else linked
             try:
-                if blob is None or not _is_untouched(top, path, blob, len(state.head) // 2):
-                    return self._changes_in(top, _own_part(top, path), base)
+                if entry is None or not _is_untouched(top, path, entry):
+                    return self._changes_in(top, _own_part(top, path), base, state.head if state else "")
                 return state, [], self._committed(top, path, base, state.head)
             except GitError as error:
                 logging.getLogger("thrum").warning("%s: %s", top, error)
                 return None
         return dict(zip(tops, together([lambda top=top: look(top) for top in tops])))
+
+    def _committed_as(self, commits: list, path: str) -> dict:
+        """What a path is in some commits: commit -> its mode and id as the index has them, b"" for nothing; left out if not certain."""
+        folder, _, name = path.rpartition("/")
+        if not name or "\n" in path:
+            return {}
+        wanted = "".join([f"{commit}:{folder}\n" for commit in commits]).encode()
+        data, at, found = Git(self.places.root).run("cat-file", "--batch", input=wanted), 0, {}
+        for commit in commits:
+            end = data.index(b"\n", at)
+            answer, at = data[at:end].rsplit(b" ", 2), end + 1
+            if answer[-1] == b"missing":
+                found[commit] = b""
+                continue
+            size = int(answer[-1])
+            if answer[-2] == b"tree":
+                found[commit] = tree_entry(data[at:at + size], name.encode(), len(commit) // 2)
+            at += size + 1
+        return found
 
     def _heads(self) -> dict:
         """What each worktree has checked out: its real path -> State without entries."""
@@ -4484,16 +4502,32 @@ class Work:
                 head if head.strip("0") else "", printable(facts.get("branch", "").replace("refs/heads/", "", 1)), [])
         return found
 
-    def _changes_in(self, top: str, path: str, base: str) -> tuple:
-        state = self.state(top, path or ".")
+    def _changes_in(self, top: str, path: str, base: str, head: str) -> tuple:
+        ahead, where = self.ahead(top, base, head), path or "."
+        state, changes = together([lambda: self.state(top, where),
+                                   lambda: self._differences(top, ahead.since or head, where) if head else None])
         if any(entry.status in ("added", "deleted") and entry.tracked for entry in state.entries):
-            state = self.state(top)         # of one path alone git does not see that it was renamed
-        uncommitted = self.uncommitted(top, state, self.ahead(top, base, state.head)) if state.entries else {}
+            state, changes = self.state(top), None      # of one path alone git does not see that it was renamed
+        if state.head != head:
+            ahead, changes = self.ahead(top, base, state.head), None
+        uncommitted = self.uncommitted(top, state, ahead, changes) if state.entries else {}
         return state, [change for change in uncommitted.values() if _concerns(change, path)], \
             [change for change in self._committed(top, path, base, state.head) if change["path"] not in uncommitted]
 
     def _committed(self, top: str, path: str, base: str, head: str) -> list:
         return [change for change in self.ahead(top, base, head).changes.values() if _concerns(change, path)]
+
+
+def tree_entry(tree: bytes, name: bytes, id_size: int) -> bytes:
+    """Mode (4 bytes) and id of a name in a tree object of git, b"" if it is not there."""
+    at = 0
+    while at < len(tree):
+        end = tree.index(b"\0", at)
+        mode, _, found = tree[at:end].partition(b" ")
+        if found == name:
+            return int(mode, 8).to_bytes(4, "big") + tree[end + 1:end + 1 + id_size]
+        at = end + 1 + id_size
+    return b""
 
 
 def _own_part(top: str, path: str) -> str:
@@ -4508,10 +4542,10 @@ def _concerns(change: dict, path: str) -> bool:
     return is_below(change["path"], path) or is_below(change.get("renamed_from", "\0"), path)
 
 
-def _is_untouched(top: str, path: str, blob: str, id_size: int) -> bool:
-    """Whether a path in a worktree is for certain what it is in the commit: its `blob`, or "" for nothing.  Ids have so many bytes.
+def _is_untouched(top: str, path: str, committed: bytes) -> bool:
+    """Whether a path in a worktree is for certain what it is in the commit: its `tree_entry` there.
 
-    It is when the index has that blob, and the file's stat is the one that the index remembers, which is how git itself knows.
+    It is when the index has the same, and the file's stat is the one that the index remembers, which is how git itself knows.
     Whatever is the least bit unusual is not certain, and left to git.  (gitformat-index(5), versions 2 and 3.)
     """
     raw, folder = os.fsencode(path), os.path.dirname(f"{top}/{path}")
@@ -4529,17 +4563,17 @@ def _is_untouched(top: str, path: str, blob: str, id_size: int) -> bool:
         return False
     if data[:4] != b"DIRC" or data[4:8] not in (b"\0\0\0\2", b"\0\0\0\3"):
         return False
-    fixed, at = 42 + id_size, data.find(raw + b"\0")
+    fixed, at = 38 + len(committed), data.find(raw + b"\0")
     while at >= 0:
         entry = data[max(at - fixed, 0):at]
         if len(entry) == fixed and not (at - fixed - 12) % 8 and int.from_bytes(entry[-2:], "big") & 0xFFF == min(len(raw), 0xFFF):
             break
         at = data.find(raw + b"\0", at + 1)
-    if at < 0 or not stat or not blob:      # nothing anywhere; an index may be split, or have longer entries
-        return not stat and not blob and raw + b"\0" not in data and not any(name[:12] == "sharedindex." for name in os.listdir(own))
+    if at < 0 or not stat or not committed:     # nothing anywhere; an index may be split, or have longer entries
+        return not stat and not committed and raw + b"\0" not in data and not any(name[:12] == "sharedindex." for name in os.listdir(own))
     (changed_s, changed_ns, modified_s, modified_ns, _, inode, mode, _, _, size), flags = struct.unpack(">10I", entry[:40]), entry[-2]
     modified = modified_s * NS + modified_ns
-    return entry[40:-2].hex() == blob and flags & 0xF0 == 0 and modified < index_ns \
+    return entry[24:28] + entry[40:-2] == committed and flags & 0xF0 == 0 and modified < index_ns \
         and (stat.st_mtime_ns - modified) % (NS << 32) == 0 and (stat.st_ctime_ns - changed_s * NS - changed_ns) % (NS << 32) == 0 \
         and stat.st_size & 0xFFFFFFFF == size and stat.st_ino & 0xFFFFFFFF == inode \
         and mode == (0o120000 if stat.st_mode & 0o170000 == 0o120000 else 0o100000 + (0o755 if stat.st_mode & 0o100 else 0o644)) \
@@ -6488,7 +6522,9 @@ def work_who_has(context: Context, params: dict) -> dict:
         top, _ = where.get(row["session_id"], ("", ""))
         if answers.get(top):
             state, uncommitted, committed = answers[top]
-            found.append({**_work_context(context, row), "branch": state.branch, "worktree_path": printable(top), "live": True,
+            known = _work_context(context, row)
+            known.pop("branch", None)   # of a head that is detached by now
+            found.append({**known, **compact(branch=state.branch), "worktree_path": printable(top), "live": True,
                           "uncommitted_files": [change["path"] for change in uncommitted], "git_updated_at": stamp_of(now_ns),
                           "changed_files": [change["path"] for change in committed], "file_changes": uncommitted + committed})
         elif row["daemon"] == ledger.daemon_id:
