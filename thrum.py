@@ -4228,11 +4228,14 @@ COMMIT_FILES = 100              # files of one commit
 SUBJECT_MAX = 200               # characters of its subject: git's own advice is fifty
 PATHS_GIVEN = 200               # changed paths that git is asked about one by one; beyond, it looks at all
 COUNTED_MAX = 1 << 20           # bytes of a new file whose lines are counted
-AHEAD_KEPT = 256                # pairs of commits whose difference is remembered: some for each worktree
+AHEAD_KEPT = 100_000            # changed files that are remembered for pairs of commits: some tens of megabytes
+FRESH_S = 5                     # seconds within which a view does not ask git again
 
 # The branch that work is compared with, the first that there is.
 BASES = (*(f"refs/remotes/origin/{name}" for name in ("HEAD", "main", "master", "trunk")),
          *(f"refs/heads/{name}" for name in ("main", "master", "trunk")))
+# Of a submodule only which commit it is at: its settings lie in the worktree, and may name programs for git to run.
+NO_SUBMODULES = ("--ignore-submodules=dirty",)
 STATUS_WORDS = {"A": "added", "C": "added", "D": "deleted", "R": "renamed"}     # and "modified" for all others
 _FIELDS_BEFORE_PATH = {"1": 8, "2": 9, "u": 10, "?": 1}     # git-status(1): changed, renamed, unmerged, untracked
 
@@ -4333,6 +4336,11 @@ def worktree_label(top: str) -> str:
     return printable(top)[-PAIR_MAX:]
 
 
+def is_whole_path(label: str) -> bool:
+    """Whether a `worktree_label` is the path itself, neither cut off nor with something in it that cannot be shown."""
+    return label[:1] == "/" and len(label) < PAIR_MAX and "?" not in label
+
+
 class Work:
     """What git says about the worktrees of a repository.  Any thread may ask."""
 
@@ -4341,6 +4349,7 @@ class Work:
         self.world = world
         self._ahead = {}        # (base, head) -> Ahead
         self._root = ""         # the first commit
+        self._facts = {}        # worktree -> when it was looked at (monotonic s), and its facts
 
     def state(self, top: str, *paths: str) -> State:
         """What is not committed in a worktree, or of some paths in it.  Raises GitError."""
@@ -4348,7 +4357,7 @@ class Work:
         # Looking at one path with several threads takes longer than with one.
         one = ("-c", "core.preloadIndex=false") if paths else ()
         return parse_status(Git(top).run(*one, "status", "--porcelain=v2", "--branch", "--no-ahead-behind", "-z", "--untracked-files=all",
-                                         *only))
+                                         *NO_SUBMODULES, *only))
 
     def bases(self) -> tuple:
         """The commits that work in linked worktrees and in the main one is compared with; "" where there are none.
@@ -4382,7 +4391,7 @@ class Work:
         known = self._ahead.get((base, head))
         if not known:
             known = self._compare(Git(top), base, head)
-            while len(self._ahead) >= AHEAD_KEPT:
+            while self._ahead and sum(len(one.changes) + 1 for one in list(self._ahead.values())) + len(known.changes) > AHEAD_KEPT:
                 self._ahead.pop(next(iter(self._ahead)), None)
             self._ahead[base, head] = known
         return known
@@ -4398,8 +4407,8 @@ class Work:
         for part in parts:
             if not part:        # before each commit: no path is empty
                 sha, at, subject = next(parts, b""), next(parts, b"0"), next(parts, b"")
-                at, first = int(at), True
-                commits += [{"sha": sha.decode(), "message": printable(path_text(subject))[:SUBJECT_MAX], "files": []}] if sha else []
+                at, first = int(at or 0), True      # git says nothing of a time that it cannot read
+                commits += [{"sha": sha.decode(), "message": path_text(subject)[:SUBJECT_MAX], "files": []}] if sha else []
                 continue
             path, first = path_text(part[1:] if first else part), False     # a newline stands before the first
             times.setdefault(path, at)
@@ -4413,7 +4422,8 @@ class Work:
     def _differences(self, top: str, since: str, *paths: str) -> dict:
         """What a worktree has changed since a commit, as `parse_changes` gives it; only some paths, if given."""
         only = ("--", *paths) if paths else ()
-        return parse_changes(Git(top).run("diff", "--raw", "--numstat", "-z", "-M", "--no-ext-diff", "--no-textconv", since, *only))
+        return parse_changes(Git(top).run("diff", "--raw", "--numstat", "-z", "-M", "--no-ext-diff", "--no-textconv",
+                                          *NO_SUBMODULES, since, *only))
 
     def uncommitted(self, top: str, state: State, ahead: Ahead, changes: dict | None = None) -> dict:
         """path -> FileChange of what is not committed, counted from where the branch began; `changes` if that is known."""
@@ -4440,16 +4450,21 @@ class Work:
                 found[entry.path]["renamed_from"] = path_text(entry.before)
         return found
 
-    def facts(self, top: str) -> dict:
-        """The git part of a work context (storage contract, section 13).  Raises GitError."""
-        at = stamp_of(self.world.now_ns())
+    def facts(self, top: str, within_s: float = 0) -> dict:
+        """The git part of a work context (storage contract, section 13), not older than so many seconds.  Raises GitError."""
+        looked_at, known = self._facts.get(top, (0, None))
+        if known and self.world.monotonic() - looked_at < within_s:
+            return known
+        at, now = stamp_of(self.world.now_ns()), self.world.monotonic()
         state, base = together([lambda: self.state(top), lambda: self.base(top)])
         ahead = self.ahead(top, base, state.head)
         changes = {**ahead.changes, **self.uncommitted(top, state, ahead)}
         lists = {"uncommitted_files": list(dict.fromkeys(entry.path for entry in state.entries)), "changed_files": list(ahead.changes),
                  "file_changes": list(changes.values())}
-        return {"branch": state.branch, "worktree_path": printable(top), "unmerged_commits": ahead.commits,
-                **{name: items[:WORK_FILES] for name, items in lists.items()}, "git_updated_at": at}
+        self._facts = {known: value for known, value in self._facts.items() if value[0] > now - FRESH_S}
+        self._facts[top] = now, {"branch": state.branch, "worktree_path": printable(top), "unmerged_commits": ahead.commits,
+                                 **{name: items[:WORK_FILES] for name, items in lists.items()}, "git_updated_at": at}
+        return self._facts[top][1]
 
     def changes_of(self, path: str, tops: list) -> dict:
         """What each of some worktrees has changed of a file, or below a folder: top -> (State, uncommitted, committed FileChanges).
@@ -5955,7 +5970,7 @@ class Method(Record):
     indexes: bool = False       # every message has to be in the full-text index first
     prepare: object = None      # of one that writes: what takes long, done before it; its result is `context.prepared`
     elsewhere: str = ""         # it is for WebSocket clients only, and this is what others are told
-    slow: bool = False          # it asks git for a while: threads of their own, so that it keeps no quick question waiting
+    slow: object = False        # it asks git: "git", or True for long; threads of their own, so that it keeps no quick question waiting
 
 
 def check_params(method: Method, params) -> dict:
@@ -6300,8 +6315,23 @@ def _shaped(item: dict, shape: dict) -> dict:
     return {**shaped, "files": [file for file in shaped["files"] if type(file) is str]} if "files" in shape else shaped
 
 
-def _work_context(context: Context, row: dict) -> dict:
-    """What is known of the work of a session, from a row of the store.
+def _work_now(context: Context, rows: list) -> dict:
+    """What git says now of the work of some sessions: session id -> its facts, where it says something."""
+    where, work = _sessions_at_work(context), _work(context)
+
+    def look(top):
+        try:
+            return work.facts(top, FRESH_S)
+        except GitError as error:
+            logging.getLogger("thrum").warning("%s: %s", top, error)
+    ids = {row["session_id"] for row in rows}
+    tops = list({where[session_id][0]: None for session_id in ids if session_id in where})
+    facts = dict(zip(tops, together([lambda top=top: look(top) for top in tops])))
+    return {session_id: facts[top] for session_id, (top, _) in where.items() if facts.get(top)}
+
+
+def _work_context(context: Context, row: dict, now: dict | None = None) -> dict:
+    """What is known of the work of a session, from a row of the store; `now` is what git says now.
 
     What git said a day ago of a worktree without a commit of its own says nothing any more (storage contract, section 13.3).
     """
@@ -6316,16 +6346,17 @@ def _work_context(context: Context, row: dict) -> dict:
             continue
         found = [item for item in found if type(item) is type(shape)] if isinstance(found, list) else []
         lists[field] = [_shaped(item, shape) for item in found] if shape else found
-    return {"session_id": row["session_id"], "agent_id": row["agent_id"], **compact(
-        branch=row.get("branch"), worktree_path=row.get("worktree_path"), **lists,
-        **{field: row.get(field) for field in ("git_updated_at", "current_task", "task_updated_at", "intent", "intent_updated_at")})}
+    facts = now or {**lists, **{field: row.get(field) for field in ("branch", "worktree_path", "git_updated_at")}}
+    return {"session_id": row["session_id"], "agent_id": row["agent_id"], **compact(**facts, **{
+        field: row.get(field) for field in ("current_task", "task_updated_at", "intent", "intent_updated_at")})}
 
 
 def agent_list_context(context: Context, params: dict) -> dict:
     """What agents with an open session do; `agent_id` is exact, `role` is additive to the reference."""
-    file, branch = params.get("file", ""), params.get("branch", "")
-    rows = context.store.work_contexts(params.get("agent_id", ""), params.get("role", ""), branch, file)
-    return {"contexts": [work for work in [_work_context(context, row) for row in rows]
+    file, branch, fresh = params.get("file", ""), params.get("branch", ""), params.get("fresh", False)
+    rows = context.store.work_contexts(params.get("agent_id", ""), params.get("role", ""), *("", "") if fresh else (branch, file))
+    now = _work_now(context, rows) if fresh else {}
+    return {"contexts": [work for work in [_work_context(context, row, now.get(row["session_id"])) for row in rows]
                          if (not file or file in work.get("changed_files", []) + work.get("uncommitted_files", []))
                          and branch in ("", work.get("branch"))]}
 
@@ -6349,6 +6380,12 @@ def _sessions_at_work(context: Context) -> dict:
         if top:
             found.setdefault(session_id, (top, agent_id))
     return found
+
+
+def _sessions_nowhere(context: Context) -> set:
+    """The open sessions of this machine whose worktree is not there any more."""
+    return {session_id for name, _, session_id in context.store.open_worktrees(context.ledger.daemon_id)
+            if is_whole_path(name) and not os.path.isdir(name)}
 
 
 def _look_at(context: Context, refs: list) -> dict | None:
@@ -6485,9 +6522,11 @@ def team_list(context: Context, params: dict) -> dict:
     for claim in live:
         if claim["claim_id"] in held:
             claims.setdefault(claim["agent_id"], []).append(claim["path"])
-    for row in context.store.team(params.get("include_offline", False)):
+    rows = context.store.team(params.get("include_offline", False))
+    now, gone = _work_now(context, rows), _sessions_nowhere(context)
+    for row in rows:
         last_seen = max(row["last_seen_at"], seen.get(row["agent_id"], 0))
-        work = _work_context(context, {**row, "session_id": row["session_id"] or ""})
+        work = _work_context(context, {**row, "session_id": row["session_id"] or ""}, now.get(row["session_id"]))
         members.append({
             "agent_id": row["agent_id"], "kind": row["kind"], "role": row["role"], "module": row["module"],
             **compact(display=row["display"], hostname=row["hostname"], worktree=row["worktree"], session_id=row["session_id"],
@@ -6497,7 +6536,8 @@ def team_list(context: Context, params: dict) -> dict:
             "uncommitted_files": work.get("uncommitted_files", []), "claims": claims.get(row["agent_id"], []),
             "conflicts": [{"with": pair["with"], "files": [file["path"] for file in pair["files"]]}
                           for pair in conflicts.get(row["agent_id"], [])],
-            "inbox_total": row["inbox_total"], "inbox_unread": row["inbox_unread"], "status": "active" if row["session_id"] else "offline"})
+            "inbox_total": row["inbox_total"], "inbox_unread": row["inbox_unread"], "status": "active" if row["session_id"] else "offline",
+            **({"worktree_gone": True} if row["session_id"] in gone else {})})
     everybody, groups = context.store.shared_messages()
     shared = {"broadcast_total": everybody, "groups": [{"name": name, "total": total} for name, total in groups]}
     return {"members": members, **({"shared_messages": shared} if everybody or groups else {})}
@@ -6522,11 +6562,10 @@ def work_who_has(context: Context, params: dict) -> dict:
         top, _ = where.get(row["session_id"], ("", ""))
         if answers.get(top):
             state, uncommitted, committed = answers[top]
-            known = _work_context(context, row)
-            known.pop("branch", None)   # of a head that is detached by now
-            found.append({**known, **compact(branch=state.branch), "worktree_path": printable(top), "live": True,
-                          "uncommitted_files": [change["path"] for change in uncommitted], "git_updated_at": stamp_of(now_ns),
-                          "changed_files": [change["path"] for change in committed], "file_changes": uncommitted + committed})
+            now = {"branch": state.branch, "worktree_path": printable(top), "git_updated_at": stamp_of(now_ns)}
+            found.append({**_work_context(context, row, now), "live": True, "file_changes": uncommitted + committed,
+                          "uncommitted_files": [change["path"] for change in uncommitted],
+                          "changed_files": [change["path"] for change in committed]})
         elif row["daemon"] == ledger.daemon_id:
             found.append({**_known_changes(context, row, path), "live": False})
     for row in store.contexts_elsewhere(ledger.daemon_id, stamp_of(now_ns - WORK_ENDED_S * NS)):
@@ -7581,12 +7620,13 @@ METHODS = {
     "user.identify": Method(user_identify, {}, "Who git says is working here."),
     "agent.list": Method(agent_list, {"role": str, "module": str}, "The registered agents, newest first."),
     "agent.whoami": Method(agent_whoami, {**CALLER}, "Who is calling, with session and intent."),
-    "agent.listContext": Method(agent_list_context, {"agent_id": str, "role": str, "branch": str, "file": str},
-                                "What the agents with an open session are working on."),
+    "agent.listContext": Method(agent_list_context, {"agent_id": str, "role": str, "branch": str, "file": str, "fresh": bool},
+                                "What the agents with an open session are working on; with fresh, git is asked now."),
     "team.list": Method(team_list, {"include_offline": bool}, "Who is here, at what, and how much mail waits for them.",
-                        aliases={"all": "include_offline"}),
-    "work.whoHas": Method(work_who_has, {"file!": str}, "Who has changed a file, as git says now.", slow=True),
-    "worktree.status": Method(worktree_status, {"repo_path": str}, "Branch and uncommitted files of a worktree of this repository."),
+                        aliases={"all": "include_offline"}, slow="git"),
+    "work.whoHas": Method(work_who_has, {"file!": str}, "Who has changed a file, as git says now.", slow="git"),
+    "worktree.status": Method(worktree_status, {"repo_path": str}, "Branch and uncommitted files of a worktree of this repository.",
+                              slow="git"),
     "conflict.list": Method(conflict_list, {"agents": [str], "all": bool},
                             "Which worktrees of active agents would not merge, with each other or with the base branch.", slow=True),
     # These write files of the caller's worktree, not events, so they are no changes to the ledger.
@@ -7703,10 +7743,10 @@ def one_line(text: str, limit: int = PREVIEW) -> str:
     return text if len(text) <= limit else text[:limit - 1] + "…"
 
 
-def path_shown(path: str) -> str:
-    """A path on one line, safe for a terminal; its blanks stay, so that it can be opened."""
+def path_shown(path: str, limit: int = PATH_SHOWN) -> str:
+    """A path on one line, safe for a terminal; its blanks stay, so that it can be opened, and what is cut off is its beginning."""
     text = plain(path).replace("\n", "\\n").replace("\t", "\\t")
-    return text if len(text) <= PATH_SHOWN else text[:PATH_SHOWN - 1] + "…"
+    return text if len(text) <= limit else "…" + text[1 - limit:]
 
 
 def error_line(error: Exception) -> str:
@@ -7772,11 +7812,19 @@ def to_json(value) -> str:
     return text + "\n"
 
 
+def columns(text: str) -> int:
+    """How many columns of a terminal a text takes (Unicode Standard Annex 11)."""
+    if text.isascii():
+        return len(text) if BOLD not in text else len(text.replace(BOLD, "").replace(NORMAL, ""))
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+               for c in text.replace(BOLD, "").replace(NORMAL, ""))
+
+
 def rows_of(table: list, width: int = 0) -> str:
     """Lines with aligned columns, two blanks between them; the last column is broken to `width` columns, if given."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]) - 1)]
+    widths = [max(columns(row[i]) for row in table) for i in range(len(table[0]) - 1)]
     indent = " " * (sum(widths) + 2 * len(widths))
-    return "".join("  ".join([*(cell.ljust(size) for cell, size in zip(row, widths)),
+    return "".join("  ".join([*(cell + " " * (size - columns(cell)) for cell, size in zip(row, widths)),
                               wrapped(row[-1], width, indent).lstrip() if width else row[-1]]) + "\n" for row in table)
 
 
@@ -8094,6 +8142,7 @@ async def quickstart(console: Console, args: Args) -> int:
             [f"  {thrum} inbox", f"read what was sent to you ({unread} unread)" if unread else "read what others send you"],
             [f'  {thrum} send "…" --to @NAME', "write to an agent, a role or a group; without --to, to everyone"],
             [f"  {thrum} team", "see who is here, and at what"],
+            [f"  {thrum} claim FILE", "say what you are going to change, so that others keep off"],
             [f"  {thrum} wait --timeout 5m", "wait for the next message"]])))
     return 0
 
@@ -8207,17 +8256,23 @@ def _caller_or_nobody(console: Console) -> str:
         return ""
 
 
+async def _own_claims(console: Console, me: str) -> list:
+    """The paths that an agent has claimed."""
+    return [claim["path"] for claim in (await console.call("claim.list", agent_id=me))["claims"]]
+
+
 async def _standing(console: Console) -> dict:
     """How the daemon is, and of the caller, if there is one: who, at what work, with how much mail."""
     report = {"health": await console.call("health")}
     me = _caller_or_nobody(console)
     if me:
         report["agent"] = await console.call("agent.whoami", caller_agent_id=me)
-        work = (await console.call("agent.listContext", agent_id=me))["contexts"]
+        work = (await console.call("agent.listContext", agent_id=me, fresh=True))["contexts"]
         if work:
             report["work_context"] = work[0]
         counts = await console.call("message.list", for_agent=me, caller_agent_id=me, page_size=1)
         report["inbox"] = {"total": counts["total"], "unread": counts["unread"], **compact(overdue=counts.get("overdue"))}
+        report.update(compact(claims=await _own_claims(console, me)))
     return report
 
 
@@ -8228,8 +8283,9 @@ def _standing_text(report: dict, console: Console, nobody: str) -> str:
         return nobody
     if not agent["role"]:
         return f"Agent:     {handle(agent['agent_id'])} is not registered (use 'thrum quickstart')\n"
-    task = report.get("work_context", {}).get("current_task")
-    return _who_text(agent, console) + (f"Task:      {one_line(task)}\n" if task else "")
+    task, claims = report.get("work_context", {}).get("current_task"), report.get("claims")
+    return _who_text(agent, console) + (f"Task:      {one_line(task)}\n" if task else "") \
+        + (f"Claims:    {one_line(', '.join(claims))}\n" if claims else "")
 
 
 def _sync_text(health: dict) -> str:
@@ -8342,19 +8398,21 @@ def _teammate_text(member: dict, console: Console) -> str:
     head += (f" — {one_line(member['intent'], max(left - len(head) - len(branch), 20))}" if "intent" in member else "") + branch
     session = f"{member['session_id'][:16]}... (active {seen})" if active else f"offline (last seen {seen})"
     files, ahead = member["file_changes"], f"{member['unmerged_commits']} commit{'s' * (member['unmerged_commits'] != 1)} ahead"
-    lines = [("Worktree:", one_line(member.get("worktree", ""))), ("Host:", one_line(member.get("hostname", ""))), ("Session:", session),
+    lines = [("Worktree:", one_line(member.get("worktree", "")) + " (gone)" * ("worktree_gone" in member)),
+             ("Host:", one_line(member.get("hostname", ""))), ("Session:", session),
              ("Intent:", one_line(member.get("intent", ""), left)), ("Task:", one_line(member.get("current_task", ""), left)),
              ("Inbox:", f"{member['inbox_unread']} unread / {member['inbox_total']} total"),
              ("Branch:", f"{one_line(member['branch'])} ({ahead})" if "branch" in member else
               f"(detached, {ahead})" if "git_updated_at" in member else "")]
     text = head + "\n" + "".join(f"  {label:<9} {value}\n" for label, value in lines if value)
-    if "git_updated_at" in member and not files:
-        text += "  Files:    (no changes)\n"
     if member["claims"]:
         text += f"  Claims:   {one_line(', '.join(member['claims']), left)}\n"
     text += "".join(f"  Conflict: {_conflict_line(pair, console)}\n" for pair in member["conflicts"][:TEAM_FILES])
-    table = [[path_shown(change["path"]), console.ago(change["last_modified"]), f"+{change['additions']} -{change['deletions']}"]
-             for change in sorted(files, key=lambda change: change["last_modified"], reverse=True)[:TEAM_FILES]]
+    if "git_updated_at" in member and not files:
+        text += "  Files:    (no changes)\n"
+    newest = sorted(files, key=lambda change: change["last_modified"], reverse=True)[:TEAM_FILES]
+    table = [[path_shown(change["path"], max(console.width - 34, 20)), console.ago(change["last_modified"]),
+              f"+{change['additions']} -{change['deletions']}"] for change in newest]
     for n, line in enumerate(rows_of(table).splitlines() if table else ()):
         text += f"  {'' if n else 'Files:':<9} {line}\n"
     return text + (f"            … and {len(files) - TEAM_FILES} more\n" if len(files) > TEAM_FILES else "")
@@ -8421,6 +8479,7 @@ async def prime(console: Console, args: Args) -> int:
         if found["unread"]:
             found = await console.call("message.list", caller_agent_id=me, exclude_self=True, unread=True, page_size=PRIME_MESSAGES)
         report["messages"] = {**counts, "recent": found["messages"]}
+        report.update(compact(claims=await _own_claims(console, me)))
         saved = await _saved_context(console, me)
         if saved:
             report["context"] = saved
@@ -8450,6 +8509,7 @@ def _prime_text(report: dict, contexts: dict, console: Console) -> str:
         text += f"Intent: {one_line(session['intent'])}\n"
     task = contexts.get(who["agent_id"], {}).get("current_task") if who else ""
     text += f"Task: {one_line(task)}\n" if task else ""
+    text += f"Your claims: {one_line(', '.join(report['claims']))}\n" if "claims" in report else ""
     if "context" in report:
         text += f"Saved context: {report['context']['size']} bytes ({console.ago(report['context']['updated_at'])}); " \
                 f"read it now: {thrum} context show\n"
@@ -9160,8 +9220,8 @@ async def agent_cleanup_command(console: Console, args: Args) -> int:
     found = await console.call("agent.cleanup", dry_run=args.dry_run or None, force=args.force or None, threshold=args.threshold)
     text = "Orphaned agents (dry-run mode):\n" if args.dry_run else "Agent cleanup results:\n"
     for orphan in found["orphans"]:
-        lines = [("Why:", orphan["reason"]), ("Worktree:", f"{orphan['worktree']} [{'DELETED' if orphan['worktree_missing'] else 'exists'}]"
-                                                if orphan["worktree"] else ""),
+        state = "" if orphan["reason"].startswith("no identity") else " [DELETED]" if orphan["worktree_missing"] else " [exists]"
+        lines = [("Why:", orphan["reason"]), ("Worktree:", orphan["worktree"] and orphan["worktree"] + state),
                  ("Last seen:", console.ago(orphan["last_seen_at"]) if orphan["last_seen_at"] else "never"),
                  ("Messages:", str(orphan["message_count"]))]
         text += f"\n  Agent: {one_line(orphan['agent_id'])} ({one_line(orphan['role'])}, module: {one_line(orphan['module'])})\n"
@@ -9239,11 +9299,15 @@ async def agent_context_command(console: Console, args: Args) -> int:
     wanted = (args.name or args.agent or "").lstrip("@")
     if not wanted and (args.name is not None or args.agent is not None):
         raise Usage("the agent's name is empty")
-    filters = {"branch": args.branch, "file": args.file}
+    filters = {"branch": args.branch, "file": args.file and repo_path(args.file, console.top, console.cwd), "fresh": True}
     found = await console.call("agent.listContext", agent_id=wanted or None, **filters)
     if wanted and not found["contexts"]:
         found = await console.call("agent.listContext", role=wanted, **filters)     # decision 27
     contexts = found["contexts"]
+    if wanted and not contexts:
+        agents = (await console.call("agent.list"))["agents"]
+        if all(wanted not in (agent["agent_id"], agent["role"]) for agent in agents):
+            raise ThrumError(f"no agent or role @{one_line(wanted)}; '{console.program} agent list' shows who there is")
     await console.answer(found, _context_text(contexts[0], console) if args.name and len(contexts) == 1
                          else _contexts_table(contexts, console))
     return 0
@@ -9647,7 +9711,8 @@ def example_of(name: str, row: Command) -> str:
 CONNECT_S = 5                   # seconds to be accepted by the daemon
 ANSWER_S = 15                   # seconds without a word after which a client asks whether the daemon lives: over CALL_S
 READERS = 4                     # threads that answer questions: sqlite3 releases the GIL while it works
-SLOW_READERS = 2                # threads for slow methods: each starts up to GIT_AT_ONCE processes
+GIT_READERS = 4                 # threads for methods that ask git: each starts up to GIT_AT_ONCE processes
+SLOW_READERS = 2                # threads for those that take long
 CALL_S = 10                     # seconds for one method
 SLOW_S = 120                    # seconds for a slow one: a look at a hundred worktrees
 IDLE_S = 300                    # seconds after which a connection that says nothing is closed, as in the reference
@@ -9926,11 +9991,11 @@ class Daemon:
         self.ledger.facts["stop"] = lambda: self.loop.call_soon_threadsafe(self.stopping.set)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self.stopping.set)
-        for slow, count in ((False, READERS), (True, SLOW_READERS)):
+        for slow, count in ((False, READERS), ("git", GIT_READERS), (True, SLOW_READERS)):
             stores = queue.SimpleQueue()
             for _ in range(count):      # the slow ones connect when they are first asked
                 stores.put((0, None) if slow else (self.ledger.generation, Store(self.places.database, self.world)))
-            self._pools[slow] = concurrent.futures.ThreadPoolExecutor(count, "thrum-slow" if slow else "thrum-reader"), stores
+            self._pools[slow] = concurrent.futures.ThreadPoolExecutor(count, f"thrum-{slow or 'reader'}"), stores
         writer = threading.Thread(target=self._write_batches, name="thrum-writer")
         writer.start()
         self._server = await asyncio.start_unix_server(self._serve, sock=listener, backlog=BACKLOG)
@@ -10011,8 +10076,8 @@ class Daemon:
 
     async def _glance(self) -> None:
         """Look at the worktrees of those who have done something: whoever works need not send heartbeats."""
-        acted, self._acted = self._acted, set()
-        for agent_id in sorted(acted)[:LOOKS_MAX]:
+        for agent_id in sorted(self._acted)[:LOOKS_MAX]:
+            self._acted.discard(agent_id)
             try:
                 session_id = await self._read(_to_look_at, {"agent_id": agent_id})
                 if session_id:
@@ -10229,8 +10294,8 @@ class Daemon:
                 return await self._wait(method.handler, checked, connection)
             only_reads = method.preview and bool(checked.get(method.preview.lstrip("!"))) != (method.preview[0] == "!")
             if not method.writes or only_reads:
-                return await self._read(method.handler, checked, method.slow)
-            prepared = await self._read(method.prepare, checked, slow=True) if method.prepare else None
+                return await self._read(method.handler, checked, "git" if checked.get("fresh") else method.slow)
+            prepared = await self._read(method.prepare, checked, "git") if method.prepare else None
 
             def change(context):
                 context.prepared = prepared
