@@ -12,6 +12,7 @@ import pytest
 
 import thrum
 from conftest import CLEAN, Repo
+from shapes import shaped
 from team import END_S, error_line
 from test_daemon import foreground, prepare  # noqa: F401
 from worktrees import Author, commit_pairs, lay_out
@@ -512,6 +513,7 @@ def test_the_command(two):
     assert text == ("@bob ✗ @eve\n  a.txt       line 10\n  esc\\x1b[2J  file/directory\n\n"
                     "Clean: 1 of 2 pairs of worktrees, 1 of 1 worktree and base.\n")
     report = other.json("conflicts")
+    shaped(report, "Conflicts")
     pair = next(row for row in report["pairs"] if not row["clean"])
     assert pair["agents"] == [["bob"], ["eve"]] and pair["branches"] == ["one", "two"]
     assert pair["worktrees"] == [str(one.path), str(other.path)] and pair["files"][0]["ranges"] == [[[10, 10]], [[10, 10]]]
