@@ -4519,8 +4519,9 @@ class Work:
 
     def _changes_in(self, top: str, path: str, base: str, head: str) -> tuple:
         ahead, where = self.ahead(top, base, head), path or "."
+        origins = [change["renamed_from"] for change in ahead.changes.values() if "renamed_from" in change and _concerns(change, path)]
         state, changes = together([lambda: self.state(top, where),
-                                   lambda: self._differences(top, ahead.since or head, where) if head else None])
+                                   lambda: self._differences(top, ahead.since or head, where, *origins[:PATHS_GIVEN]) if head else None])
         if any(entry.status in ("added", "deleted") and entry.tracked for entry in state.entries):
             state, changes = self.state(top), None      # of one path alone git does not see that it was renamed
         if state.head != head:

@@ -463,7 +463,8 @@ def test_the_forms_of_what_git_says():
     replies = {
         "health": {"status": "ok", "uptime_ms": 5, "version": "1", "sync_state": "ok", "agents": 1, "messages": 1, "bad_lines": 0},
         "agent.whoami": {**who, "session_id": "ses_1", "session_start": "2026-03-10T09:00:00Z"},
-        "agent.listContext": {"contexts": [work]}, "team.list": {"members": []}, "message.list": {"total": 3, "unread": 0, "messages": []},
+        "agent.listContext": {"contexts": [work]}, "team.list": {"members": []}, "claim.list": {"claims": []},
+        "message.list": {"total": 3, "unread": 0, "messages": []},
         "agent.list": {"agents": [{**who, "kind": "agent", "registered_at": "2026-03-10T09:00:00Z"}]},
         "session.heartbeat": {"session_id": "ses_1", "last_seen_at": "2026-03-10T09:00:00Z", "branch": "feature", "unmerged_commits": 1,
                               "file_changes": FACTS["file_changes"]}}
