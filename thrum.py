@@ -9221,8 +9221,8 @@ async def agent_cleanup_command(console: Console, args: Args) -> int:
     found = await console.call("agent.cleanup", dry_run=args.dry_run or None, force=args.force or None, threshold=args.threshold)
     text = "Orphaned agents (dry-run mode):\n" if args.dry_run else "Agent cleanup results:\n"
     for orphan in found["orphans"]:
-        state = "" if orphan["reason"].startswith("no identity") else " [DELETED]" if orphan["worktree_missing"] else " [exists]"
-        lines = [("Why:", orphan["reason"]), ("Worktree:", orphan["worktree"] and orphan["worktree"] + state),
+        lines = [("Why:", orphan["reason"]), ("Worktree:", f"{orphan['worktree']} [{'DELETED' if orphan['worktree_missing'] else 'exists'}]"
+                                                if orphan["worktree"] else ""),
                  ("Last seen:", console.ago(orphan["last_seen_at"]) if orphan["last_seen_at"] else "never"),
                  ("Messages:", str(orphan["message_count"]))]
         text += f"\n  Agent: {one_line(orphan['agent_id'])} ({one_line(orphan['role'])}, module: {one_line(orphan['module'])})\n"
