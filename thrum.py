@@ -292,7 +292,8 @@ TEXT_MAX = 4_096                # bytes of an intent, a task, a description: one
 LIST_MAX = 1_000                # items in a list that a caller sends: beyond is a mistake
 PAGE_MAX = 100                  # messages on a page, as in the reference
 TTL_MAX_S = 24 * 3600           # of a claim: who needs a path for longer is there to renew it
-WILDCARDS_MAX = 16              # in the pattern of a claim: the time to compare two grows with them
+WILDCARDS_MAX = 4               # in the pattern of a claim, as `a/*/b/*_test.*` needs: the time to compare two grows with them
+WILD_MAX = 64                   # characters of a pattern from its first wildcard on: and with these
 UNCLAIMABLE = (".git", ".thrum")        # nobody edits what is in there
 RESERVED_NAMES = ("daemon", "system", "thrum", "all", "broadcast")
 EVERYONE = "everyone"           # the group of all agents; nobody creates or changes it
@@ -431,7 +432,8 @@ def is_label(text: str) -> bool:
 def is_claimable(path: str) -> bool:
     """Whether `path` is what a claim may be on: `.`, or a normal path from the top of the repository, perhaps with wildcards."""
     return path == "." or (is_label(path) and not {"", ".", ".."} & set(path.split("/"))
-                           and path.split("/")[0] not in UNCLAIMABLE and len(re.findall(r"[*]+|[?]", path)) <= WILDCARDS_MAX)
+                           and path.split("/")[0] not in UNCLAIMABLE and len(re.findall(r"[*]+|[?]", path)) <= WILDCARDS_MAX
+                           and len(re.sub("^[^*?]+", "", path)) <= WILD_MAX)
 
 
 def is_unicode(text: str) -> bool:
@@ -661,6 +663,7 @@ EVENTS = {
 
 ID_FIELDS = frozenset(("message_id", "agent_id", "session_id", "event_id", "thread_id", "group_id", "type", "origin_daemon",
                        "authored_by", "send_key", "route", "claim_id", "superseded_by", "renewal"))
+FENCE_AHEAD_S = 24 * 3600       # seconds for which the time in a fencing number may be ahead of its event: it rises with the fastest clock
 SHAPES_MAX = 1_000              # shapes remembered: unknown fields can make any number of them
 _shapes = {}                    # fields and types of events that were found well-formed -> their ids
 
@@ -714,12 +717,20 @@ def check_event(event: dict) -> int:
         raise ValueError(f"ttl_s is not between 1 and {TTL_MAX_S}")
     if kind == "claim.take" and not is_claimable(event["path"]):
         raise ValueError("path is nothing that can be claimed")
-    if kind == "claim.take" and (event["event_id"][:4] != "evt_" or ulid_ms(event["event_id"]) >= FAR // 1_000_000):
-        raise ValueError("event_id is no fencing number")
     ns = ns_of(event["timestamp"])
+    if kind == "claim.take" and not is_fence(event["event_id"], ns):
+        raise ValueError("event_id is no fencing number")
     if ns >= FAR:
         raise ValueError("timestamp is later than 2116")
     return ns
+
+
+def is_fence(event_id: str, ns: int) -> bool:
+    """Whether the id of an event with that stamp can be a fencing number: all later ones have to be above it."""
+    try:
+        return event_id[:4] == "evt_" and ulid_ms(event_id) * 1_000_000 <= ns + FENCE_AHEAD_S * NS
+    except ValueError:
+        return False
 
 
 def file_stem(agent_id: str) -> str:
@@ -2506,8 +2517,13 @@ class Store:
         return self.row(f"{_CLAIMS} c.claim_id = ?", claim_id)
 
     def last_fence(self) -> str:
-        """The greatest fencing number that was given, "" without any."""
-        return self.value("select max(grant_event) from claims", default="")
+        """What every fencing number has to be above, "" if there was none: of claims that were removed, the tombstones know."""
+        return max(self.meta("fence", ""), self.value("select max(grant_event) from claims") or "")
+
+    def _note_fence(self, event: dict, ns: int) -> None:
+        """A tombstone was made above all fencing numbers that its machine knew, and outlives the claims that it removes."""
+        if is_fence(event["event_id"], ns) and event["event_id"] > self.meta("fence", ""):
+            self.set_meta(fence=event["event_id"])
 
     # ---- groups, roles, recipients
 
@@ -2646,15 +2662,17 @@ class Store:
         return self.row(f"{_MESSAGES} message_id = ?",
                         message_id)
 
-    def message_by_key(self, agent_id: str, send_key: str) -> dict | None:
-        """The message that a send with this key has made before."""
+    def message_by_key(self, agent_id: str, send_key: str, daemon: str = "") -> dict | None:
+        """The message that a send with this key has made before, at a daemon or any."""
         return self.row(f"{_MESSAGES} send_key = ? and "
-                        "a.agent_id = ?", send_key, agent_id)
+                        "a.agent_id = ? and ? in ('', m.daemon)", send_key, agent_id, daemon)
 
-    def has_message_with(self, ref_type: str, value: str) -> bool:
-        """Whether there is a message with that reference."""
+    def message_with(self, ref_type: str, value: str, author: str, daemon: str) -> dict | None:
+        """The last message of an author that a daemon made with that reference."""
         self.flush()
-        return self.value("select 1 from message_refs where ref_type = ? and ref_value = ?", ref_type, value) is not None
+        return self.row(f"select {_MESSAGE} from message_refs r join messages m using(seq) join agents a on a.agent = m.author where "
+                        "r.ref_type = ? and r.ref_value = ? and a.agent_id = ? and m.daemon = ? order by r.at desc, r.seq desc limit 1",
+                        ref_type, value, author, daemon)
 
     def recipients(self, message: dict) -> list:
         """The recipients of a message with what they did, by id.
@@ -3351,6 +3369,8 @@ class Store:
                         (event["thread_id"], event.get("title"), event.get("created_by"), ns, event["event_id"]))
 
     def _agent_register(self, event: dict, seq: int, ns: int) -> None:
+        if event["agent_id"] in RESERVED_NAMES:
+            return              # of a peer: nobody is to speak as the program
         key, removed_at = self._agent(event["agent_id"])
         self.db.execute("insert or ignore into roster values(?, ?, ?, ?)", (key, ns, event["event_id"], event["role"]))
         if ns > removed_at:
@@ -3364,6 +3384,7 @@ class Store:
         self._roster_changed(ns)
 
     def _agent_cleanup(self, event: dict, seq: int, ns: int) -> None:
+        self._note_fence(event, ns)
         key, removed_at = self._agent(event["agent_id"])
         self.db.execute("insert or ignore into roster values(?, ?, ?, null)", (key, ns, event["event_id"]))
         self.db.execute("update agents set removed_at = max(removed_at, ?), registered_at = case when registered_at > ? then "
@@ -3392,7 +3413,7 @@ class Store:
     def _session_start(self, event: dict, seq: int, ns: int) -> None:
         self._sessions.clear()
         key, removed_at = self._agent(event["agent_id"])
-        if ns <= removed_at or self._is_removed(event["session_id"]):
+        if ns <= removed_at or event["agent_id"] in RESERVED_NAMES or self._is_removed(event["session_id"]):
             return self._drop_session(event["session_id"])
         self.db.execute("insert or ignore into sessions(session_id, agent, started_at, last_seen_at, daemon) values(?, ?, ?, ?, ?)",
                         (event["session_id"], key, ns, ns, event.get("origin_daemon")))
@@ -3492,6 +3513,7 @@ class Store:
         self._roster_changed(ns)
 
     def _purge_executed(self, event: dict, seq: int, ns: int) -> None:
+        self._note_fence(event, ns)
         try:
             cutoff = min(ns_of(event["cutoff"]), ns)        # never in the future: it would swallow what is to come
         except ValueError:
@@ -3519,19 +3541,19 @@ class Store:
         for (session_id,) in self.db.execute("select session_id from sessions where started_at < ? and ended_at is not null",
                                              (cutoff,)).fetchall():
             self._drop_session(session_id)
-        for (claim_id,) in self.db.execute("select claim_id from claims where granted_at < ? and not open", (cutoff,)).fetchall():
+        for (claim_id,) in self.db.execute("select claim_id from claims where granted_at < ? and open != 1", (cutoff,)).fetchall():
             self._drop_claim(claim_id)
 
     def _claims_of(self, session_id: str) -> list:
         return [claim_id for (claim_id,) in self.db.execute("select claim_id from claims where session_id = ?", (session_id,))]
 
     def _judge_claim(self, claim_id: str) -> None:
-        """Work out whether a claim is open; one that is not, from before the last purge, goes."""
+        """Work out whether a claim is open; one that is not, or has lapsed here, from before the last purge, goes."""
         self.db.execute(
             "update claims set open = case when released_at is not null or exists(select 1 from sessions s where s.session_id = "
             "claims.session_id and s.ended_at is not null) then 0 when exists(select 1 from claim_lapses l where l.claim_id = "
             "claims.claim_id and l.renewal = claims.renew_event) then 2 else 1 end where claim_id = ?", (claim_id,))
-        if self.value("select 1 from claims where claim_id = ? and not open and granted_at < ?", claim_id, self.cutoff()):
+        if self.value("select 1 from claims where claim_id = ? and open != 1 and granted_at < ?", claim_id, self.cutoff()):
             self._drop_claim(claim_id)
 
     def _drop_claim(self, claim_id: str) -> None:
@@ -3649,12 +3671,15 @@ class Context:
         row = EVENTS[kind]
         event = {k: v for k, v in fields.items()
                  if v is not None and (k in row.fields or row.empty or v not in ("", False, []))}
+        if above:               # which may be of a clock that is ahead: `is_fence` holds for what is made here, too
+            after = max(after, (ulid_ms(above) + 1) * 1_000_000 - FENCE_AHEAD_S * NS)
         ns = self.world.stamp_ns(max(after, self.store.cutoff()))      # who has purged may have a clock that is ahead of ours
         sequence = self.ledger.journal.last + len(self.ledger.batch) + len(self.lines) + 1
         event.update(type=kind, timestamp=stamp_of(ns), event_id=self.world.new_id("evt", above), v=1,
                      origin_daemon=self.ledger.daemon_id, sequence=sequence)
         try:
             line = canonical(event)
+            check_event(event)  # what it refuses would be a bad line at the next start
         except UnicodeEncodeError:
             raise InvalidParams("the text is not valid UTF-8") from None
         except ValueError as error:
@@ -3701,7 +3726,7 @@ class Ledger:
         self.afterwards = []    # functions to call once it is durable
         self.appended = {}      # what its requests have appended to files of their own -> the size before
         self.seen = {}          # agent id -> when it was heard of (ns), until `note_presence`
-        self.queue = {}         # tickets of those who wait for a claim -> what they want (Waiting); the daemon takes them out
+        self.queue = set()      # the Tickets of those who wait for a claim: the daemon's loop puts them in and takes them out
         self.late = {}          # agent key -> the time (ns) up to which unread mail is overdue
         self.export = []        # (stem, line) that wait for their branch file
         self.incomplete = False # whether branch files lack lines since `branch_seq`
@@ -4603,7 +4628,8 @@ def _is_untouched(top: str, path: str, committed: bytes) -> bool:
 
 CLAIM_TTL_S = 30 * 60           # of a claim for which nobody says: a task of an agent, and no more is lost when it dies
 CLAIMS_PER_AGENT = 100          # live at once: who needs more means a folder
-CLAIMS_MAX = 1_000              # live at once, of all agents: bounds the time to compare them
+CLAIMS_MAX = 1_000              # live at once, of all agents, and waited for: bounds the time to compare them
+WILD_WEIGHT = 10                # so many claims does one with wildcards count for: so much longer takes it to compare
 WAITING_MAX = 100               # who wait for a claim at once
 LAPSE_LEAD_S = 300              # seconds before a claim lapses at which its holder is told, at most
 LAPSE_SHARE = 5                 # or so much of its time, if that is less
@@ -4635,49 +4661,60 @@ class Pattern:
             self.tokens += [MAYBE, DEEP, "/"] if word[0] == "*" and word[-1] == "/" else \
                 [{"?": ONE, "*": STAR}.get(word, DEEP if word[0] == "*" else word)]
         self.tokens += [MAYBE, "/", DEEP]       # and what is below
-        self._at = {}                           # token -> its states
+        at = {}                                 # token -> its states
         for state, token in enumerate(self.tokens):
-            self._at[token] = self._at.get(token, 0) | 1 << state
-        at = self._at.get
-        self._one, self._star, self._deep, self._maybe, self._slash = at(ONE, 0), at(STAR, 0), at(DEEP, 0), at(MAYBE, 0), at("/", 0)
-        self._letters = sum(states for token, states in self._at.items() if type(token) is str)
+            at[token] = at.get(token, 0) | 1 << state
+        self._one, self._maybe, self._slash = at.pop(ONE, 0), at.pop(MAYBE, 0), at.pop("/", 0)
+        star, self._deep = at.pop(STAR, 0), at.pop(DEEP, 0)
+        self._stays = star | self._deep         # by a character other than `/`
+        self._goes = {letter: states | self._one for letter, states in at.items()}
+        self._goes[ONE] = self._one | sum(at.values())
+        self._loose = self._stays | self._maybe     # what can be left without a character
+        self._inside = (1 << len(self.tokens)) - 1 & ~self._slash       # and with any or none but `/`
 
     def _free(self, states: int) -> int:
         """Some states, and those that are reached from them without a character."""
-        while True:
+        while states & self._loose:
             maybe = states & self._maybe
-            more = states | (states & (self._star | self._deep) | maybe) << 1 | maybe << 3
+            more = states | (states & self._loose) << 1 | maybe << 3
+            if more == states:
+                break
+            states = more
+        return states
+
+    def _beside(self, states: int) -> int:
+        """Some states, and those that are reached from them with any characters but `/`."""
+        while True:
+            # An addition carries from each state through all that can be left so, and sets the bit where it has to stop.
+            more = states | (states & self._inside) + self._inside ^ self._inside
+            more |= (more & self._maybe) << 3
             if more == states:
                 return states
             states = more
 
-    def _after(self, states: int, token) -> int:
-        """The states after any one character that fits a token of another pattern, or that it is."""
-        if token == DEEP:
-            moving, staying = self._letters | self._one, self._star | self._deep
-        elif token == STAR or token == ONE:
-            moving, staying = self._letters & ~self._slash | self._one, self._star | self._deep
-        elif token == "/":
-            moving, staying = self._slash, self._deep
-        else:
-            moving, staying = self._at.get(token, 0) | self._one, self._star | self._deep
-        return self._free((states & moving) << 1 | states & staying)
+    def meets(self, tokens, same: int) -> bool:
+        """Whether some path fits this pattern and other tokens: those of a pattern, or the characters of one path.
 
-    def meets(self, tokens) -> bool:
-        """Whether some path fits this pattern and other tokens: those of a pattern, or the characters of one path."""
+        The first `same` of them are known to be the same characters here.
+        """
         reached = [0] * (len(tokens) + 1)       # the states here, after so many tokens there
-        reached[0] = self._free(1)
-        for index, token in enumerate(tokens):
+        reached[same] = self._free(1 << same)
+        for index in range(same, len(tokens)):
             states = reached[index]
+            if not states:
+                continue
+            token = tokens[index]
             if token == MAYBE:
                 reached[index + 1] |= states
                 reached[index + 3] |= states
-            elif token == STAR or token == DEEP:
-                while (more := states | self._after(states, token)) != states:
-                    states = more
-                reached[index + 1] |= states
-            elif states:
-                reached[index + 1] |= self._after(states, token)
+            elif token == DEEP:                 # all from the lowest on
+                reached[index + 1] |= (2 << len(self.tokens)) - (states & -states)
+            elif token == STAR:
+                reached[index + 1] |= self._beside(states)
+            else:
+                moved = (states & self._slash) << 1 | states & self._deep if token == "/" else \
+                    (states & self._goes.get(token, self._one)) << 1 | states & self._stays
+                reached[index + 1] |= self._free(moved) if moved & self._loose else moved
         return bool(reached[-1] >> len(self.tokens) & 1)
 
 
@@ -4695,7 +4732,7 @@ def covers(pattern: str, path: str) -> bool:
     claimed = _pattern(pattern)
     if claimed.plain:
         return path == pattern or path.startswith(pattern + "/")
-    return path.startswith(claimed.head) and claimed.chunk in path and claimed.meets(path)
+    return path.startswith(claimed.head) and claimed.chunk in path and claimed.meets(path, len(claimed.head))
 
 
 def overlap(a: str, b: str) -> bool:
@@ -4705,7 +4742,9 @@ def overlap(a: str, b: str) -> bool:
         return False
     if one.plain and two.plain:
         return a == b or a.startswith(b + "/") or b.startswith(a + "/")
-    return two.meets(one.tokens)
+    if len(one.tokens) > len(two.tokens):       # the fewer steps, the better
+        one, two = two, one
+    return two.meets(one.tokens, min(len(one.head), len(two.head)))
 
 
 def claim_path(text: str, top: str = "", cwd: str = "") -> str:
@@ -4718,8 +4757,14 @@ def claim_path(text: str, top: str = "", cwd: str = "") -> str:
     if not path.isprintable():
         raise InvalidParams(f"the path {name} holds characters that cannot be shown; claim the folder, or use ? for them")
     if not is_claimable(path):
-        raise InvalidParams(f"the path {name} has more than {WILDCARDS_MAX} wildcards")
+        raise InvalidParams(f"the path {name} has more than {WILDCARDS_MAX} wildcards, or {WILD_MAX} characters from the first on; "
+                            "claim a folder above it")
     return path
+
+
+def weight(paths) -> int:
+    """How many claims some paths count for."""
+    return sum(1 if _pattern(path).plain or path == "." else WILD_WEIGHT for path in paths)
 
 
 class Waiting(Record):
@@ -4729,6 +4774,12 @@ class Waiting(Record):
     paths: list
     shared: bool
     since: int                  # when it asked first (ns): who came earlier comes first
+
+
+class Ticket:
+    """The place of a call in the queue for claims: `wish` is what it waits for (Waiting), None until it was refused once."""
+
+    wish = None
 
 
 def live_claims(claims: list, now_ns: int) -> list:
@@ -4776,7 +4827,7 @@ def notice(context: Context, recipients: list, text: str, key: str, refs: list =
     """
     store = context.store
     agents = [agent for agent in map(store.agent, sorted(set(recipients))) if agent]
-    if not agents or store.message_by_key(PROGRAM, key):
+    if not agents or store.message_by_key(PROGRAM, key, context.ledger.daemon_id):
         return None
     ids = [agent["agent_id"] for agent in agents]
     body = {"format": "markdown", "content": text, **({"structured": canonical(structured).decode()} if structured else {})}
@@ -4793,6 +4844,10 @@ def claims_step(context: Context) -> int:
     """
     now, own = context.world.now_ns(), context.ledger.daemon_id
     due, live, gone, lost, late = FAR, [], {}, {}, {}
+
+    def told(renewal):
+        return context.store.message_with("lapse", renewal, PROGRAM, own)
+
     for claim in context.store.claims():
         if claim["open"] != 1:
             continue
@@ -4823,7 +4878,7 @@ def claims_step(context: Context) -> int:
             at = claim["expires_at"] - min(LAPSE_LEAD_S, claim["ttl_s"] // LAPSE_SHARE) * NS
             if at > now:
                 due = min(due, at)
-            if at <= now + LAPSE_TOGETHER_S * NS and not context.store.has_message_with("lapse", claim["renew_event"]):
+            if at <= now + LAPSE_TOGETHER_S * NS and not told(claim["renew_event"]):
                 late.setdefault(claim["agent_id"], []).append((at, claim))
     for agent_id, claims in lost.items():
         lines = [f"- `{claim['path']}`: @{winner['agent_id']}{_on_host(winner, own)} claimed `{winner['path']}` before you, "
@@ -6083,6 +6138,8 @@ def _refuse_taken(store: Store, name: str, what: str, kinds: tuple) -> None:
 def agent_register(context: Context, params: dict) -> dict:
     store, role = context.store, check_word(params["role"], "role")
     module = params["module"]
+    if role in RESERVED_NAMES:
+        raise InvalidParams(f"role '{role}' is reserved and cannot be used")
     if not is_label(module):
         raise InvalidParams(f"module must be a text of at most {PAIR_MAX} printable characters")
     display = params.get("display", "")
@@ -6173,7 +6230,7 @@ def _delete_agent(context: Context, agent_id: str, method: str, reason: str) -> 
     agent = context.store.agent(agent_id)
     if not agent:
         raise ThrumError(f"agent not found: {agent_id}")
-    context.append("agent.cleanup", after=max(agent["registered_at"], context.store.newest_act(agent_id)), agent_id=agent_id,
+    context.append("agent.cleanup", above=context.store.last_fence(), after=max(agent["registered_at"], context.store.newest_act(agent_id)), agent_id=agent_id,
                    reason=reason, method=method)
     tops = _our_worktrees(context.ledger.places)
 
@@ -7123,7 +7180,7 @@ def purge_execute(context: Context, params: dict) -> dict:
         raise InvalidParams(f'invalid before timestamp "{before[:64]}": must be RFC 3339') from None
     counts = context.store.older_than(cutoff)
     if not params.get("dry_run"):
-        context.append("purge.executed", cutoff=stamp_of(cutoff), after=cutoff - 1)
+        context.append("purge.executed", cutoff=stamp_of(cutoff), after=cutoff - 1, above=context.store.last_fence())
     return {"before": before, "dry_run": params.get("dry_run", False), "messages_deleted": counts["messages"],
             "sessions_deleted": counts["sessions"], "events_deleted": counts["events"], "sync_message_files": counts["authors"],
             "sync_events_filtered": 2 * counts["sessions"]}
@@ -7300,7 +7357,7 @@ def conflict_news(context: Context, pairs: list) -> list:
     for pair in pairs:
         for a, b in sorted({tuple(sorted((a, b))) for a in pair["agents"][0] for b in pair["agents"][1] if a != b}):
             about = ("conflict", f"{a} {b}")
-            last = (context.store.page(ref=about, author=PROGRAM, limit=1)["messages"] or [{}])[0]
+            last = context.store.message_with(*about, PROGRAM, context.ledger.daemon_id) or {}
             try:
                 told = decode_object(last.get("structured") or "{}")
             except ValueError:      # of another version
@@ -7450,18 +7507,18 @@ def _waiting_info(waiting: Waiting) -> dict:
 
 def _queue(context: Context) -> list:
     """Who waits for a claim, with tickets, the first first."""
-    return sorted(context.ledger.queue.copy().items(), key=lambda entry: entry[1].since)
+    return sorted([(ticket, ticket.wish) for ticket in context.ledger.queue.copy() if ticket.wish], key=lambda entry: entry[1].since)
 
 
 def _refuse_claim(context: Context, wanted: Waiting, live: list, ticket) -> None:
-    """Raise Conflict with those whose claims, or earlier wishes, stand against a claim; a ticket is put into the queue.
+    """Raise Conflict with those whose claims, or earlier wishes, stand against a claim; its ticket says so from then on.
 
     Who waits for something that the claimer itself holds is not before it: both would wait for ever.
     """
     def stands(claim, agent_id, paths, shared):
         return next((path for path in paths if object_to(claim, agent_id, path, shared)), None)
 
-    wanted = context.ledger.queue.get(ticket, wanted)
+    wanted = ticket and ticket.wish or wanted
     mine = [claim for claim in live if claim["agent_id"] == wanted.agent_id]
     against = [(path, claim) for claim in live if (path := stands(claim, wanted.agent_id, wanted.paths, wanted.shared))]
     before = []
@@ -7474,10 +7531,11 @@ def _refuse_claim(context: Context, wanted: Waiting, live: list, ticket) -> None
             before += [(path, first)] if path else []
     if not against and not before:
         return
-    if ticket and ticket not in context.ledger.queue:
-        if len(context.ledger.queue) >= WAITING_MAX:
-            raise ThrumError(f"{WAITING_MAX} agents wait for claims already; try again later")
-        context.ledger.queue[ticket] = wanted
+    waiters = [first for _, first in _queue(context)]
+    if ticket and not ticket.wish:
+        if len(waiters) >= WAITING_MAX or sum(weight(first.paths) for first in waiters) + weight(wanted.paths) > CLAIMS_MAX:
+            raise ThrumError(f"{len(waiters)} agents wait for claims already; try again later")
+        ticket.wish = wanted
     now = context.world.now_ns()
     if against:
         path, claim = against[0]
@@ -7504,8 +7562,15 @@ def claim_take(context: Context, params: dict) -> dict:
     """Claim all of some paths or none; a claim that the caller has already is renewed and keeps its place."""
     store, agent_id, paths, shared = context.store, caller_of(context, params), _claimed_paths(params), params.get("shared", False)
     agent, ttl_s, note = store.agent(agent_id), params.get("ttl_s"), check_text(params.get("note", ""), "note")
+    ticket = params.get("ticket")
     if not paths:
         raise InvalidParams("name at least one path to claim; '.' is the whole repository")
+    too_many = ThrumError(f"@{agent_id} would have more than {CLAIMS_PER_AGENT} claims, of which one with wildcards counts for "
+                          f"{WILD_WEIGHT}; release some, or claim the folder above them")
+    if weight(paths) > CLAIMS_PER_AGENT:        # before they are compared
+        raise too_many
+    if ticket and ticket not in context.ledger.queue:
+        raise ThrumError("whoever asked for the claim has gone")
     if ttl_s is not None and not 0 < ttl_s <= TTL_MAX_S:
         raise InvalidParams(f"ttl_s must be between 1 and {TTL_MAX_S} seconds")
     if not agent:
@@ -7522,12 +7587,12 @@ def claim_take(context: Context, params: dict) -> dict:
     kept = {path: own[path] for path in paths
             if path in own and (bool(own[path]["shared"]), own[path]["session_id"]) == (shared, session_id)}
     asked = [path for path in paths if path not in kept]
-    _refuse_claim(context, Waiting(agent_id, asked, shared, since), live, params.get("ticket"))
-    added = sum(path not in own for path in asked)
-    if len(own) + added > CLAIMS_PER_AGENT:
-        raise ThrumError(f"@{agent_id} would have more than {CLAIMS_PER_AGENT} claims; release some, or claim the folder above them")
-    if len(live) + added > CLAIMS_MAX:
+    added = weight(path for path in asked if path not in own)
+    if weight(own) + added > CLAIMS_PER_AGENT:
+        raise too_many
+    if added and weight(claim["path"] for claim in live) + added > CLAIMS_MAX:
         raise ThrumError(f"there would be more than {CLAIMS_MAX:,} claims; 'thrum claims' lists them")
+    _refuse_claim(context, Waiting(agent_id, asked, shared, since), live, ticket)
     done = []
     for path in paths:
         before = own.get(path)
@@ -7540,7 +7605,7 @@ def claim_take(context: Context, params: dict) -> dict:
             free_claim(context, before, "replaced")
         # Later than all that it overlaps, also what has lapsed here and may come back: by its stamp it must not be before them.
         after = max([agent["registered_at"], session["started_at"] if session else 0,
-                     *(claim["granted_at"] for claim in known if overlap(claim["path"], path))])
+                     *(claim["granted_at"] for claim in known if claim["granted_at"] > now and overlap(claim["path"], path))])
         event = context.append("claim.take", after=after, above=store.last_fence(), claim_id=context.world.new_id("clm"),
                                agent_id=agent_id, session_id=session_id, path=path, shared=shared, ttl_s=ttl_s or CLAIM_TTL_S,
                                note=note)
@@ -10217,9 +10282,10 @@ class Daemon:
     async def _queue(self, change, params: dict, connection: Connection) -> dict:
         """Make a change that may have to wait for its turn; raises Conflict when that does not come in time."""
         timeout_s = min(max(params.pop("wait_ms", 0), 0), TTL_MAX_S * 1000) / 1000
-        ticket, refusal = object(), None
+        ticket, refusal = Ticket(), None
         if timeout_s:
             params["ticket"] = ticket
+            self.ledger.queue.add(ticket)
 
         async def attempt():
             nonlocal refusal
@@ -10231,7 +10297,8 @@ class Daemon:
         try:
             done = await self._until(attempt, timeout_s, connection, CLAIMS)
         finally:
-            if self.ledger.queue.pop(ticket, None):
+            self.ledger.queue.discard(ticket)   # what the writer still has of it is refused then
+            if ticket.wish:
                 self.waiters.wake_claimers()    # whoever was behind may go now
         if not done:
             raise refusal
@@ -10784,7 +10851,7 @@ class Client:
         line = json.dumps({"jsonrpc": "2.0", "id": self._id, "method": method, "params": params}).encode() + b"\n"
         if len(line) > REQUEST_MAX:
             raise InvalidRequest(f"{method}: the request is larger than {REQUEST_MAX:,} bytes")
-        waits_s = params.get("timeout_ms", WAIT_DEFAULT_MS if method == "message.wait" else 0) / 1000
+        waits_s = params.get("timeout_ms", params.get("wait_ms", WAIT_DEFAULT_MS if method == "message.wait" else 0)) / 1000
         self._sock.settimeout(self._answer_s + (SLOW_S if method in METHODS and METHODS[method].slow else waits_s))
         reply = {}
         try:

@@ -86,11 +86,11 @@ def test_overlap_and_covers_agree_with_trying_all_paths(seed):
     assert met == {True, False}
 
 
-def test_an_odd_pattern_takes_no_time():
-    """Sixteen stars would take a backtracking matcher longer than there is."""
-    odd, path = "x/" + "*a" * 16, "x/" + "a" * 240 + "b"
-    assert thrum.is_claimable(odd) and not thrum.is_claimable(odd + "*")
-    assert not thrum.covers(odd + "c", path) and thrum.overlap(odd, "x/" + "a*" * 16)
+def test_what_a_pattern_may_have():
+    for path in ("src/**/*.py", "a/*/b/*_test.*", "x/" * 60 + "*" + "a" * 63, "?" * 4):
+        assert thrum.is_claimable(path), path
+    for path in ("?" * 5, "*a" * 5, "*" + "a" * 64):
+        assert not thrum.is_claimable(path), path
 
 
 @pytest.mark.parametrize("text, folder, path", [
@@ -104,7 +104,7 @@ def test_a_path_is_taken_from_where_the_caller_is(text, folder, path):
 @pytest.mark.parametrize("text, why", [
     ("", "empty"), ("../x", "outside"), ("a/../../x", "outside"), ("/etc/passwd", "outside"), ("/", "outside"), ("/topper", "outside"),
     (".git", "in .git"), ("a/../.git/config", "in .git"), (".thrum/var", "in .thrum"), ("a\nb", "cannot be shown"),
-    ("\x1b[2J", "cannot be"), ("a\0b", "cannot be"), ("x" * 257, "256"), ("*a" * 17, "16 wildcards"), ("\udcff", "cannot be"),
+    ("\x1b[2J", "cannot be"), ("a\0b", "cannot be"), ("x" * 257, "256"), ("*a" * 5, "4 wildcards"), ("*" + "a" * 64, "64 characters"), ("\udcff", "cannot be"),
 ])
 def test_what_cannot_be_claimed_is_named(text, why):
     for top in ("/top", ""):
@@ -374,7 +374,8 @@ def test_the_check_names_others_exclusive_claims_and_the_files(machine):
 
 def test_a_thousand_files_and_a_thousand_claims_are_compared_at_once(machine, monkeypatch):
     """By comparing each with each in full it would take a minute."""
-    monkeypatch.setattr(thrum, "CLAIMS_PER_AGENT", 1_000)
+    monkeypatch.setattr(thrum, "CLAIMS_PER_AGENT", 10_000)
+    monkeypatch.setattr(thrum, "CLAIMS_MAX", 10_000)
     patterns = [f"pkg{n % 50}/mod{n}" if n % 2 else f"**/test_{n}_*.py" for n in range(1_000)]
     machine.take("ada", *patterns[:999])
     files = [f"pkg{n % 50}/mod{n}/file.py" if n % 2 else f"tests/deep/test_{n}_x.py" for n in range(1_000)]
@@ -382,6 +383,29 @@ def test_a_thousand_files_and_a_thousand_claims_are_compared_at_once(machine, mo
     found = machine.call("claim.check", paths=files, caller_agent_id="bob")["claims"]
     assert sorted(path for c in found for path in c["files"]) == sorted(files[:999])
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("new, live", [(["*"], []), ([], ["*"]), (["*"], ["*"])])
+def test_the_worst_that_the_limits_allow_takes_no_time(machine, new, live):
+    """The writer compares a hundred new paths with a thousand claims, all as alike as they can be."""
+    def paths(wild, count, letter):
+        weight = thrum.WILD_WEIGHT if wild else 1
+        return [f"{'*a' * 4 if wild else 'a' * 200}{letter}{n:04}".ljust(55 if wild else 255, "b") for n in range(count // weight)]
+
+    for n in range(9):
+        machine.agent(f"a{n}", "implementer")
+        machine.take(f"a{n}", *paths(live, 100, f"q{n}"))
+    began = time.process_time()
+    assert len(machine.take("ada", *paths(new, 100, "r"))) == (10 if new else 100)
+    took_s = time.process_time() - began
+    assert took_s < 2, took_s                                    # below 1 s where nothing else runs
+
+
+def test_what_is_too_much_is_refused_before_it_is_compared(machine, monkeypatch):
+    machine.take("ada", "src")
+    monkeypatch.setattr(thrum, "overlap", None)
+    for paths in ([f"f{n}" for n in range(101)], [f"f{n}*" for n in range(11)]):
+        assert "would have more than 100 claims" in str(machine.refused("claim.take", paths=paths, caller_agent_id="bob"))
 
 
 # ---- when a claim ends
