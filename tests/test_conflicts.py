@@ -7,6 +7,7 @@ import re
 import shutil
 import stat
 import subprocess
+import time
 
 import pytest
 
@@ -475,6 +476,82 @@ def test_attributes_and_settings_of_the_user(two):
     (files,), errors, _ = compare(repo, one, other)
     assert not errors and files == [{"path": "a.txt", "kind": "contents", "ranges": [[[10, 10]], [[10, 10]]]},
                                     {"path": "x.whole", "kind": "binary"}]
+
+
+def test_lines_that_repeat_take_no_time():
+    """Where difflib takes minutes: what is not certain is not said, and what is certain stays so."""
+    ours, theirs = "a" * 40, "b" * 40
+    for values in (1, 3, 200, 40_000):
+        base = [b"%d" % (number * 7919 % values) for number in range(40_000)]
+        def version(word, *others, base=base):
+            lines = list(base)
+            lines[20_000] = word
+            for at in others:
+                lines[at] = b"clean %d" % at
+            return lines
+        a, b, both = version(b"ten", 100), version(b"dix", 39_000), version(b"", 100, 39_000)
+        both[20_000] = b"<<<<<<< %s\nten\n=======\ndix\n>>>>>>> %s" % (ours.encode(), theirs.encode())
+        merged, *versions = (b"\n".join(lines) + b"\n" for lines in (both, a, b))
+        began = time.process_time()
+        assert thrum.conflict_ranges(merged, (ours, theirs), versions) == [[[20_001, 20_001]]] * 2
+        assert time.process_time() - began < 5
+        # A conflict that only stands among others that repeat: it is not guessed where.
+        alike = merged.replace(b"\nten\n", b"\n0\n").replace(b"\ndix\n", b"\n1\n")
+        assert thrum.conflict_ranges(alike, (ours, theirs), [version.replace(b"\nten\n", b"\n5\n") for version in versions]) == [[], []]
+
+
+def test_a_line_of_the_file_like_a_divider_leaves_the_lines_unsaid(two):
+    repo, one, other = two
+    edit(one, 10, "Title\n=======\n")
+    edit(other, 10, "dix\n")
+    assert compare(repo, one, other)[0] == [[{"path": "a.txt", "kind": "contents"}]]
+
+
+def test_no_merge_driver_of_the_user_runs(two, tmp_path):
+    """Their files are merged as text; drivers of git itself, attributes that are not committed and settings count as ever."""
+    repo, one, other = two
+    trace = tmp_path / "ran"
+    driver = f"touch {trace} left-by-driver; false"
+    repo.git("config", "merge.mine.driver", driver)
+    repo.git("config", "merge.a.b.driver", driver)
+    repo.git("config", "merge.named.name", "without a driver")
+    repo.git("config", "extensions.worktreeConfig", "true")
+    git(other.path, "config", "--worktree", "merge.here.driver", driver)
+    repo.git("config", "merge.default", "mine")
+    repo.git("config", "merge.renames", "false")
+    with open(repo.path / ".git" / "config", "a") as file:
+        file.write("[core]\n\tfilemode\n[odd \"sub\\\"section\"]\n\tvalue = \"a b\\n\"\n")
+    for worktree, word in ((one, "ten"), (other, "dix")):
+        (worktree.path / ".gitattributes").write_text(
+            "*.mine merge=mine\n*.ab merge=a.b\n*.named merge=named\n*.here merge=here\n*.union merge=union\n*.whole -merge\n")
+        edit(worktree, 10, word + "\n")
+        for ending in ("mine", "ab", "named", "here", "union", "whole"):
+            (worktree.path / f"x.{ending}").write_text(word + "\n")
+    for pair in ((one, other), (other, one)):
+        (files,), errors, _ = compare(repo, *pair)
+        assert not errors and not trace.exists()
+        assert {file["path"]: file["kind"] for file in files} == {
+            "a.txt": "contents", "x.ab": "add/add", "x.here": "add/add", "x.mine": "add/add", "x.named": "add/add", "x.whole": "binary"}
+        assert all(("ranges" in file) == (file["kind"] != "binary") for file in files)
+
+
+def test_a_partial_clone_fetches_nothing(two, tmp_path):
+    repo, one, other = two
+    edit(one, 10, "ten\n")
+    one.git("commit", "-qam", "ten")
+    repo.git("config", "uploadpack.allowFilter", "true")
+    git(tmp_path, "clone", "-q", "--filter=blob:none", "--no-checkout", f"file://{repo.path}", "partial")
+    clone, asked = prepare(Repo(tmp_path / "partial")), tmp_path / "asked"
+    clone.git("config", "remote.origin.uploadpack", f"touch {asked}; git-upload-pack")
+    clone.git("config", "protocol.file.allow", "always")
+    look = looker(clone)
+    os.makedirs(look.folder + "/objects")
+    name = clone.git("rev-parse", "origin/one:a.txt").strip()
+    for run in (lambda *args: look._run(str(clone.path), *args), thrum.Git(str(clone.path)).run):
+        with pytest.raises(thrum.GitError):
+            run("cat-file", "-p", name)
+    assert not asked.exists()
+    assert thrum.Git(str(clone.path)).run("cat-file", "-p", name, as_user=True).startswith(b"line 1\n") and asked.exists()
 
 
 # ---- the command
