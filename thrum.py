@@ -6000,8 +6000,9 @@ PREVIEW_MAX = 200               # characters of a message in its trace
 SNIPPET = 160                   # characters of a message around what was searched for: two lines of a terminal
 SEARCH_WORDS_MAX = 32           # words of a query: more is a text, not a question
 AWAY_NAMES = 5                  # names in a warning
-NOTICE_FILES = 20               # files that a notice names
-NOTICE_PATHS = LINE_MAX // 8    # characters of paths that it keeps for the next one: it has to fit a line, with escapes
+NOTICE_FILES = 20               # files that a part of a notice names
+NOTICE_PATHS = LINE_MAX // 16   # characters of paths that it keeps for the next one: it has to fit a line, with escapes
+NOTICE_PAIRS = 60               # agents whose conflicts it is about; the next look tells of the others
 RANGES_SHOWN = 5                # places in a file that are named
 DELIVERY_STATES = (("answered", "answered_at"), ("read", "read_at"), ("seen", "shown_at"), ("pushed", "pushed_at"),
                    ("delivered", "delivered_at"))      # the furthest first
@@ -7286,75 +7287,100 @@ def conflict_list(context: Context, params: dict) -> dict:
         chosen.update(worktrees)
     tops = list(dict.fromkeys([places.root, *worktrees_of(places.common)])) if params.get("all") else list(agents)
     present, found, errors = _conflicts(context).look(sorted(tops), lambda a, b: not chosen or a in chosen or b in chosen)
+    wanted = setting_in_effect(load_config(places.thrum), "work.base", {})[0]
+    refs = [*(f"refs/{kind}/{wanted}" for kind in ("heads", "remotes") if wanted), *BASES[1:]]
+    lines = Git(places.root).run("for-each-ref", "--format=%(refname) %(objectname)", *refs).decode(errors="replace").splitlines()
+    commits = dict(line.split(" ") for line in lines)
+    names = {commits[ref]: printable(ref.split("/", 2)[2]) for ref in refs[::-1] if ref in commits}
     pairs, base = [], []
     for (a, b), files in found.items():
         here = [top for top in (a, b) if top]
-        row = {"agents": [agents.get(top, []) for top in here], "worktrees": list(map(printable, here)),
+        row = {"agents": [agents.get(top, []) for top in here], "worktree_paths": list(map(printable, here)),
                "branches": [present[top].branch for top in here], "clean": not files, "files": files}
         if b:
             pairs.append(row)
         else:
-            base.append({**row, "base": present[a].base})
+            base.append({**row, "base": present[a].base, **compact(base_branch=names.get(present[a].base))})
     return {"pairs": pairs, "base": base,
-            "skipped": [{"worktree": printable(top), "paths": state.skipped} for top, state in present.items() if state.skipped],
-            "errors": [{"worktree": printable(top), "error": error} for top, error in errors.items()],
+            "skipped": [{"worktree_path": printable(top), "paths": state.skipped} for top, state in present.items() if state.skipped],
+            "errors": [{"worktree_path": printable(top), "error": error} for top, error in errors.items()],
             "checked_at": stamp_of(context.world.now_ns())}
+
+
+def _by_agents(agents: dict, found: dict) -> dict:
+    """Compared pairs of worktrees as pairs of their agents: {agent id: {other agent id: files}}, its own lines first."""
+    seen = {}
+    for (a, b), files in found.items():
+        turned = [{**file, "ranges": file["ranges"][::-1]} if "ranges" in file else file for file in files]
+        for one, other, own in ((a, b, files), (b, a, turned)):
+            for agent_id, other_id in ((x, y) for x in agents.get(one, []) for y in agents.get(other, []) if x != y):
+                known = seen.setdefault(agent_id, {}).setdefault(other_id, {})      # one may have several worktrees
+                known.update((file["path"], file) for file in own if file["path"] not in known)
+    return {agent_id: {other_id: list(files.values()) for other_id, files in pairs.items()} for agent_id, pairs in seen.items()}
 
 
 def known_conflicts(context: Context) -> dict:
     """What the newest look has found, without another one: {agent id: [{with: agent id, files: [...]}]}, its own lines first."""
-    agents, found = _agents_at_work(context), {}
-    for (a, b), files in _conflicts(context).known.items():
-        turned = [{**file, "ranges": file["ranges"][::-1]} if "ranges" in file else file for file in files]
-        for one, other, seen in ((a, b, files), (b, a, turned)) if files else ():
-            for agent_id in agents.get(one, []):
-                found.setdefault(agent_id, []).extend({"with": other_id, "files": seen} for other_id in agents.get(other, []))
-    return found
+    return {agent_id: found for agent_id, pairs in _by_agents(_agents_at_work(context), _conflicts(context).known).items()
+            if (found := [{"with": other_id, "files": files} for other_id, files in pairs.items() if files])}
 
 
-def conflict_pairs(context: Context, params: dict) -> list:
-    """The pairs of worktrees of active agents, if there is something new to say of them: [{agents: [[…], […]], files}]."""
+def conflict_news(context: Context, params: dict) -> list:
+    """Look at the worktrees of active agents; what has changed since they were told of their conflicts, as arguments of `notice`.
+
+    Each agent gets one message of all others.  Of every pair, what an agent was told last is in the message that told it, so
+    neither a restart nor a rebuild tells it again.
+    """
     agents = _agents_at_work(context)
     found = _conflicts(context).look(sorted(agents), lambda a, b: b)[1] if len(agents) > 1 else {}
-    pairs = [{"agents": [agents[a], agents[b]], "files": files} for (a, b), files in found.items()]
-    return pairs if conflict_news(context, pairs) else []
+    return [news for agent_id, pairs in sorted(_by_agents(agents, found).items()) if (news := _news_for(context, agent_id, pairs))]
 
 
-def conflict_news(context: Context, pairs: list) -> list:
-    """What has changed since agents were told of their conflicts, as arguments of `notice`.
-
-    What they were told last is in the message that told them, so neither a restart nor a rebuild tells it again.
-    """
-    news = []
-    for pair in pairs:
-        for a, b in sorted({tuple(sorted((a, b))) for a in pair["agents"][0] for b in pair["agents"][1] if a != b}):
-            about = ("conflict", f"{a} {b}")
-            last = (context.store.page(ref=about, author=PROGRAM, limit=1)["messages"] or [{}])[0]
-            try:
-                told = decode_object(last.get("structured") or "{}")
-            except ValueError:      # of another version
-                told = {}
-            count = told["count"] if type(told.get("count")) is int else 0
-            known = told["files"] if type(told.get("files")) is list else []
-            new = [file for file in pair["files"] if file["path"] not in known] if known or len(pair["files"]) > count else []
-            if not new and (pair["files"] or not count):
-                continue
-            whose, names = f"What @{a} and @{b} have", [f"@{name}" for name in ((a, b) if a in pair["agents"][0] else (b, a))]
-            lines = [f"{whose} would not merge in more files now:" if count else f"{whose} would not merge as it is now:"]
-            lines += [f"- {printable(file['path'])[-PAIR_MAX:]}: {conflict_text(file, names)}" for file in new[:NOTICE_FILES]]
-            lines += [f"- and {len(new) - NOTICE_FILES} more"] if len(new) > NOTICE_FILES else []
-            lines += ["Agree on who changes what; `thrum conflicts` shows how it stands."]
-            paths = [file["path"] for file in pair["files"]]
-            news.append(([a, b], "\n".join(lines) if new else f"{whose} would merge again: the conflict is gone.",
-                         f"conflict {a} {b} {last.get('message_id', '')}", [about], {
-                             "count": len(paths), **({"files": paths} if sum(map(len, paths)) <= NOTICE_PATHS else {})}))
-    return news
+def tell_of_conflicts(context: Context, news: list) -> None:
+    for arguments in news:
+        notice(context, *arguments)
 
 
-def tell_of_conflicts(context: Context, pairs: list) -> None:
-    """Send what `conflict_news` has; asked again here, where nothing comes between."""
-    for news in conflict_news(context, pairs):
-        notice(context, *news)
+def _news_for(context: Context, agent_id: str, pairs: dict) -> tuple | None:
+    appeared, grown, gone, state, key, left = {}, {}, {}, {}, f"conflict {agent_id}", NOTICE_PATHS
+    for other_id, files in sorted(pairs.items()):
+        last = (context.store.page(ref=("conflict", f"{agent_id} {other_id}"), author=PROGRAM, limit=1)["messages"] or [{}])[0]
+        try:
+            told = decode_object(last.get("structured") or "{}").get(other_id)
+        except ValueError:      # of another version
+            told = None
+        told = told if type(told) is dict else {}
+        count = told["count"] if type(told.get("count")) is int else 0
+        known = told["files"] if type(told.get("files")) is list else []
+        new = [file for file in files if file["path"] not in known] if known or len(files) > count else []
+        if (not new and (files or not count)) or len(state) == NOTICE_PAIRS:
+            continue
+        (grown if new and count else appeared if new else gone)[other_id] = new
+        paths = [file["path"] for file in files]
+        left -= sum(map(len, paths))
+        state[other_id] = {"count": len(paths), **({"files": paths} if left >= 0 else {})}
+        key += f" {other_id} {last.get('message_id', '')}"
+    text = ""
+    for others, how in ((appeared, "as it stands"), (grown, "in more files now")):
+        where = {}              # path -> {with whom: file}
+        for other_id, files in others.items():
+            for file in files:
+                where.setdefault(file["path"], {})[other_id] = file
+        text += f"The work of @{agent_id} and {_agents_named(others)} would not merge {how}:\n" if others else ""
+        for path, files in list(where.items())[:NOTICE_FILES]:
+            what = [conflict_text(file, [f"@{agent_id}", f"@{other_id}"]) for other_id, file in files.items()][0]
+            text += f"- {printable(path)[-PAIR_MAX:]}: {what if len(others) == 1 else 'with ' + _agents_named(files)}\n"
+        text += f"- and {len(where) - NOTICE_FILES} more\n" if len(where) > NOTICE_FILES else ""
+    text += "Agree on who changes what; `thrum conflicts` shows how it stands.\n" if text else ""
+    text += f"The work of @{agent_id} and {_agents_named(gone)} would merge again: the conflict is gone.\n" if gone else ""
+    refs = [("conflict", f"{agent_id} {other_id}") for other_id in state]
+    return ([agent_id], text[:-1], hash32(key), refs, state) if state else None
+
+
+def _agents_named(names) -> str:
+    """`@ada, @bob and 37 more`."""
+    more = len(names) - AWAY_NAMES
+    return ", ".join(f"@{name}" for name in list(names)[:AWAY_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def conflict_text(file: dict, names: list) -> str:
@@ -8597,23 +8623,27 @@ async def ping(console: Console, args: Args) -> int:
 
 async def conflicts_command(console: Console, args: Args) -> int:
     found = await console.call("conflict.list", agents=args.agent, all=args.all)
-    text, counts = "", []
-    for rows, what in ((found["pairs"], "pair{} of worktrees"), (found["base"], "worktree{} and base")):
-        for row in rows:
-            sides = [" ".join(map(handle, ids)) or one_line(os.path.basename(top)) for ids, top in zip(row["agents"], row["worktrees"])]
-            sides += ["base"] * (len(sides) == 1)
-            if not row["clean"]:
-                text += console.bold(" ✗ ".join(sides)) + "\n"
-                text += rows_of([["  " + one_line(file["path"]), one_line(conflict_text(file, sides), ERROR_MAX)]
-                                 for file in row["files"]]) + "\n"
-        if rows:
-            counts.append(f"{sum(row['clean'] for row in rows)} of {len(rows)} {what.format('s' * (len(rows) > 1))}")
+    text, pairs, base = "", found["pairs"], found["base"]
+    for row in pairs + base:
+        sides = [" ".join(map(handle, ids)) or one_line(os.path.basename(top)) for ids, top in zip(row["agents"], row["worktree_paths"])]
+        sides += [one_line(row.get("base_branch", "its base"))] * (len(sides) == 1)
+        if not row["clean"]:
+            text += console.bold(" ✗ ".join(sides)) + "\n"
+            text += rows_of([["  " + one_line(file["path"]), one_line(conflict_text(file, sides), ERROR_MAX)]
+                             for file in row["files"]]) + "\n"
     for row in found["skipped"]:
-        text += f"Left out of {one_line(row['worktree'])}, as too large: {one_line(', '.join(row['paths']))}\n"
+        text += f"Left out of {one_line(row['worktree_path'])}, as too large: {one_line(', '.join(row['paths']))}\n"
     for row in found["errors"]:
-        text += f"Not compared: {one_line(row['worktree'])}: {one_line(row['error'], ERROR_MAX)}\n"
-    if counts:
-        text += f"Clean: {', '.join(counts)}.\n"
+        text += f"Not compared: {one_line(row['worktree_path'])}: {one_line(row['error'], ERROR_MAX)}\n"
+    bases, ends = {row.get("base_branch", "their base") for row in base}, []
+    their_base = one_line(bases.pop()) if len(bases) == 1 else "their base"
+    for rows, what, other in ((pairs, "pair", ""), (base, "worktree", f" with {their_base}")):
+        bad, count = sum(not row["clean"] for row in rows), len(rows)
+        if bad:
+            ends.append((f"{bad} of {count} {what}s" if count > 1 else f"The {what}") + f" would not merge{other}.")
+        elif rows:
+            ends.append((f"All {count} {what}s merge" if count > 1 else f"The {what} merges") + f"{other}.")
+    text += " ".join(ends) + "\n" * bool(ends)
     await console.answer(found, text or "Nobody has an open session in a worktree here; --all compares all worktrees.\n")
     return 0
 
@@ -10101,9 +10131,9 @@ class Daemon:
                 await asyncio.sleep(left)
             self._looked_at, self._changed, problem = self.world.monotonic(), False, ""
             try:
-                pairs = await self._read(conflict_pairs, {}, slow=ONE_BY_ONE)
-                if pairs:
-                    await self._write(lambda context, pairs=pairs: tell_of_conflicts(context, pairs))
+                news = await self._read(conflict_news, {}, slow=ONE_BY_ONE)
+                if news:
+                    await self._write(lambda context, news=news: tell_of_conflicts(context, news))
             except Exception as error:
                 problem = str(error)
             if problem and problem != self._look_problem:       # git may be too old: once is enough
