@@ -1314,18 +1314,21 @@ class Git:
                 "-c", "gc.auto=0", "-c", "maintenance.auto=false")      # when to repack is the user's affair
     AUTHOR = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in (
         ("NAME", "Thrum"), ("EMAIL", "thrum@local"))}
+    # A partial clone would fetch what it lacks, with the user's programs; before git 2.44 only refusing all transports stops that.
+    OFFLINE = {"GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": ""}
 
     def __init__(self, directory: str):
         self.directory = directory
 
     def run(self, *args: str, input: bytes = b"", timeout_s: float = GIT_LOCAL_S, check: bool = True, statuses: tuple = (0,),
-            environ: dict | None = None, as_user: bool = False) -> bytes:
+            environ: dict | None = None, as_user: bool = False, online: bool = False) -> bytes:
         """What git prints.  Raises GitError when it fails (unless `check` is False: then b""), is missing or too slow.
 
         Any of `statuses` is success.  `environ` comes on top; `as_user` leaves the user's hooks and settings in force, for
-        what they asked for.
+        what they asked for, and like `online` lets a partial clone fetch what it lacks.
         """
         variables = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+        variables.update({} if as_user or online else self.OFFLINE)
         variables.update({} if as_user else self.AUTHOR, GIT_TERMINAL_PROMPT="0", GIT_OPTIONAL_LOCKS="0", GIT_LITERAL_PATHSPECS="1",
                          LC_ALL="C", **environ or {})
         command = next((word for word in args if word[0] != "-" and "=" not in word), "")
@@ -4984,7 +4987,7 @@ OBJECTS_MAX = 512 << 20         # bytes of our objects; then the folder is empti
 MERGES_KEPT = 4_096             # pairs of commits whose conflicts are remembered: those of sixty worktrees
 SETTLED_NS = 2 * NS             # a file changed later than that may change again within the resolution of its times (FAT's, 2 s)
 RANGED_FILES = 100              # conflicting files of a pair whose lines are looked for
-RANGED_MAX = 1 << 20            # bytes of a file whose lines are looked for
+RANGED_MAX = 4 << 20            # bytes of all their versions: a second of a slow machine
 _NO_TRACE = tuple(word for setting in (
     "core.splitIndex=false", "core.safecrlf=false", "merge.conflictStyle=merge", "filter.lfs.required=false",
     "filter.lfs.clean=", "filter.lfs.process=") for word in ("-c", setting))       # LFS would store into the repository
@@ -5021,32 +5024,36 @@ def parse_merge(data: bytes) -> tuple:
 def conflict_ranges(merged: bytes, names: tuple, versions: tuple) -> list:
     """Where the conflicts in a merged file lie in the two versions with those names: for each, [first, last] of its lines.
 
-    Where a version has no lines of its own, `last` is the line before, and `first` the one after it.
+    Where a version has no lines of its own, `last` is the line before, and `first` the one after it.  [[], []] if that is
+    not certain.
     """
     if any(b" " + name.encode() in version for name in names for version in versions):
         return [[], []]         # a merge of a merge, where renamed files meet: these are lines of neither
-    lines, sides, blocks, at = _lines(merged), ([], []), [], 0
-    for begin, line in enumerate(lines):
-        marker = re.match(b"(<+) " + names[0].encode() + b"(:|$)", line) if begin >= at else None
-        end = marker and next((i for i in range(begin, len(lines)) if re.match(b">+ " + names[1].encode() + b"(:|$)", lines[i])), 0)
-        if not end:
-            if begin >= at:
-                for side in sides:
-                    side.append(line)
-            continue
-        # A text may hold such a line too; then the parts are not those of the versions.
-        middles = [i for i in range(begin, end) if lines[i] == b"=" * len(marker[1])]
-        middle = next((i for i in middles if all(b"\n".join(part) in b"\n".join(_lines(version)) for part, version in zip(
-            (lines[begin + 1:i], lines[i + 1:end]), versions))), middles[0])
-        for side, part in zip(sides, (lines[begin + 1:middle], lines[middle + 1:end])):
-            blocks.append((side is sides[0], len(side), len(part)))
-            side += part
-        at = end + 1
+    sides, blocks, begin, middle = ([], []), [], None, 0
+    for line in _lines(merged):
+        marker = re.match(b"(<+|>+) (%s|%s)(:|$)" % tuple(name.encode() for name in names), line)
+        if marker and marker[1][:1] == b"<":
+            begin, middle, divider = [len(side) for side in sides], 0, b"=" * len(marker[1])
+        elif marker and begin:
+            blocks.append([(start, len(side) - start) for start, side in zip(begin, sides)])
+            begin = None
+        elif begin and line == divider:
+            if middle:
+                return [[], []]     # one of them is a line of the file
+            middle = 1
+        else:
+            for side in (sides if not begin else sides[middle:middle + 1]):
+                side.append(line)
     found = []
-    for first, side, version in zip((True, False), sides, versions):
-        places = _places(side, _lines(version))
-        found.append([[places[start] + 1, places[start] + size] for which, start, size in blocks if which == first])
-    return found
+    for side, version, parts in zip(sides, map(_lines, versions), zip(*blocks)):
+        places, ranges = _places(side, version), []
+        for start, size in parts:
+            first = places[start - 1] + 1 if not size and start and places[start - 1] >= 0 else places[start]
+            if first < 0 or version[first:first + size] != side[start:start + size]:
+                return [[], []]
+            ranges.append([first + 1, first + size])
+        found.append(ranges)
+    return found or [[], []]
 
 
 def _lines(data: bytes) -> list:
@@ -5054,14 +5061,35 @@ def _lines(data: bytes) -> list:
 
 
 def _places(text: list, version: list) -> list:
-    """For each line of a text, and for its end, the index in a version of it with other lines in between or missing."""
-    size, found = min(len(text), len(version)), []
-    head = next((i for i in range(size) if text[i] != version[i]), size)
-    tail = next((i for i in range(size - head) if text[-1 - i] != version[-1 - i]), size - head)
-    middle = text[head:len(text) - tail], version[head:len(version) - tail]
-    for block in difflib.SequenceMatcher(None, *middle).get_matching_blocks() if any(middle) else ():
-        found += [found[-1] + 1 if found else 0] * (block.a - len(found)) + list(range(block.b, block.b + block.size))
-    return [*range(head), *(head + place for place in found), *range(len(version) - tail, len(version) + 1)]
+    """For each line of a text, and for its end, the index in a version of it with other lines in between; -1 if not certain.
+
+    Certain are lines that occur once in both, as far as they come in the same order (a patience diff), and equal ones next to
+    them.  That takes n log n steps; difflib takes minutes for lines that repeat, and nobody else has the interpreter then.
+    """
+    def once(lines):
+        found = {}
+        for number, line in enumerate(lines):
+            found[line] = -1 if line in found else number
+        return found
+    there, ends, piles, before = once(version), [], [], {}
+    for place in ((number, there.get(line, -1)) for line, number in once(text).items()):
+        if min(place) >= 0:     # the longest rising sequence: the smallest end for each length of one
+            pile = bisect.bisect(ends, place[1])
+            before[place] = piles[pile - 1] if pile else (-1, -1)
+            ends[pile:pile + 1], piles[pile:pile + 1] = [place[1]], [place]
+    certain = [(len(text), len(version)), *piles[-1:]]
+    while certain[-1] in before:
+        certain.append(before[certain[-1]])
+    found = [-1] * len(text) + [len(version)]
+    for (above, a), (below, b) in zip([(-1, -1), *certain[::-1]], certain[::-1]):
+        found[below] = b
+        while above + 1 < below and a + 1 < b and text[above + 1] == version[a + 1]:
+            above, a = above + 1, a + 1
+            found[above] = a
+        while below - 1 > above and b - 1 > a and text[below - 1] == version[b - 1]:
+            below, b = below - 1, b - 1
+            found[below] = b
+    return found
 
 
 class Conflicts:
@@ -5075,6 +5103,7 @@ class Conflicts:
         self._lock = threading.Lock()
         self._present = {}      # worktree -> what its commit was made from, Present
         self._merges = {}       # (commit, commit) -> conflicting files
+        self._environs = {}     # worktree -> the environment of its merges, where merge drivers are configured
         self._checked = False   # whether git is new enough
 
     def close(self, for_good: bool = True) -> None:
@@ -5091,6 +5120,7 @@ class Conflicts:
         `wanted(a, b)` chooses the pairs.  What cannot be compared is an error of its first worktree.
         """
         with self._lock:
+            self._go_on()
             self._check()
             make_folder(self.folder, 0o700)
             if sum(os.lstat(f"{path}/{name}").st_size for path, _, names in os.walk(self.folder) for name in names) > OBJECTS_MAX:
@@ -5108,8 +5138,11 @@ class Conflicts:
             states = together([lambda top=top: tried(lambda: self.present(top), top) for top in tops])
             present = {top: state for top, state in zip(tops, states) if state}
             pairs = [(a, b) for i, a in enumerate(present) for b in [*list(present)[i + 1:], ""] if wanted(a, b)]
-            found = together([lambda a=a, b=b: tried(
-                lambda: self.conflicts(a, present[a].commit, present[b].commit if b else present[a].base), a) for a, b in pairs])
+            sides = [(a, present[a].commit, present[b].commit if b else present[a].base) for a, b in pairs]
+            new = list(dict.fromkeys(top for top, a, b in sides if a != b and (a, b) not in self._merges))
+            environs = together([lambda top=top: tried(lambda: self._without_drivers(top), top) for top in new])
+            self._environs = dict(zip(new, environs))
+            found = together([lambda side=side: tried(lambda: self.conflicts(*side), side[0]) for side in sides])
             result = {pair: files for pair, files in zip(pairs, found) if files is not None}
             known = {pair: files for pair, files in {**self.known, **result}.items() if pair[0] in tops and pair[1] in tops}
             self.known = known      # at once: others read it meanwhile
@@ -5122,15 +5155,19 @@ class Conflicts:
                 raise ThrumError(f"this is git {words[2]}; to find conflicts without touching a worktree takes git {MERGE_GIT} or newer")
             self._checked = True
 
-    def _run(self, top: str, *args: str, index: str = "", **more) -> bytes:
-        """git with our folder for new objects."""
+    def _go_on(self) -> None:
         if self.closed:
             raise ThrumError("the daemon stops")
+
+    def _run(self, top: str, *args: str, index: str = "", environ: dict | None = None, **more) -> bytes:
+        """git with our folder for new objects."""
+        self._go_on()
         objects = self.work.places.common + "/objects"
         quoted = '"' + objects.replace("\\", "\\\\").replace('"', '\\"') + '"'      # git(1): else a colon would end it
         return Git(top).run(*_NO_TRACE, *args, timeout_s=MERGE_S, environ={
             "GIT_OBJECT_DIRECTORY": self.folder + "/objects", "GIT_ALTERNATE_OBJECT_DIRECTORIES": quoted,
-            "GIT_AUTHOR_DATE": "@0 +0000", "GIT_COMMITTER_DATE": "@0 +0000", **({"GIT_INDEX_FILE": index} if index else {})}, **more)
+            "GIT_AUTHOR_DATE": "@0 +0000", "GIT_COMMITTER_DATE": "@0 +0000", **({"GIT_INDEX_FILE": index} if index else {}),
+            **(environ or {})}, **more)
 
     def present(self, top: str) -> Present:
         """The present state of a worktree.  Raises GitError, and ThrumError for one with too much that is not committed."""
@@ -5192,6 +5229,30 @@ class Conflicts:
         finally:
             remove(index)
 
+    def _without_drivers(self, top: str) -> dict:
+        """The environment of a merge that runs none of the user's merge drivers; their files are merged as text.
+
+        Such a driver is a program that may do anything in the worktree, which is the folder of a merge, as its attributes are
+        read there.  No setting takes one back: where there are any, git gets a folder of its own with all settings but these.
+        """
+        listed = Git(top).run("config", "--list", "-z").decode(errors="surrogateescape").split("\0")[:-1]
+        settings = [setting.split("\n", 1) if "\n" in setting else (setting, "true") for setting in listed]
+        if not any(re.match(r"merge\..*\.", key) for key, _ in settings):
+            return {}
+        folder, common = f"{self.folder}/{hash32(top)[:16]}.git", self.work.places.common
+        shutil.rmtree(folder, ignore_errors=True)
+        os.mkdir(folder)
+        for name in os.listdir(common):
+            if not name.startswith(("config", "HEAD", "worktrees")):
+                os.symlink(f"{common}/{name}", f"{folder}/{name}")
+        formats = "".join(f"{key[11:]} = {value}\n" for key, value in settings if key.startswith("extensions."))
+        for name, text in (("HEAD", "ref: refs/heads/-\n"), ("config", f"[core]\nrepositoryFormatVersion = 1\n[extensions]\n{formats}")):
+            with open(f"{folder}/{name}", "x", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(text)
+        kept = [(key, value) for key, value in settings if not re.match(r"merge\..*\.|include|extensions\.|core\.(bare|worktree)$", key)]
+        return {"GIT_DIR": folder, "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_COUNT": str(len(kept)), **{
+            f"GIT_CONFIG_{what}_{n}": text for n, setting in enumerate(kept) for what, text in zip(("KEY", "VALUE"), setting)}}
+
     def conflicts(self, top: str, a: str, b: str) -> list:
         """The files in which two commits conflict: [{path, kind, ranges, names}]; the attributes are those of a worktree."""
         if a == b:
@@ -5206,7 +5267,7 @@ class Conflicts:
 
     def _merge(self, top: str, a: str, b: str) -> list:
         tree, stages, found = parse_merge(self._run(
-            top, "merge-tree", "--write-tree", "-z", "--allow-unrelated-histories", a, b, statuses=(0, 1)))
+            top, "merge-tree", "--write-tree", "-z", "--allow-unrelated-histories", a, b, statuses=(0, 1), environ=self._environs.get(top)))
         # Without --messages there are some only if it does not merge; then there are also those of what was resolved.
         found = [(kind, paths) for kind, paths in found if not stages.keys().isdisjoint(paths)] or found
         files = {}
@@ -5223,19 +5284,24 @@ class Conflicts:
                  if len(sides := [stages[path][stage] for stage in (2, 3) if stage in stages.get(path, ())]) == 2
                  and all(mode.startswith("100") for mode, _ in sides)}
         for path, (merged, *versions) in self._blobs(top, dict(list(texts.items())[:RANGED_FILES])):
+            self._go_on()
             ranges = conflict_ranges(merged, (a, b), versions)
             if ranges[0]:
                 files[path]["ranges"] = ranges
         return sorted(files.values(), key=lambda file: file["path"])
 
     def _blobs(self, top: str, wanted: dict):
-        """For each of {path: names of objects} the path and their contents, where all are small enough."""
+        """For each of {path: names of objects} the path and their contents, where they are small enough."""
         def ask(names, how):
             return self._run(top, "cat-file", how, "-z", input=b"".join(name + b"\0" for name in names))
         if not wanted:
             return
         sizes = iter(ask((name for names in wanted.values() for name in names), "--batch-check=%(objectsize)").split())
-        small = [path for path, names in wanted.items() if max([int(next(sizes)) for _ in names]) <= RANGED_MAX]
+        small, left = [], RANGED_MAX
+        for path, names in wanted.items():
+            size = sum(int(next(sizes)) for _ in names)
+            if size <= left:
+                small, left = [*small, path], left - size
         data, at = ask((name for path in small for name in wanted[path]), "--batch=%(objectsize)") if small else b"", 0
         for path in small:
             texts = []
@@ -5359,7 +5425,7 @@ def _ensure_branch(places: Places) -> bool:
             aside += "~"
         if os.path.lexists(folder):
             shutil.move(folder, aside)
-    git.run("worktree", "add", "-f", places.sync, BRANCH)
+    git.run("worktree", "add", "-f", places.sync, BRANCH, online=True)
     if _make_files(places):
         commit_branch(places, "Initialize Thrum sync data")
     for name in os.listdir(os.path.dirname(places.sync)):
@@ -6005,11 +6071,15 @@ PREVIEW_MAX = 200               # characters of a message in its trace
 SNIPPET = 160                   # characters of a message around what was searched for: two lines of a terminal
 SEARCH_WORDS_MAX = 32           # words of a query: more is a text, not a question
 AWAY_NAMES = 5                  # names in a warning
-NOTICE_FILES = 20               # files that a notice names
-NOTICE_PATHS = LINE_MAX // 8    # characters of paths that it keeps for the next one: it has to fit a line, with escapes
+NOTICE_FILES = 20               # files that a part of a notice names
+NOTICE_PATHS = LINE_MAX // 16   # characters of paths that it keeps for the next one: it has to fit a line, with escapes
+NOTICE_PAIRS = 60               # agents whose conflicts it is about; the next look tells of the others
 RANGES_SHOWN = 5                # places in a file that are named
 DELIVERY_STATES = (("answered", "answered_at"), ("read", "read_at"), ("seen", "shown_at"), ("pushed", "pushed_at"),
                    ("delivered", "delivered_at"))      # the furthest first
+
+
+ONE_BY_ONE = "one by one"       # slow, and has a thread for itself: calls that wait for each other keep no others waiting
 
 
 class Method(Record):
@@ -6026,7 +6096,7 @@ class Method(Record):
     indexes: bool = False       # every message has to be in the full-text index first
     prepare: object = None      # of one that writes: what takes long, done before it; its result is `context.prepared`
     elsewhere: str = ""         # it is for WebSocket clients only, and this is what others are told
-    slow: object = False        # it asks git: "git", or True for long; threads of their own, so that it keeps no quick question waiting
+    slow: object = False        # it asks git, or ONE_BY_ONE: threads of their own, so that it keeps no quick question waiting
 
 
 def check_params(method: Method, params) -> dict:
@@ -6230,8 +6300,8 @@ def _delete_agent(context: Context, agent_id: str, method: str, reason: str) -> 
     agent = context.store.agent(agent_id)
     if not agent:
         raise ThrumError(f"agent not found: {agent_id}")
-    context.append("agent.cleanup", above=context.store.last_fence(), after=max(agent["registered_at"], context.store.newest_act(agent_id)), agent_id=agent_id,
-                   reason=reason, method=method)
+    context.append("agent.cleanup", above=context.store.last_fence(), after=max(agent["registered_at"], context.store.newest_act(agent_id)),
+                   agent_id=agent_id, reason=reason, method=method)
     tops = _our_worktrees(context.ledger.places)
 
     def remove_files():         # by the id in it, not by its name: a file may be called as it likes
@@ -7314,75 +7384,100 @@ def conflict_list(context: Context, params: dict) -> dict:
         chosen.update(worktrees)
     tops = list(dict.fromkeys([places.root, *worktrees_of(places.common)])) if params.get("all") else list(agents)
     present, found, errors = _conflicts(context).look(sorted(tops), lambda a, b: not chosen or a in chosen or b in chosen)
+    wanted = setting_in_effect(load_config(places.thrum), "work.base", {})[0]
+    refs = [*(f"refs/{kind}/{wanted}" for kind in ("heads", "remotes") if wanted), *BASES[1:]]
+    lines = Git(places.root).run("for-each-ref", "--format=%(refname) %(objectname)", *refs).decode(errors="replace").splitlines()
+    commits = dict(line.split(" ") for line in lines)
+    names = {commits[ref]: printable(ref.split("/", 2)[2]) for ref in refs[::-1] if ref in commits}
     pairs, base = [], []
     for (a, b), files in found.items():
         here = [top for top in (a, b) if top]
-        row = {"agents": [agents.get(top, []) for top in here], "worktrees": list(map(printable, here)),
+        row = {"agents": [agents.get(top, []) for top in here], "worktree_paths": list(map(printable, here)),
                "branches": [present[top].branch for top in here], "clean": not files, "files": files}
         if b:
             pairs.append(row)
         else:
-            base.append({**row, "base": present[a].base})
+            base.append({**row, "base": present[a].base, **compact(base_branch=names.get(present[a].base))})
     return {"pairs": pairs, "base": base,
-            "skipped": [{"worktree": printable(top), "paths": state.skipped} for top, state in present.items() if state.skipped],
-            "errors": [{"worktree": printable(top), "error": error} for top, error in errors.items()],
+            "skipped": [{"worktree_path": printable(top), "paths": state.skipped} for top, state in present.items() if state.skipped],
+            "errors": [{"worktree_path": printable(top), "error": error} for top, error in errors.items()],
             "checked_at": stamp_of(context.world.now_ns())}
+
+
+def _by_agents(agents: dict, found: dict) -> dict:
+    """Compared pairs of worktrees as pairs of their agents: {agent id: {other agent id: files}}, its own lines first."""
+    seen = {}
+    for (a, b), files in found.items():
+        turned = [{**file, "ranges": file["ranges"][::-1]} if "ranges" in file else file for file in files]
+        for one, other, own in ((a, b, files), (b, a, turned)):
+            for agent_id, other_id in ((x, y) for x in agents.get(one, []) for y in agents.get(other, []) if x != y):
+                known = seen.setdefault(agent_id, {}).setdefault(other_id, {})      # one may have several worktrees
+                known.update((file["path"], file) for file in own if file["path"] not in known)
+    return {agent_id: {other_id: list(files.values()) for other_id, files in pairs.items()} for agent_id, pairs in seen.items()}
 
 
 def known_conflicts(context: Context) -> dict:
     """What the newest look has found, without another one: {agent id: [{with: agent id, files: [...]}]}, its own lines first."""
-    agents, found = _agents_at_work(context), {}
-    for (a, b), files in _conflicts(context).known.items():
-        turned = [{**file, "ranges": file["ranges"][::-1]} if "ranges" in file else file for file in files]
-        for one, other, seen in ((a, b, files), (b, a, turned)) if files else ():
-            for agent_id in agents.get(one, []):
-                found.setdefault(agent_id, []).extend({"with": other_id, "files": seen} for other_id in agents.get(other, []))
-    return found
+    return {agent_id: found for agent_id, pairs in _by_agents(_agents_at_work(context), _conflicts(context).known).items()
+            if (found := [{"with": other_id, "files": files} for other_id, files in pairs.items() if files])}
 
 
-def conflict_pairs(context: Context, params: dict) -> list:
-    """The pairs of worktrees of active agents, if there is something new to say of them: [{agents: [[…], […]], files}]."""
+def conflict_news(context: Context, params: dict) -> list:
+    """Look at the worktrees of active agents; what has changed since they were told of their conflicts, as arguments of `notice`.
+
+    Each agent gets one message of all others.  Of every pair, what an agent was told last is in the message that told it, so
+    neither a restart nor a rebuild tells it again.
+    """
     agents = _agents_at_work(context)
     found = _conflicts(context).look(sorted(agents), lambda a, b: b)[1] if len(agents) > 1 else {}
-    pairs = [{"agents": [agents[a], agents[b]], "files": files} for (a, b), files in found.items()]
-    return pairs if conflict_news(context, pairs) else []
+    return [news for agent_id, pairs in sorted(_by_agents(agents, found).items()) if (news := _news_for(context, agent_id, pairs))]
 
 
-def conflict_news(context: Context, pairs: list) -> list:
-    """What has changed since agents were told of their conflicts, as arguments of `notice`.
-
-    What they were told last is in the message that told them, so neither a restart nor a rebuild tells it again.
-    """
-    news = []
-    for pair in pairs:
-        for a, b in sorted({tuple(sorted((a, b))) for a in pair["agents"][0] for b in pair["agents"][1] if a != b}):
-            about = ("conflict", f"{a} {b}")
-            last = context.store.message_with(*about, PROGRAM, context.ledger.daemon_id) or {}
-            try:
-                told = decode_object(last.get("structured") or "{}")
-            except ValueError:      # of another version
-                told = {}
-            count = told["count"] if type(told.get("count")) is int else 0
-            known = told["files"] if type(told.get("files")) is list else []
-            new = [file for file in pair["files"] if file["path"] not in known] if known or len(pair["files"]) > count else []
-            if not new and (pair["files"] or not count):
-                continue
-            whose, names = f"What @{a} and @{b} have", [f"@{name}" for name in ((a, b) if a in pair["agents"][0] else (b, a))]
-            lines = [f"{whose} would not merge in more files now:" if count else f"{whose} would not merge as it is now:"]
-            lines += [f"- {printable(file['path'])[-PAIR_MAX:]}: {conflict_text(file, names)}" for file in new[:NOTICE_FILES]]
-            lines += [f"- and {len(new) - NOTICE_FILES} more"] if len(new) > NOTICE_FILES else []
-            lines += ["Agree on who changes what; `thrum conflicts` shows how it stands."]
-            paths = [file["path"] for file in pair["files"]]
-            news.append(([a, b], "\n".join(lines) if new else f"{whose} would merge again: the conflict is gone.",
-                         f"conflict {a} {b} {last.get('message_id', '')}", [about], {
-                             "count": len(paths), **({"files": paths} if sum(map(len, paths)) <= NOTICE_PATHS else {})}))
-    return news
+def tell_of_conflicts(context: Context, news: list) -> None:
+    for arguments in news:
+        notice(context, *arguments)
 
 
-def tell_of_conflicts(context: Context, pairs: list) -> None:
-    """Send what `conflict_news` has; asked again here, where nothing comes between."""
-    for news in conflict_news(context, pairs):
-        notice(context, *news)
+def _news_for(context: Context, agent_id: str, pairs: dict) -> tuple | None:
+    appeared, grown, gone, state, key, left = {}, {}, {}, {}, f"conflict {agent_id}", NOTICE_PATHS
+    for other_id, files in sorted(pairs.items()):
+        last = context.store.message_with("conflict", f"{agent_id} {other_id}", PROGRAM, context.ledger.daemon_id) or {}
+        try:
+            told = decode_object(last.get("structured") or "{}").get(other_id)
+        except ValueError:      # of another version
+            told = None
+        told = told if type(told) is dict else {}
+        count = told["count"] if type(told.get("count")) is int else 0
+        known = told["files"] if type(told.get("files")) is list else []
+        new = [file for file in files if file["path"] not in known] if known or len(files) > count else []
+        if (not new and (files or not count)) or len(state) == NOTICE_PAIRS:
+            continue
+        (grown if new and count else appeared if new else gone)[other_id] = new
+        paths = [file["path"] for file in files]
+        left -= sum(map(len, paths))
+        state[other_id] = {"count": len(paths), **({"files": paths} if left >= 0 else {})}
+        key += f" {other_id} {last.get('message_id', '')}"
+    text = ""
+    for others, how in ((appeared, "as it stands"), (grown, "in more files now")):
+        where = {}              # path -> {with whom: file}
+        for other_id, files in others.items():
+            for file in files:
+                where.setdefault(file["path"], {})[other_id] = file
+        text += f"The work of @{agent_id} and {_agents_named(others)} would not merge {how}:\n" if others else ""
+        for path, files in list(where.items())[:NOTICE_FILES]:
+            what = [conflict_text(file, [f"@{agent_id}", f"@{other_id}"]) for other_id, file in files.items()][0]
+            text += f"- {printable(path)[-PAIR_MAX:]}: {what if len(others) == 1 else 'with ' + _agents_named(files)}\n"
+        text += f"- and {len(where) - NOTICE_FILES} more\n" if len(where) > NOTICE_FILES else ""
+    text += "Agree on who changes what; `thrum conflicts` shows how it stands.\n" if text else ""
+    text += f"The work of @{agent_id} and {_agents_named(gone)} would merge again: the conflict is gone.\n" if gone else ""
+    refs = [("conflict", f"{agent_id} {other_id}") for other_id in state]
+    return ([agent_id], text[:-1], hash32(key), refs, state) if state else None
+
+
+def _agents_named(names) -> str:
+    """`@ada, @bob and 37 more`."""
+    more = len(names) - AWAY_NAMES
+    return ", ".join(f"@{name}" for name in list(names)[:AWAY_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def conflict_text(file: dict, names: list) -> str:
@@ -7689,12 +7784,12 @@ METHODS = {
     "agent.listContext": Method(agent_list_context, {"agent_id": str, "role": str, "branch": str, "file": str, "fresh": bool},
                                 "What the agents with an open session are working on; with fresh, git is asked now."),
     "team.list": Method(team_list, {"include_offline": bool}, "Who is here, at what, and how much mail waits for them.",
-                        aliases={"all": "include_offline"}, slow="git"),
-    "work.whoHas": Method(work_who_has, {"file!": str}, "Who has changed a file, as git says now.", slow="git"),
+                        aliases={"all": "include_offline"}, slow=True),
+    "work.whoHas": Method(work_who_has, {"file!": str}, "Who has changed a file, as git says now.", slow=True),
     "worktree.status": Method(worktree_status, {"repo_path": str}, "Branch and uncommitted files of a worktree of this repository.",
-                              slow="git"),
+                              slow=True),
     "conflict.list": Method(conflict_list, {"agents": [str], "all": bool},
-                            "Which worktrees of active agents would not merge, with each other or with the base branch.", slow=True),
+                            "Which worktrees of active agents would not merge, with each other or with the base branch.", slow=ONE_BY_ONE),
     # These write files of the caller's worktree, not events, so they are no changes to the ledger.
     "context.save": Method(context_save, {"content": str, **CONTEXT}, "Save what an agent wants its successor to know."),
     "context.show": Method(context_show, {"include_preamble": bool, "no_preamble": bool, **CONTEXT}, "What an agent has saved."),
@@ -8654,23 +8749,27 @@ async def ping(console: Console, args: Args) -> int:
 
 async def conflicts_command(console: Console, args: Args) -> int:
     found = await console.call("conflict.list", agents=args.agent, all=args.all)
-    text, counts = "", []
-    for rows, what in ((found["pairs"], "pair{} of worktrees"), (found["base"], "worktree{} and base")):
-        for row in rows:
-            sides = [" ".join(map(handle, ids)) or one_line(os.path.basename(top)) for ids, top in zip(row["agents"], row["worktrees"])]
-            sides += ["base"] * (len(sides) == 1)
-            if not row["clean"]:
-                text += console.bold(" ✗ ".join(sides)) + "\n"
-                text += rows_of([["  " + one_line(file["path"]), one_line(conflict_text(file, sides), ERROR_MAX)]
-                                 for file in row["files"]]) + "\n"
-        if rows:
-            counts.append(f"{sum(row['clean'] for row in rows)} of {len(rows)} {what.format('s' * (len(rows) > 1))}")
+    text, pairs, base = "", found["pairs"], found["base"]
+    for row in pairs + base:
+        sides = [" ".join(map(handle, ids)) or one_line(os.path.basename(top)) for ids, top in zip(row["agents"], row["worktree_paths"])]
+        sides += [one_line(row.get("base_branch", "its base"))] * (len(sides) == 1)
+        if not row["clean"]:
+            text += console.bold(" ✗ ".join(sides)) + "\n"
+            text += rows_of([["  " + one_line(file["path"]), one_line(conflict_text(file, sides), ERROR_MAX)]
+                             for file in row["files"]]) + "\n"
     for row in found["skipped"]:
-        text += f"Left out of {one_line(row['worktree'])}, as too large: {one_line(', '.join(row['paths']))}\n"
+        text += f"Left out of {one_line(row['worktree_path'])}, as too large: {one_line(', '.join(row['paths']))}\n"
     for row in found["errors"]:
-        text += f"Not compared: {one_line(row['worktree'])}: {one_line(row['error'], ERROR_MAX)}\n"
-    if counts:
-        text += f"Clean: {', '.join(counts)}.\n"
+        text += f"Not compared: {one_line(row['worktree_path'])}: {one_line(row['error'], ERROR_MAX)}\n"
+    bases, ends = {row.get("base_branch", "their base") for row in base}, []
+    their_base = one_line(bases.pop()) if len(bases) == 1 else "their base"
+    for rows, what, other in ((pairs, "pair", ""), (base, "worktree", f" with {their_base}")):
+        bad, count = sum(not row["clean"] for row in rows), len(rows)
+        if bad:
+            ends.append((f"{bad} of {count} {what}s" if count > 1 else f"The {what}") + f" would not merge{other}.")
+        elif rows:
+            ends.append((f"All {count} {what}s merge" if count > 1 else f"The {what} merges") + f"{other}.")
+    text += " ".join(ends) + "\n" * bool(ends)
     await console.answer(found, text or "Nobody has an open session in a worktree here; --all compares all worktrees.\n")
     return 0
 
@@ -9777,8 +9876,7 @@ def example_of(name: str, row: Command) -> str:
 CONNECT_S = 5                   # seconds to be accepted by the daemon
 ANSWER_S = 15                   # seconds without a word after which a client asks whether the daemon lives: over CALL_S
 READERS = 4                     # threads that answer questions: sqlite3 releases the GIL while it works
-GIT_READERS = 4                 # threads for methods that ask git: each starts up to GIT_AT_ONCE processes
-SLOW_READERS = 2                # threads for those that take long
+SLOW_READERS = 4                # threads for methods that ask git: each starts up to GIT_AT_ONCE processes
 CALL_S = 10                     # seconds for one method
 SLOW_S = 120                    # seconds for a slow one: a look at a hundred worktrees
 IDLE_S = 300                    # seconds after which a connection that says nothing is closed, as in the reference
@@ -10057,11 +10155,11 @@ class Daemon:
         self.ledger.facts["stop"] = lambda: self.loop.call_soon_threadsafe(self.stopping.set)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self.stopping.set)
-        for slow, count in ((False, READERS), ("git", GIT_READERS), (True, SLOW_READERS)):
+        for slow, count in ((False, READERS), (True, SLOW_READERS), (ONE_BY_ONE, 1)):
             stores = queue.SimpleQueue()
             for _ in range(count):      # the slow ones connect when they are first asked
                 stores.put((0, None) if slow else (self.ledger.generation, Store(self.places.database, self.world)))
-            self._pools[slow] = concurrent.futures.ThreadPoolExecutor(count, f"thrum-{slow or 'reader'}"), stores
+            self._pools[slow] = concurrent.futures.ThreadPoolExecutor(count, "thrum-slow" if slow else "thrum-reader"), stores
         writer = threading.Thread(target=self._write_batches, name="thrum-writer")
         writer.start()
         self._server = await asyncio.start_unix_server(self._serve, sock=listener, backlog=BACKLOG)
@@ -10163,9 +10261,9 @@ class Daemon:
                 await asyncio.sleep(left)
             self._looked_at, self._changed, problem = self.world.monotonic(), False, ""
             try:
-                pairs = await self._read(conflict_pairs, {}, slow=True)
-                if pairs:
-                    await self._write(lambda context, pairs=pairs: tell_of_conflicts(context, pairs))
+                news = await self._read(conflict_news, {}, slow=ONE_BY_ONE)
+                if news:
+                    await self._write(lambda context, news=news: tell_of_conflicts(context, news))
             except Exception as error:
                 problem = str(error)
             if problem and problem != self._look_problem:       # git may be too old: once is enough
@@ -10362,8 +10460,8 @@ class Daemon:
                 return await self._wait(method.handler, checked, connection)
             only_reads = method.preview and bool(checked.get(method.preview.lstrip("!"))) != (method.preview[0] == "!")
             if not method.writes or only_reads:
-                return await self._read(method.handler, checked, "git" if checked.get("fresh") else method.slow)
-            prepared = await self._read(method.prepare, checked, "git") if method.prepare else None
+                return await self._read(method.handler, checked, method.slow or checked.get("fresh", False))
+            prepared = await self._read(method.prepare, checked, slow=True) if method.prepare else None
 
             def change(context):
                 context.prepared = prepared

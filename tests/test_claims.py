@@ -104,7 +104,8 @@ def test_a_path_is_taken_from_where_the_caller_is(text, folder, path):
 @pytest.mark.parametrize("text, why", [
     ("", "empty"), ("../x", "outside"), ("a/../../x", "outside"), ("/etc/passwd", "outside"), ("/", "outside"), ("/topper", "outside"),
     (".git", "in .git"), ("a/../.git/config", "in .git"), (".thrum/var", "in .thrum"), ("a\nb", "cannot be shown"),
-    ("\x1b[2J", "cannot be"), ("a\0b", "cannot be"), ("x" * 257, "256"), ("*a" * 5, "4 wildcards"), ("*" + "a" * 64, "64 characters"), ("\udcff", "cannot be"),
+    ("\x1b[2J", "cannot be"), ("a\0b", "cannot be"), ("x" * 257, "256"), ("*a" * 5, "4 wildcards"),
+    ("*" + "a" * 64, "64 characters"), ("\udcff", "cannot be"),
 ])
 def test_what_cannot_be_claimed_is_named(text, why):
     for top in ("/top", ""):
