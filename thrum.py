@@ -10991,7 +10991,11 @@ def whole():
     try:
         import thrum
     except ImportError:
-        raise EOFError(home + "/.thrum leads to no installation; run 'thrum setup' or 'thrum init' with a thrum.py at hand") from None
+        problem = "/.thrum holds no thrum.py; run 'python3 thrum.py init' with one at hand"
+        if os.path.lexists(home + "/.thrum/redirect"):      # whatever is typed here ends here
+            problem = ("/.thrum leads to no installation; in the main worktree, 'git worktree repair' and "
+                       "'.thrum/bin/thrum setup --all' connect it again")
+        raise EOFError(home + problem) from None
     return thrum
 
 
@@ -11123,12 +11127,15 @@ def set_up_worktree(top: str, main: str, dry: bool = False) -> tuple:
     """Connect a linked worktree with the installation in the main one; as `initialize`."""
     thrum = main + "/.thrum"
     if os.path.realpath(top) == os.path.realpath(main):
-        raise ThrumError("cannot setup redirect to self — this is the main repo")
+        raise ThrumError("cannot setup redirect to self — this is the main repo; 'thrum setup PATH' connects a linked worktree, "
+                         "'thrum setup --all' all of them")
     if not os.path.lexists(thrum):
         raise NotInitialized(f"this is a git worktree, but the main repo ({main}) is not initialized; run 'thrum init' there first")
     if not os.path.isdir(thrum):
         raise NotInitialized("main repo .thrum/ is not a directory")
     places, steps = Places(top, thrum, git_common_dir(top)), _Steps(dry)
+    if not os.path.isdir(places.common):        # one of the two was moved
+        raise ThrumError(f"git finds no repository for {top}; run 'git worktree repair' in {main}")
 
     def folders():
         make_folder(places.local)
@@ -11305,7 +11312,7 @@ async def setup(console: Console, args: Args) -> int:
     reachable = answers(places.var)
     await console.answer({"worktree": top, "main": places.root, "done": done}, "".join(f"  {line}\n" for line in done)
                          + ("Connected to daemon\n" if reachable else "Daemon not running; it starts with the first command\n")
-                         + "✓ Thrum worktree setup complete\n")
+                         + f"✓ Thrum worktree setup complete: {top}\n")
     return 0
 
 
@@ -11945,9 +11952,13 @@ GUARD_SHOWN = 5                 # files of a claim that are named
 
 def _hooks_shown(folder: str, places: Places) -> tuple:
     """A folder of hooks as it is written, and what has to be said about its place, "" for nothing."""
+    git = Git(places.top)
+    relative = git.run("config", "--type=path", "core.hooksPath", check=False, as_user=True)[:1] not in (b"", b"/")
     if folder.startswith(places.top + "/") and not folder.startswith(places.common + "/"):
-        changed = Git(places.top).run("status", "--porcelain", "-z", "-uall", "--", folder, check=False)
-        return folder[len(places.top) + 1:], "It lies in the working tree: git shows the change." if changed else ""
+        changed = git.run("status", "--porcelain", "-z", "-uall", "--", folder, check=False)
+        return folder[len(places.top) + 1:], " ".join(
+            ["core.hooksPath is relative: the guard is only in this worktree."] * relative
+            + ["It lies in the working tree: git shows the change."] * bool(changed))
     inside = (places.common, *worktrees_of(places.common))
     return folder.replace(places.top + "/", "", 1), "" if any(folder.startswith(place + "/") for place in inside) else \
         "It lies outside of the repository, and serves others too; where there is no thrum, our hooks do nothing."

@@ -110,6 +110,7 @@ def test_core_hooks_path_is_gits_own_answer(plain, tmp_path, where, present):
     text = plain.ok("guard", "install", env=home)
     assert (folder / "pre-commit").exists() and os.access(folder / "pre-commit", os.X_OK)
     assert ("working tree" in text) == (where in (".githooks", "a/b/c")), text
+    assert ("core.hooksPath is relative: the guard is only in this worktree." in text) == (where in (".githooks", "a/b/c")), text
     assert ("outside of the repository" in text) == (where in ("../outside", "~/hooks")), text
     status, said = commit(plain, "--allow-empty", "-m", "second", env=home)
     assert status == 0 and said == ""
@@ -685,7 +686,7 @@ def test_trailers_that_the_user_has_configured_are_not_run(talk, tmp_path):
                 ("x", "x\n\n{}"), ("fix: one line", "fix: one line\n\n{}"),
                 ("x\n\nText: of some\nmore.", "x\n\nText: of some\nmore.\n\n{}"),
                 ("x\n\nTicket: 7", "x\n\nTicket: 7\n{}"), ("x\n\nA-b: c\n  d", "x\n\nA-b: c\n  d\n{}"),
-                ("x\n\na\rb", "x\n\na\rb\n\n{}"), ("x\n\nsame\n\nsame  \n\n# said\n\n", "x\n\nsame\n\nsame\n\n{}"),
+                ("x\n\na\rb", "x\n\na\nb\n\n{}"), ("x\n\nsame\n\nsame  \n\n# said\n\n", "x\n\nsame\n\nsame\n\n{}"),
                 ("x\n\nTHRUM-AGENT: me", "x\n\nTHRUM-AGENT: me\n" + both(thread)[0])):
             passes(bob, "--allow-empty", "--cleanup=strip", "-F", "-", input=text)
             assert bob.git("log", "-1", "--format=%B").rstrip("\n") == expected.format("\n".join(both(thread))), text
