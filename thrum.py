@@ -1312,8 +1312,8 @@ class Git:
 
     SETTINGS = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgsign=false", "-c", "core.fsmonitor=false",
                 "-c", "gc.auto=0", "-c", "maintenance.auto=false")      # when to repack is the user's affair
-    AUTHOR = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in (
-        ("NAME", "Thrum"), ("EMAIL", "thrum@local"))}
+    ALONE = {**{f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in (
+        ("NAME", "Thrum"), ("EMAIL", "thrum@local"))}, "GIT_OPTIONAL_LOCKS": "0", "GIT_LITERAL_PATHSPECS": "1", "LC_ALL": "C"}
     # A partial clone would fetch what it lacks, with the user's programs; before git 2.44 only refusing all transports stops that.
     OFFLINE = {"GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": ""}
 
@@ -1325,12 +1325,12 @@ class Git:
         """What git prints.  Raises GitError when it fails (unless `check` is False: then b""), is missing or too slow.
 
         Any of `statuses` is success.  `environ` comes on top; `as_user` leaves the user's hooks and settings in force, for
-        what they asked for, and like `online` lets a partial clone fetch what it lacks.
+        what they asked for: what git prints then may be in their language, and their hooks inherit what is set here.  That, and
+        `online`, lets a partial clone fetch what it lacks.
         """
         variables = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-        variables.update({} if as_user or online else self.OFFLINE)
-        variables.update({} if as_user else self.AUTHOR, GIT_TERMINAL_PROMPT="0", GIT_OPTIONAL_LOCKS="0", GIT_LITERAL_PATHSPECS="1",
-                         LC_ALL="C", **environ or {})
+        variables.update({} if as_user else self.ALONE, **{} if as_user or online else self.OFFLINE)
+        variables.update(GIT_TERMINAL_PROMPT="0", **environ or {})
         command = next((word for word in args if word[0] != "-" and "=" not in word), "")
         try:
             with subprocess.Popen(["git", *(() if as_user else self.SETTINGS), *args], cwd=self.directory, env=variables,
@@ -5796,18 +5796,31 @@ def write_managed(path: str, text: str, version: int, mode: int = 0o644, force: 
 # git asks a hook before it commits, and one when it has prepared the message.  Ours run what was there before, and then
 # `thrum guard check` and `thrum guard message`; they hold no logic, so that they seldom change.  A commit is stopped by one
 # exit status alone: whatever goes wrong on our side has another one, and lets it pass.
+#
+# git itself never runs what a branch holds, and neither do they: `.thrum` is ignored, so a checkout silently replaces what
+# lies there by what the branch tracks under that name (in any case: some file systems see no difference).  So nothing below
+# it may be tracked, neither in the worktree nor in the one that its redirect leads to.  Where git cannot tell, nothing runs.
 
-GUARD_VERSION = 1
+GUARD_VERSION = 2
 GUARD_STOPS = 3                 # none that a shell, a signal, or Python gives to a program that fails
 GUARD_HOOKS = {"pre-commit": "check", "prepare-commit-msg": "message"}
 BEFORE = ".before-thrum"        # what was there is kept under this name, beside ours: it may go by the files around it
 GUARD_HOOK = """#!/bin/sh
 # thrum-managed: do not edit; 'thrum guard remove' takes it away.  Folders made for it: {made}
 if [ -x "$0{before}" ]; then "$0{before}" "$@" || exit; fi
-thrum=.thrum/bin/thrum
-[ -x "$thrum" ] || thrum=$(git rev-parse --git-common-dir)/../.thrum/bin/thrum
-[ -x "$thrum" ] || exit 0
-"$thrum" guard {command} "$@" || [ $? -ne {stops} ]
+top=.
+[ -x .thrum/bin/thrum ] || top=$(git rev-parse --git-common-dir)/..
+[ -x "$top/.thrum/bin/thrum" ] || exit 0
+tracks() {{
+    names=$(unset GIT_LITERAL_PATHSPECS $(git rev-parse --local-env-vars); git -C "$1" --icase-pathspecs ls-files -- .thrum 2>&1)
+    [ $? -ne 0 ] || [ -n "$names" ]
+}}
+if tracks "$top" || {{ [ -f "$top/.thrum/redirect" ] && read -r led <"$top/.thrum/redirect" && tracks "${{led%/.thrum}}"; }}; then
+    [ {command} = message ] ||
+        echo "thrum: claims were not checked, and the commit goes on: git tracks .thrum, and what a branch holds is not run" >&2
+    exit 0
+fi
+"$top/.thrum/bin/thrum" guard {command} "$@" || [ $? -ne {stops} ]
 """
 
 
@@ -5895,16 +5908,26 @@ def staged_files(top: str) -> list:
 
 
 def add_trailers(top: str, path: str, **trailers) -> None:
-    """Add trailers to the message of a commit (a file) that has not got them, unless it is empty: git is to refuse that one."""
+    """Add trailers to the message of a commit (a file) that has not got them, unless it is empty: git is to refuse that one.
+
+    git says what is a comment, and which trailers there are.  The lines are added here: `git interpret-trailers` would also
+    run the commands of all trailers that the user has configured, which `git commit` does not.
+    """
     git, text = Git(top), file_bytes(path) or b""
-    words = text.partition(b" ------------------------ >8 ------------------------\n")[0]     # below it stands what the commit changes
-    if git.run("stripspace", "--strip-comments", input=words).strip():
-        options = [word for name, value in trailers.items() for word in ("--trailer", f"{name.replace('_', '-')}: {value}")]
-        text += b"" if text.endswith(b"\n") else b"\n"       # of a merge; git would take its only line for a trailer
-        text = git.run("interpret-trailers", "--no-divider", "--where", "end", "--if-exists", "doNothing", "--if-missing", "add",
-                       *options, input=text)
+    words, mark, below = text.partition(b" ------------------------ >8 ------------------------\n")     # what the commit changes
+    last = git.run("stripspace", "--strip-comments", input=words).rstrip(b"\n").rpartition(b"\n")[2]
+    if not last:
+        return
+    present = git.run("interpret-trailers", "--only-trailers", "--only-input", "--no-divider", input=words.rstrip(b"\n") + b"\n")
+    names = {line.partition(b":")[0].lower() for line in present.splitlines()}
+    added = [f"{name.replace('_', '-')}: {value}".encode() for name, value in trailers.items()
+             if name.replace("_", "-").lower().encode() not in names]
+    lines = words.split(b"\n")
+    end = next(n for n in range(len(lines), 0, -1) if lines[n - 1].rstrip() == last)
+    lines[end:end] = [b""] * (not present) + added + [b""] * (end == len(lines))        # that of a merge ends without a newline
+    if added:
         with open(path, "wb") as file:
-            file.write(text)
+            file.write(b"\n".join(lines) + mark + below)
 
 
 # ================================================================== 19  Operations
@@ -11200,7 +11223,11 @@ def whole():
     try:
         import thrum
     except ImportError:
-        raise EOFError(home + "/.thrum leads to no installation; run 'thrum setup' or 'thrum init' with a thrum.py at hand") from None
+        problem = "/.thrum holds no thrum.py; run 'python3 thrum.py init' with one at hand"
+        if os.path.lexists(home + "/.thrum/redirect"):      # whatever is typed here ends here
+            problem = ("/.thrum leads to no installation; in the main worktree, 'git worktree repair' and "
+                       "'.thrum/bin/thrum setup --all' connect it again")
+        raise EOFError(home + problem) from None
     return thrum
 
 
@@ -11332,12 +11359,15 @@ def set_up_worktree(top: str, main: str, dry: bool = False) -> tuple:
     """Connect a linked worktree with the installation in the main one; as `initialize`."""
     thrum = main + "/.thrum"
     if os.path.realpath(top) == os.path.realpath(main):
-        raise ThrumError("cannot setup redirect to self — this is the main repo")
+        raise ThrumError("cannot setup redirect to self — this is the main repo; 'thrum setup PATH' connects a linked worktree, "
+                         "'thrum setup --all' all of them")
     if not os.path.lexists(thrum):
         raise NotInitialized(f"this is a git worktree, but the main repo ({main}) is not initialized; run 'thrum init' there first")
     if not os.path.isdir(thrum):
         raise NotInitialized("main repo .thrum/ is not a directory")
     places, steps = Places(top, thrum, git_common_dir(top)), _Steps(dry)
+    if not os.path.isdir(places.common):        # one of the two was moved
+        raise ThrumError(f"git finds no repository for {top}; run 'git worktree repair' in {main}")
 
     def folders():
         make_folder(places.local)
@@ -11514,7 +11544,7 @@ async def setup(console: Console, args: Args) -> int:
     reachable = answers(places.var)
     await console.answer({"worktree": top, "main": places.root, "done": done}, "".join(f"  {line}\n" for line in done)
                          + ("Connected to daemon\n" if reachable else "Daemon not running; it starts with the first command\n")
-                         + "✓ Thrum worktree setup complete\n")
+                         + f"✓ Thrum worktree setup complete: {top}\n")
     return 0
 
 
@@ -11600,6 +11630,7 @@ def _allow_and_start(places: Places) -> bool:
 WORKTREE_ADD_S = 600            # seconds for git to fill a worktree: a large repository on a slow disk, with hooks of its user's
 WORKTREE_LOOK_S = 60            # seconds for git to say what would be lost: it may have to read every file
 WORKTREE_NAME = WORD | {"."}
+LIST_S = 3                      # seconds that `worktree list` waits for the daemon: the rest it can tell without
 
 
 class Worktree(Record):
@@ -11626,8 +11657,8 @@ def worktrees(places: Places) -> list:
 
     def look_at(entry, path):
         git = Git(entry)
-        head = os.fsdecode(git.run("--git-dir", entry, "symbolic-ref", "-q", "HEAD", check=False)).strip()
-        commit = "" if head else git.run("--git-dir", entry, "rev-parse", "-q", "--verify", "HEAD", check=False).decode().strip()
+        head = os.fsdecode(git.run("--git-dir=" + entry, "symbolic-ref", "-q", "HEAD", check=False)).strip()
+        commit = "" if head else git.run("--git-dir=" + entry, "rev-parse", "-q", "--verify", "HEAD", check=False).decode().strip()
         reason = file_bytes(entry + "/locked")
         return Worktree(path, entry, head.replace("refs/heads/", "", 1), commit,
                         None if reason is None else reason.decode(errors="replace").strip(),
@@ -11689,6 +11720,9 @@ async def worktree_create(console: LocalConsole, args: Args) -> int:
             raise ThrumError(f"branch {branch} is checked out in {tree.path}" + (
                 f", which has gone; 'thrum worktree remove {tree.name}' forgets it" if tree.gone else "; choose another --branch"))
 
+    if git.run("check-ref-format", "--branch", branch, check=False) != os.fsencode(branch) + b"\n":      # `main~1`, `-`, `@{-1}`
+        raise ThrumError(f"{branch!r} is not a valid branch name; choose another --branch")
+
     def commit_of(revision):
         return git.run("rev-parse", "-q", "--verify", revision + "^{commit}", check=False).decode().strip()
     commit = commit_of("refs/heads/" + branch)
@@ -11705,7 +11739,16 @@ async def worktree_create(console: LocalConsole, args: Args) -> int:
               **compact(base=(args.base or here) if new else ""), "commit": commit}
     if args.agent:
         await _foresee_agent(console, args, found, name)
-    steps = _Steps(False)
+    def settings():
+        names = git.run("config", "--local", "-z", "--name-only", "--get-regexp", r"^branch\.", check=False)
+        return {name for name in os.fsdecode(names).split("\0") if name.startswith(f"branch.{branch}.")}
+
+    def forget_settings():
+        if not settings_before:
+            git.run("config", "--remove-section", "branch." + branch)
+        for name in settings() - settings_before:
+            git.run("config", "--unset-all", name)
+    steps, settings_before = _Steps(False), settings()
     try:
         os.mkdir(path)          # of two that come at once the second one fails here or at the branch, with nothing to take back
     except OSError as error:
@@ -11713,9 +11756,16 @@ async def worktree_create(console: LocalConsole, args: Args) -> int:
     try:
         steps.take("", True, lambda: None, lambda: _take_away(console.world, places, path))
         steps.take("", new, lambda: git.run("branch", "-q", "--", branch, base, as_user=True))
-        steps.take("", new, lambda: None, lambda: git.run("config", "--remove-section", "branch." + branch))
+        steps.take("", new, lambda: None, forget_settings)
         steps.take("", new, lambda: None, lambda: git.run("update-ref", "-d", "refs/heads/" + branch))
-        git.run("worktree", "add", path, branch, as_user=True, timeout_s=WORKTREE_ADD_S)
+        try:
+            git.run("worktree", "add", "-q", path, branch, as_user=True, timeout_s=WORKTREE_ADD_S)
+        except GitError as error:
+            _, failed, reason = str(error).partition(" failed: ")
+            if failed and os.path.lexists(path + "/.git"):      # else git has taken it back: its hook comes when all is done
+                raise GitError(f"a hook of the repository stopped it: {reason}; 'git rev-parse --git-path hooks/post-checkout' "
+                               "tells where it is") from None
+            raise
         connected, _, _ = set_up_worktree(path, places.root)
         inner = LocalConsole(console.world, connected, path, console.argv, _program(connected))
         if args.agent:
@@ -11762,11 +11812,23 @@ async def _settle_agent(console: LocalConsole, args: Args) -> dict:
     return {**done, "role": identity.role, "module": identity.module}
 
 
+def _daemon_problem(error: Exception) -> str:
+    """Why something went on without the daemon, in words that name the way on."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ECONNREFUSED) and not error.filename:     # of a socket
+        return "the daemon is not running; 'thrum daemon start' starts it"
+    if isinstance(error, (Unreachable, BlockingIOError)):
+        return "the daemon does not answer; try 'thrum daemon restart'"
+    return os_problem(error) if isinstance(error, OSError) else str(error)
+
+
 async def worktree_list(console: LocalConsole, args: Args) -> int:
-    places, found, sessions = console.places, worktrees(console.places), []
-    running = answers(places.var)
-    if running:
-        sessions = (await console.call("session.list", active_only=True))["sessions"]
+    places, found, sessions, problem = console.places, worktrees(console.places), [], ""
+    try:
+        with Client(dial(places.var, LIST_S), LIST_S) as client:
+            sessions = client.call("session.list", active_only=True)["sessions"]
+    except (Unreachable, OSError) as error:
+        problem = _daemon_problem(error)
+    running = not problem
 
     def state_of(tree):
         if not running or tree.gone:
@@ -11799,9 +11861,10 @@ async def worktree_list(console: LocalConsole, args: Args) -> int:
                  ("Agents:", ", ".join(handle(agent["agent_id"]) + " (active)" * (agent in active) for agent in item["agents"])),
                  ("Work:", _work_text(item))]
         text += "".join(f"    {label:<7} {value}\n" for label, value in lines if value)
-    if not running:
-        text += "\nThe daemon is not running: who is active, and what is not committed, is left out.\n"
-    await console.answer({"daemon": "running" if running else "stopped", "worktrees": items}, text)
+    if problem:
+        text += f"\nWho is active, and what is not committed, is left out: {one_line(problem)}.\n"
+    await console.answer({"daemon": "running" if running else "unresponsive" if "not answer" in problem else "stopped",
+                          "worktrees": items}, text)
     return 0
 
 
@@ -11835,7 +11898,7 @@ async def worktree_remove(console: LocalConsole, args: Args) -> int:
         raise ThrumError(f"{path} has a thrum of its own; run 'thrum init --remove' there first")
     losses = [] if args.force else _losses(tree, Work(places, console.world))
     if losses:
-        raise ThrumError(f"worktree {tree.name} has {' and '.join(losses)}; --force removes it all the same")
+        raise ThrumError(f"worktree {tree.name} has {' and '.join(losses)}; --force removes the worktree all the same")
     who = ", ".join(map(handle, ids)) or "its agent"
     sessions, problems, kept, ended, left = [], [], [], [], False
     if not args.keep_agent and (ids or tree.gone):
@@ -11902,17 +11965,18 @@ def _losses(tree: Worktree, work: Work) -> list:
     files = 0 if tree.gone else Git(tree.path).run(
         "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--ignore-submodules=none",
         timeout_s=WORKTREE_LOOK_S).count(b"\0")
-    git, own, commits, submodule = Git(tree.entry), ("--git-dir", tree.entry), 0, 0
+    git, own, commits, submodule = Git(tree.entry), ("--git-dir=" + tree.entry,), 0, 0
     if (tree.commit or not tree.gone) and git.run(*own, "rev-parse", "-q", "--verify", "HEAD", statuses=(0, 1)):
         others = [f"--exclude={tree.branch}"] * bool(tree.branch) + ["--branches", "--remotes", work.base(work.places.root)]
         commits = int(git.run(*own, "rev-list", "--count", "HEAD", "--not", *others, timeout_s=WORKTREE_LOOK_S))
     for folder, names, present in os.walk(tree.entry + "/modules"):         # the repositories of submodules go with it
         if "HEAD" in present and "objects" in names:
             names[:] = [name for name in names if name == "modules"]
-            submodule += int(Git(folder).run("--git-dir", folder, "rev-list", "--count", "--all", "--not", "--remotes",
+            submodule += int(Git(folder).run("--git-dir=" + folder, "rev-list", "--count", "--all", "--not", "--remotes",
                                              timeout_s=WORKTREE_LOOK_S))
     return [words for words in (
-        _counted(files, "uncommitted file"), _counted(commits, "commit", " on no other branch"),
+        _counted(files, "uncommitted file"), _counted(commits, "commit", " on no other branch" + (
+            f" ({'they stay' if commits > 1 else 'it stays'} on the branch {printable(tree.branch)})" if tree.branch else "")),
         _counted(submodule, "commit", " of submodules that no remote has")) if words]
 
 
@@ -12120,9 +12184,13 @@ GUARD_SHOWN = 5                 # files of a claim that are named
 
 def _hooks_shown(folder: str, places: Places) -> tuple:
     """A folder of hooks as it is written, and what has to be said about its place, "" for nothing."""
+    git = Git(places.top)
+    relative = git.run("config", "--type=path", "core.hooksPath", check=False, as_user=True)[:1] not in (b"", b"/")
     if folder.startswith(places.top + "/") and not folder.startswith(places.common + "/"):
-        changed = Git(places.top).run("status", "--porcelain", "-z", "-uall", "--", folder, check=False)
-        return folder[len(places.top) + 1:], "It lies in the working tree: git shows the change." if changed else ""
+        changed = git.run("status", "--porcelain", "-z", "-uall", "--", folder, check=False)
+        return folder[len(places.top) + 1:], " ".join(
+            ["core.hooksPath is relative: the guard is only in this worktree."] * relative
+            + ["It lies in the working tree: git shows the change."] * bool(changed))
     inside = (places.common, *worktrees_of(places.common))
     return folder.replace(places.top + "/", "", 1), "" if any(folder.startswith(place + "/") for place in inside) else \
         "It lies outside of the repository, and serves others too; where there is no thrum, our hooks do nothing."
@@ -12211,8 +12279,7 @@ async def guard_check(console: LocalConsole, args: Args) -> int:
                                              **compact(caller_agent_id=me))["claims"]:
                         claims.setdefault(claim["claim_id"], {**claim, "files": []})["files"] += claim["files"]
     except (ThrumError, OSError) as error:
-        text = os_problem(error) if isinstance(error, OSError) else str(error)
-        await console.note(f"thrum: claims were not checked, and the commit goes on: {one_line(text, ERROR_MAX)}")
+        await console.note(f"thrum: claims were not checked, and the commit goes on: {one_line(_daemon_problem(error), ERROR_MAX)}")
         return 0
     if lost:
         await console.note(f"thrum: {lost} of the files {'was' if lost == 1 else 'were'} not checked: "
@@ -12279,7 +12346,7 @@ async def why(console: LocalConsole, args: Args) -> int:
         problem, found = "", {"messages": [], "total": 0}
         try:
             with Client(reach(places)) as client:
-                for work in client.call("agent.listContext")["contexts"] if not agent else ():
+                for work in client.call("agent.listContext", fresh=True)["contexts"] if not agent else ():
                     if any(known.get("sha") == commit["sha"] for known in work.get("unmerged_commits", ())):
                         agent = work["agent_id"]
                 if thread:

@@ -110,6 +110,7 @@ def test_core_hooks_path_is_gits_own_answer(plain, tmp_path, where, present):
     text = plain.ok("guard", "install", env=home)
     assert (folder / "pre-commit").exists() and os.access(folder / "pre-commit", os.X_OK)
     assert ("working tree" in text) == (where in (".githooks", "a/b/c")), text
+    assert ("core.hooksPath is relative: the guard is only in this worktree." in text) == (where in (".githooks", "a/b/c")), text
     assert ("outside of the repository" in text) == (where in ("../outside", "~/hooks")), text
     status, said = commit(plain, "--allow-empty", "-m", "second", env=home)
     assert status == 0 and said == ""
@@ -525,7 +526,7 @@ def test_without_a_daemon_a_commit_passes_and_starts_none(tree):
     change(tree.ada, "held/a")
     tree.ada.ok("daemon", "stop")
     try:
-        assert "No such file" in warned(tree.ada, "-a", "-m", "x")
+        assert warned(tree.ada, "-a", "-m", "x").endswith(": the daemon is not running; 'thrum daemon start' starts it\n")
         assert not (tree.ada.var / "thrum.sock").exists()
         change(tree.ada, "held/a")
         assert commit(tree.ada, "-a", "-m", "x", env={"THRUM_GUARD": "off"}) == (0, "")
@@ -542,7 +543,7 @@ def test_a_daemon_that_hangs_delays_a_commit_a_little(tree):
     os.kill(tree.ada.pid(), signal.SIGSTOP)
     try:
         began = time.monotonic()
-        assert "unresponsive" in warned(tree.ada, "-a", "-m", "x")
+        assert warned(tree.ada, "-a", "-m", "x").endswith(": the daemon does not answer; try 'thrum daemon restart'\n")
         assert time.monotonic() - began < 2 * thrum.GUARD_S + 4
     finally:
         os.kill(tree.ada.pid(), signal.SIGCONT)
@@ -580,6 +581,53 @@ def commit_quietly(repo):
     """The status of a commit, whatever is said: a program that cannot even begin has words of its own."""
     return subprocess.run(["git", *"-c user.name=T -c user.email=t@x commit -qam x".split()], cwd=repo.path, env=CLEAN,
                           capture_output=True, timeout=END_S).returncode
+
+
+FOREIGN = "#!/bin/sh\necho run >&2\nexit 3\n"
+
+
+@pytest.mark.parametrize("how", ["launcher", "program", "link", "redirect", "other case", "in the main worktree", "no repository"])
+def test_what_a_branch_holds_is_not_run(make_repo, how, tmp_path):
+    """`.thrum` is ignored, so that a checkout replaces what lies there without a word: the hook runs nothing of it."""
+    repo = make_repo()
+    repo.join("ada", "planner")
+    repo.ok("guard", "install")
+    at, path = repo, repo.path
+    if how in ("redirect", "in the main worktree"):
+        at = repo.worktree("bob")
+        at.join("bob", "implementer")
+        path = at.path if how == "redirect" else repo.path
+    tree = Repo(path, repo)
+    tree.git("checkout", "-q", "-b", "stranger")
+    names = {"launcher": ".thrum/bin/thrum", "program": ".thrum/bin/thrum.py", "redirect": ".thrum/redirect",
+             "other case": ".Thrum/bin/thrum", "in the main worktree": ".thrum/bin/thrum.py"}
+    if how in names:
+        target = path / names[how].replace(".Thrum", ".thrum")
+        before = target.read_bytes()
+        target.write_text(str(tmp_path) if how == "redirect" else "import os; os.write(2, b'run'); os._exit(3)\n"
+                          if names[how].endswith(".py") else FOREIGN)
+        blob = tree.git("hash-object", "-w", str(target)).strip()
+        tree.git("update-index", "--add", "--cacheinfo", f"100755,{blob},{names[how]}")
+    elif how == "link":
+        (path / ".thrum").rename(path / "aside")
+        write(path / "tools" / "bin" / "thrum", FOREIGN)
+        (path / ".thrum").symlink_to("tools")
+        tree.git("add", "-f", ".thrum", "tools")
+    else:
+        at = repo.worktree("bob")
+        at.join("bob", "implementer")
+        (at.path / ".thrum" / "redirect").write_text(f"{tmp_path}/.thrum\n")
+        write(tmp_path / ".thrum" / "bin" / "thrum.py", "import os; os.write(2, b'run'); os._exit(3)\n")
+    said = "thrum: claims were not checked, and the commit goes on: git tracks .thrum, and what a branch holds is not run\n"
+    assert commit(at, "--allow-empty", "-m", "x") == (0, said)
+    assert commit(at, "--allow-empty", "-m", "x", env={"GIT_LITERAL_PATHSPECS": "1"}) == (0, said)
+    if how == "link":
+        (path / ".thrum").unlink()
+        (path / "aside").rename(path / ".thrum")
+    elif how in names:          # and back on a branch of one's own, the guard is there again
+        target.write_bytes(before)
+        tree.git("rm", "-qf", "--cached", names[how])
+        assert commit(at, "--allow-empty", "-m", "x", env={"GIT_LITERAL_PATHSPECS": "1"}) == (0, "")
 
 
 # ---------------------------------------------------------------- the trailer
@@ -623,6 +671,29 @@ def test_a_commit_names_its_conversation(talk, tmp_path):
     assert trailers(bob) == both(thread)
     passes(bob, "--allow-empty", "-m", "x", env={"THRUM_GUARD": "off"})
     assert trailers(bob) == []
+
+
+def test_trailers_that_the_user_has_configured_are_not_run(talk, tmp_path):
+    """`git commit` would not run them either; what git counts as a trailer stays its own answer."""
+    team, thread = talk
+    bob = team.bob
+    settings = {"trailer.Auto.command": f"touch {tmp_path}/ran; echo v", "trailer.Other.cmd": f"touch {tmp_path}/ran; echo w",
+                "trailer.Ticket.key": "Ticket: ", "trailer.where": "start", "trailer.ifmissing": "doNothing"}
+    for key, value in settings.items():
+        bob.git("config", key, value)
+    try:
+        for text, expected in (
+                ("x", "x\n\n{}"), ("fix: one line", "fix: one line\n\n{}"),
+                ("x\n\nText: of some\nmore.", "x\n\nText: of some\nmore.\n\n{}"),
+                ("x\n\nTicket: 7", "x\n\nTicket: 7\n{}"), ("x\n\nA-b: c\n  d", "x\n\nA-b: c\n  d\n{}"),
+                ("x\n\na\rb", "x\n\na\nb\n\n{}"), ("x\n\nsame\n\nsame  \n\n# said\n\n", "x\n\nsame\n\nsame\n\n{}"),
+                ("x\n\nTHRUM-AGENT: me", "x\n\nTHRUM-AGENT: me\n" + both(thread)[0])):
+            passes(bob, "--allow-empty", "--cleanup=strip", "-F", "-", input=text)
+            assert bob.git("log", "-1", "--format=%B").rstrip("\n") == expected.format("\n".join(both(thread))), text
+    finally:
+        for key in settings:
+            bob.git("config", "--unset", key)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_an_amended_commit_keeps_its_first_conversation(talk):

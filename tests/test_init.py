@@ -90,6 +90,7 @@ def test_init_in_a_linked_worktree(make_repo):
     assert (third.path / ".thrum/redirect").read_text() == f"{repo.path}/.thrum\n"
     assert third.launcher.exists() and not third.git("status", "--porcelain")
     assert error_line(repo.run("setup")).startswith("cannot setup redirect to self — this is the main repo")
+    assert "'thrum setup PATH' connects a linked worktree" in error_line(repo.run("setup"))
 
 
 def test_a_redirect_by_hand(make_repo):
@@ -634,7 +635,7 @@ def test_setup_all(make_repo):
                       str(shut.path): "connected"}
     assert not changed(before, snapshot(one.path, two.path))
     fifth = repo.worktree("fifth")
-    assert "✓ Thrum worktree setup complete" in repo.ok("setup", "../fifth") and fifth.launcher.exists()
+    assert repo.ok("setup", "../fifth").endswith(f"✓ Thrum worktree setup complete: {fifth.path}\n") and fifth.launcher.exists()
     assert "not a directory" in error_line(repo.run("setup", "../nowhere"))
 
 
@@ -732,3 +733,25 @@ def test_migrate_where_nothing_is_old(make_repo):
     assert repo.ok("migrate") == "No migration needed.\n" and repo.pid() == pid
     value = repo.json("migrate")
     assert value == {"needed": False, "copied": 0, "relocated": False, "untracked": [], "damaged": {}}
+
+
+def test_a_main_worktree_that_was_moved(make_repo):
+    """Each line names what helps where it is typed."""
+    repo = make_repo()
+    thrum.initialize(str(repo.path))
+    linked = repo.worktree("one")
+    repo.ok("setup", "--all")
+    moved = Repo(repo.path.parent / "moved")
+    repo.path.rename(moved.path)
+    text = error_line(linked.run("setup"))
+    assert text == f"{linked.path}/.thrum leads to no installation; in the main worktree, 'git worktree repair' and " \
+                   "'.thrum/bin/thrum setup --all' connect it again"
+    before = (linked.path / ".thrum" / "redirect").read_bytes()
+    done = moved.run("setup", "--all")
+    assert done.returncode == 1 and f"git finds no repository for {linked.path}; run 'git worktree repair' in {moved.path}" in done.stdout
+    assert (linked.path / ".thrum" / "redirect").read_bytes() == before
+    moved.git("worktree", "repair")
+    moved.ok("setup", "--all")
+    linked.ok("version")
+    (moved.path / ".thrum" / "bin" / "thrum.py").unlink()
+    assert error_line(moved.run("setup")) == f"{moved.path}/.thrum holds no thrum.py; run 'python3 thrum.py init' with one at hand"

@@ -196,6 +196,7 @@ def test_the_agent_of_a_commit_that_only_a_work_context_knows(team, talk, monkey
     class Fake(thrum.Client):
         def call(self, method, **params):
             if method == "agent.listContext":
+                assert params["fresh"] is True      # that of the last heartbeat may be older than the commit
                 return {"contexts": [{"agent_id": "cy", "unmerged_commits": [{"sha": "0" * 40}]},
                                      {"agent_id": "bob", "unmerged_commits": [{"sha": sha}]}, {"agent_id": "zoe"}]}
             return super().call(method, **params)

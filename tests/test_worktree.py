@@ -1,11 +1,15 @@
 """`worktree create`, `list` and `remove`: a folder, a branch and an identity in one step, and nothing lost when it goes."""
 
 import json
+import os
 import shlex
 import shutil
+import signal
+import time
 
 import pytest
 
+import thrum
 from conftest import Repo
 from team import RAW, confined, error_line, finish, start
 from test_init import changed, snapshot
@@ -146,6 +150,9 @@ def test_create_refuses_what_is_taken(place):
     assert f"branch main is checked out in {place.repo.path}" in place.refused("create", "main")
     assert "carries what agents say" in place.refused("create", "a-sync")
     assert "not a valid branch name" in place.refused("create", "x..y")
+    commit(place.repo)
+    for revision in ("main~1", "main^", "main@{0}", "main^{commit}", "@{-1}", "@{0}"):
+        assert "not a valid branch name" in place.refused("create", "x", "--branch", revision), revision
     assert "not a valid branch name" in place.refused("create", "x", "--branch=-b")
     assert "--base 'nope' is no commit" in place.refused("create", "two", "--base", "nope")
     assert "--base '-n' is no commit" in place.refused("create", "two", "--base=-n")
@@ -214,7 +221,14 @@ def test_a_failure_takes_everything_back(place, failing):
         hook.write_text("#!/bin/sh\necho 'no lfs here' >&2\nexit 3\n")
         hook.chmod(0o755)
         place.repo.git("config", "branch.autoSetupMerge", "always")         # git writes into its config too
-        assert "no lfs here" in place.refused("create", "one", "--base", "main", "--agent", "bob")
+        text = place.refused("create", "one", "--base", "main", "--agent", "bob")
+        assert text.startswith("a hook of the repository stopped it: no lfs here; 'git rev-parse --git-path hooks/post-checkout'")
+        place.repo.git("config", "branch.one.description", "mine")
+        place.repo.git("config", "branch.one.x.description", "another's")
+        place.refused("create", "one", "--base", "main")
+        assert place.repo.git("config", "branch.one.description") == "mine\n"
+        hook.write_text("#!/bin/sh\nexit 3\n")
+        assert place.refused("create", "one", "--base", "main").startswith("a hook of the repository stopped it: exit status 3;")
     elif failing == "tracked .thrum":       # a branch on which that name is a file
         place.repo.git("checkout", "-q", "-b", "odd")
         blob = place.repo.run(command=["git", "hash-object", "-w", "--stdin"], input="x").stdout.strip()
@@ -235,6 +249,16 @@ def test_a_failure_takes_everything_back(place, failing):
         assert not changed(before, place.trace()[0])
     assert "bob" not in {agent["agent_id"] for agent in place.repo.json("agent", "list")["agents"]["agents"]}
     assert not place.path("one").exists() and "one" not in place.repo.git("branch")
+
+
+def test_hooks_of_the_user_run_in_their_own_environment(place):
+    commit(place.repo, "file")
+    hook = place.repo.path / ".git/hooks/post-checkout"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text('#!/bin/sh\ngit ls-files "f*" >seen\necho "$LC_ALL $GIT_OPTIONAL_LOCKS $GIT_LITERAL_PATHSPECS" >>seen\n')
+    hook.chmod(0o755)
+    place.create("one", env={"LC_ALL": "C.UTF-8"})
+    assert (place.path("one") / "seen").read_text() == "file\nC.UTF-8  \n"
 
 
 def test_create_where_nothing_may_be_written(place):
@@ -310,8 +334,22 @@ def test_list_without_the_daemon(place):
     found = place.repo.json("worktree", "list")
     assert found["daemon"] == "stopped" and all(set(item) == SHAPE | {"branch"} for item in found["worktrees"])
     assert found["worktrees"][1]["agents"] == [{"agent_id": "bob", "role": "implementer", "module": "main"}]
-    assert "The daemon is not running: who is active" in place.repo.ok("worktree", "list")
+    assert place.repo.ok("worktree", "list").endswith("\nWho is active, and what is not committed, is left out: the daemon is not running; "
+                                                      "'thrum daemon start' starts it.\n")
     assert not (place.repo.var / "thrum.sock").exists()
+
+
+def test_list_while_the_daemon_hangs(place):
+    place.create("one", "--agent", "bob")
+    os.kill(place.repo.pid(), signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        found = place.repo.json("worktree", "list")
+        assert time.monotonic() - began < thrum.LIST_S + 4
+        assert found["daemon"] == "unresponsive" and all(set(item) == SHAPE | {"branch"} for item in found["worktrees"])
+        assert place.repo.ok("worktree", "list").endswith("left out: the daemon does not answer; try 'thrum daemon restart'.\n")
+    finally:
+        os.kill(place.repo.pid(), signal.SIGCONT)
 
 
 def test_list_is_harmless_on_a_terminal(make_repo):
@@ -348,14 +386,16 @@ def test_remove_refuses_what_would_be_lost(place):
     for key, value in (("status.showUntrackedFiles", "no"), ("diff.ignoreSubmodules", "all")):
         place.repo.git("config", key, value)
     (one.path / "untracked").write_text("x")
-    assert place.refused("remove", "one") == f"worktree {one.path.name} has 1 uncommitted file; --force removes it all the same"
+    assert place.refused("remove", "one") == f"worktree {one.path.name} has 1 uncommitted file; " \
+                                               "--force removes the worktree all the same"
     one.git("add", "untracked")
     assert "has 1 uncommitted file;" in place.refused("remove", "one")
     one.git("commit", "-q", "-m", "one")
-    assert "has 1 commit on no other branch;" in place.refused("remove", "one")
+    assert place.refused("remove", "one").endswith("has 1 commit on no other branch (it stays on the branch one); "
+                                                   "--force removes the worktree all the same")
     (one.path / "untracked").write_text("y")
     (one.path / "two").write_text("y")
-    assert "has 2 uncommitted files and 1 commit on no other branch;" in place.refused("remove", "one")
+    assert "has 2 uncommitted files and 1 commit on no other branch (it stays" in place.refused("remove", "one")
     one.git("checkout", "-q", "--detach")
     one.git("commit", "-q", "-a", "-m", "of no branch")
     (one.path / "two").unlink()
@@ -434,7 +474,7 @@ def test_remove_of_a_worktree_that_has_gone(place):
     apart.git("checkout", "-q", "--detach")
     commit(apart, "more.txt")
     shutil.rmtree(apart.path)
-    assert place.refused("remove", apart.path.name).endswith("has 1 commit on no other branch; --force removes it all the same")
+    assert place.refused("remove", apart.path.name).endswith("has 1 commit on no other branch; --force removes the worktree all the same")
     place.repo.ok("worktree", "remove", apart.path.name, "--force")
     # without `.git`, but with files that may be somebody's
     three = place.create("three")
