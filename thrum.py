@@ -4961,7 +4961,8 @@ def read_line(top: str, path: str, line: int) -> dict:
     found = {"text": data.split(b"\n")[line - 1].decode(errors="replace")}
     if not git.run("rev-parse", "-q", "--verify", "HEAD", check=False):
         return found
-    sha = git.run("blame", "--porcelain", "--no-textconv", "-L", f"{line},{line}", "--", path, timeout_s=BLAME_S).split(b" ")[0]
+    sha = git.run("blame", "--porcelain", "--no-textconv", "-L", f"{line},{line}", "--", path, timeout_s=BLAME_S,
+                  online=True).split(b" ")[0]
     if not sha.strip(b"0"):
         return found
     trailers = [f"%(trailers:key=Thrum-{key},valueonly,unfold)" for key in ("Agent", "Thread")]
@@ -5315,26 +5316,28 @@ class Conflicts:
 # ================================================================== 12  Routing
 
 
-CLAIMS = object()               # what somebody waits for: that claims have changed
-CLAIM_CHANGES = frozenset(("claim.take", "claim.renew", "claim.release", "claim.lapse", "agent.session.end", "agent.cleanup"))
+CLAIMS, FREED = object(), object()      # what somebody waits for: that claims have changed, that some have ended
+CLAIM_ENDS = frozenset(("claim.release", "claim.lapse", "agent.session.end", "agent.cleanup"))
+CLAIM_CHANGES = CLAIM_ENDS | {"claim.take", "claim.renew"}
 
 
 class Waiters:
     """Who waits for a message or a claim, and is to be woken.  No threads: the daemon calls it from one."""
 
     def __init__(self):
-        self._waiting = {}      # token -> (agent id, "" for any message, or CLAIMS; function)
+        self._waiting = {}      # token -> (agent id, "" for any message, CLAIMS or FREED; function)
         self._next = 0
 
     def add(self, what, wake) -> int:
-        """Call `wake()` once for each batch with a message to an agent ("": with any), or for CLAIMS; gives a token for `remove`."""
+        """Call `wake()` once for each batch with a message to an agent ("": with any), CLAIMS or FREED; gives a token for `remove`."""
         self._next += 1
         self._waiting[self._next] = (what, wake)
         return self._next
 
-    def wake_claimers(self) -> None:
-        for what, wake in list(self._waiting.values()):
-            if what is CLAIMS:
+    def wake_all(self, what) -> None:
+        """Wake those who wait for CLAIMS, or FREED."""
+        for wanted, wake in list(self._waiting.values()):
+            if wanted is what:
                 wake()
 
     def remove(self, token: int) -> None:
@@ -5348,8 +5351,9 @@ class Waiters:
             for agent_id, wake in list(self._waiting.values()):
                 if not agent_id or agent_id in reached:
                     wake()
-        if any(event["type"] in CLAIM_CHANGES for _, event in events):
-            self.wake_claimers()
+        for what, types in ((CLAIMS, CLAIM_CHANGES), (FREED, CLAIM_ENDS)):
+            if any(event["type"] in types for _, event in events):
+                self.wake_all(what)
 
 
 # ================================================================== 13  Sync
@@ -7723,7 +7727,8 @@ def claim_take(context: Context, params: dict) -> dict:
             free_claim(context, before, "replaced")
         # Later than all that it overlaps, also what has lapsed here and may come back: by its stamp it must not be before them.
         after = max([agent["registered_at"], session["started_at"] if session else 0,
-                     *(claim["granted_at"] for claim in known if claim["granted_at"] > now and overlap(claim["path"], path))])
+                     *(claim["granted_at"] for claim in known
+                       if now < claim["granted_at"] < now + FENCE_AHEAD_S * NS and overlap(claim["path"], path))])
         event = context.append("claim.take", after=after, above=store.last_fence(), claim_id=context.world.new_id("clm"),
                                agent_id=agent_id, session_id=session_id, path=path, shared=shared, ttl_s=ttl_s or CLAIM_TTL_S,
                                note=note)
@@ -10174,7 +10179,7 @@ class Daemon:
         self.stopping = asyncio.Event()
         self.last_seq = self.ledger.journal.last
         conflicts = self.ledger.facts["conflicts"] = Conflicts(self.ledger.facts.setdefault("work", Work(self.places, self.world)))
-        conflicts.close(for_good=False)     # what a crash has left
+        await self.loop.run_in_executor(None, conflicts.close, False)      # what a crash has left
         self.ledger.facts["stop"] = lambda: self.loop.call_soon_threadsafe(self.stopping.set)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self.stopping.set)
@@ -10232,7 +10237,7 @@ class Daemon:
             wake.clear()
             try:
                 due = await self._write(claims_step)
-                left_s = (due - self.world.now_ns()) / NS if due < FAR else None
+                left_s = min((due - self.world.now_ns()) / NS, SYNC_S) if due < FAR else None      # the clock may be set, or have slept
             except Exception as error:      # a full or slow disk, most likely: it is tried again
                 self.log.warning("claims were not looked after: %s", error)
                 left_s = SYNC_S
@@ -10416,11 +10421,11 @@ class Daemon:
                 refusal = error
 
         try:
-            done = await self._until(attempt, timeout_s, connection, CLAIMS)
+            done = await self._until(attempt, timeout_s, connection, FREED)
         finally:
             self.ledger.queue.discard(ticket)   # what the writer still has of it is refused then
             if ticket.wish:
-                self.waiters.wake_claimers()    # whoever was behind may go now
+                self.waiters.wake_all(FREED)    # whoever was behind may go now
         if not done:
             raise refusal
         return done
