@@ -531,7 +531,7 @@ def find_phrases(text: str, phrases: list) -> list:
     return sorted(set(spans))
 
 
-DURATION_UNITS = {"ns": 1, "us": 1_000, "µs": 1_000, "ms": 1_000_000, "s": NS, "m": 60 * NS, "h": 3_600 * NS}
+DURATION_UNITS = {"ns": 1, "us": 1_000, "µs": 1_000, "ms": 1_000_000, "s": NS, "m": 60 * NS, "h": 3_600 * NS, "d": 86_400 * NS}
 DAYS_MAX = 36_500               # a century: before anything that there is
 DURATION_MAX_S = 366 * 86_400   # a year: what is longer is a slip of the finger
 
@@ -547,7 +547,7 @@ def span(seconds: float) -> str:
 
 
 def parse_duration(text: str, limit_s: int = DURATION_MAX_S) -> float:
-    """Seconds of a Go duration: `90s`, `1h30m`, `-250ms`, `0`.  Raises ValueError."""
+    """Seconds of a Go duration, or one with days: `90s`, `1h30m`, `1d12h`, `-250ms`, `0`.  Raises ValueError."""
     sign = -1 if text[:1] == "-" else 1
     rest = text[1:] if text[:1] in "+-" and text else text
     if rest == "0":
@@ -4814,13 +4814,14 @@ def holding(claims: list) -> list:
     return found
 
 
-def _minute_of(ns: int) -> str:
-    return stamp_of(ns)[:16].replace("T", " ") + "Z"
+def _minute_of(ns: int, now_ns: int) -> str:
+    stamp = stamp_of(ns)[:16].replace("T", " ") + "Z"
+    return stamp[11:] if stamp[:10] == stamp_of(now_ns)[:10] else stamp
 
 
 def until(claim: dict, now_ns: int) -> str:
-    """When a claim ends on this machine: `until 2026-03-10 09:45Z (in 18m)`."""
-    return f"until {_minute_of(claim['expires_at'])} (in {span((claim['expires_at'] - now_ns) / NS + 0.5)})"
+    """When a claim ends on this machine: `until 09:45Z (in 18m)`, with the date if it is another day's."""
+    return f"until {_minute_of(claim['expires_at'], now_ns)} (in {span((claim['expires_at'] - now_ns) / NS + 0.5)})"
 
 
 def notice(context: Context, recipients: list, text: str, key: str, refs: list = (), structured: dict | None = None) -> dict | None:
@@ -6327,8 +6328,8 @@ def _delete_agent(context: Context, agent_id: str, method: str, reason: str) -> 
     agent = context.store.agent(agent_id)
     if not agent:
         raise ThrumError(f"agent not found: {agent_id}")
-    context.append("agent.cleanup", above=context.store.last_fence(), after=max(agent["registered_at"], context.store.newest_act(agent_id)),
-                   agent_id=agent_id, reason=reason, method=method)
+    context.append("agent.cleanup", after=max(agent["registered_at"], context.store.newest_act(agent_id)),
+                   above=context.store.last_fence(), agent_id=agent_id, reason=reason, method=method)
     tops = _our_worktrees(context.ledger.places)
 
     def remove_files():         # by the id in it, not by its name: a file may be called as it likes
@@ -7658,20 +7659,20 @@ def _refuse_claim(context: Context, wanted: Waiting, live: list, ticket) -> None
         if len(waiters) >= WAITING_MAX or sum(weight(first.paths) for first in waiters) + weight(wanted.paths) > CLAIMS_MAX:
             raise ThrumError(f"{len(waiters)} agents wait for claims already; try again later")
         ticket.wish = wanted
-    now = context.world.now_ns()
+    now, rest = context.world.now_ns(), len(against or before) - 1
     if against:
-        path, claim = against[0]
-        since = min(claim["granted_at"], claim["expires_at"] - claim["ttl_s"] * NS)     # its stamp may be ahead of our clock
+        path, claim = min(against, key=lambda found: found[0] != found[1]["path"])
+        since = min(claim["granted_at"], claim["expires_at"] - claim["ttl_s"] * NS, now)    # its stamp may be ahead of our clock
         as_what = f" as {claim['path']}" if claim["path"] != path else ""
-        text = f"{path} is claimed{as_what} by @{claim['agent_id']}{_on_host(claim, context.ledger.daemon_id)}" \
-               f"{' (shared)' if claim['shared'] else ''} " \
-               f"since {_minute_of(since)} {until(claim, now)}{_in_quotes(claim['note'])}"
+        whom, kind = claim["agent_id"], " (shared)" if claim["shared"] else ""
+        text = f"{path} is claimed{as_what} by @{whom}{_on_host(claim, context.ledger.daemon_id)}{kind}, " \
+               f"since {_minute_of(since, now)} ({span((now - since) / NS)} ago) {until(claim, now)}{_in_quotes(claim['note'])}"
+        more = f", and {rest} more claim{'s stand' if rest > 1 else ' stands'} in the way" if rest else ""
     else:
-        path, first = before[0]
-        text = f"@{first.agent_id} waits for {path} already"
-    more = len(against) + len(before) - 1
-    raise Conflict(f"{text}{f', and there is more in the way: {more}' if more else ''}; queue with --wait 20m, or ask "
-                   f"@{against[0][1]['agent_id'] if against else before[0][1].agent_id}",
+        path, whom = before[0][0], before[0][1].agent_id
+        text = f"@{whom} waits for {path} already"
+        more = f", and {rest} more" if rest else ""
+    raise Conflict(f"{text}{more}; queue with --wait 20m, or ask @{whom}",
                    {"claims": [_claim_info(context, claim) for _, claim in against],
                     "waiting": [_waiting_info(first) for _, first in before]})
 
@@ -7697,7 +7698,9 @@ def claim_take(context: Context, params: dict) -> dict:
         raise InvalidParams(f"ttl_s must be between 1 and {TTL_MAX_S} seconds")
     if not agent:
         raise ThrumError(f"agent not found: {agent_id} is not registered")
-    session = store.open_session(agent_id) if agent["kind"] == "user" else session_of(context, agent_id)
+    session = store.open_session(agent_id)
+    if not session and agent["kind"] != "user":
+        raise ThrumError("no active session - start one with 'thrum session start'")
     session_id, now = session["session_id"] if session else None, context.world.now_ns()
     try:
         since = min(now, ns_of(params["queued_at"])) if "queued_at" in params else now
@@ -9297,6 +9300,9 @@ async def purge(console: Console, args: Args) -> int:
 
 # ---- claims
 
+CLAIM_NOTE = 16                 # columns that a note, and a path, have at least in the table
+
+
 def _claim_paths(console: Console, args: Args) -> list:
     """The paths of a command line as claims have them: they were given from where the caller is."""
     return [claim_path(path, console.top, console.cwd) for path in args.path]
@@ -9335,7 +9341,15 @@ async def claim(console: Console, args: Args) -> int:
             done = await take(max(1, (began["deadline"] - now) // 1_000_000))
         except Conflict as still:
             raise ThrumError(f"not free within {span(args.wait)}: {str(still).rpartition('; queue with')[0]}") from None
-    text = "".join(f"✓ {'Renewed' if 'renewed_at' in c else 'Claimed'} {one_line(c['path'], PAIR_MAX)}{' (shared)' if c['shared'] else ''} "
+    if args.confirm:
+        await console.note("Nothing is shared with other machines yet: only this one knows the claim, and there is nothing to wait for.")
+
+    def remark(claim):
+        path = claim["path"]
+        new = _pattern(path).plain and not os.path.lexists(os.path.join(console.top, path))
+        return (" (shared)" if claim["shared"] else "") + (" (no such file yet)" if new else "")
+
+    text = "".join(f"✓ {'Renewed' if 'renewed_at' in c else 'Claimed'} {one_line(c['path'], PAIR_MAX)}{remark(c)} "
                    f"until {_ends_text(c, console)}, {done['scope']}\n" for c in done["claims"])
     await console.answer(done, text)
     return 0
@@ -9351,10 +9365,15 @@ async def release(console: Console, args: Args) -> int:
 async def claims(console: Console, args: Args) -> int:
     found = await console.call("claim.list", paths=_claim_paths(console, args), agent_id=console.me() if args.mine else None)
     table = [["PATH", "WHO", "KIND", "UNTIL", "NOTE"]] + [[
-        one_line(c["path"], PAIR_MAX), handle(c["agent_id"]) + (f" on {one_line(c['host'])}" if "host" in c else ""),
+        plain(c["path"]), handle(c["agent_id"]) + (f" on {one_line(c['host'])}" if "host" in c else ""),
         ("shared" if c["shared"] else "exclusive") + ("" if c["holds"] else ", contested"), _ends_text(c, console),
         one_line(c["note"])] for c in found["claims"]]
-    text = rows_of(table, console.width) if found["claims"] else ""
+    left = console.width - sum(max(len(row[i]) for row in table) + 2 for i in (1, 2, 3))    # for path and note
+    room = max(min(max(len(row[0]) for row in table), left - 2 - min(max(len(row[4]) for row in table), CLAIM_NOTE)), CLAIM_NOTE)
+    for row in table[1:]:
+        row[0] = row[0] if len(row[0]) <= room else "…" + row[0][1 - room:]
+        row[4] = one_line(row[4], max(left - room - 2, CLAIM_NOTE)) if row[4] else ""
+    text = "".join(line.rstrip() + "\n" for line in rows_of(table).splitlines()) if found["claims"] else ""
     for waiting in found["waiting"]:
         text += f"{handle(waiting['agent_id'])} waits for {one_line(' '.join(waiting['paths']))}" \
                 f"{' (shared)' if waiting['shared'] else ''} (asked {console.ago(waiting['since'])})\n"
