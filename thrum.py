@@ -10179,7 +10179,7 @@ class Daemon:
         self.last_seq = 0           # what readers can see; the journal may be one batch ahead
         self._writes = queue.SimpleQueue()      # lists of (request, future); None to end
         self._collected = []        # what has come in this turn of the loop
-        self._pools = {}            # slow or not -> threads that answer, and (generation, connection) for each of them
+        self._pools = {}            # Method.slow -> threads that answer, and (generation, connection) for each of them
         self._acted = set()         # agents that have done something since their worktrees were looked at
         self._server = None
         self._works = {}            # worktree -> what git said about it when it was looked at last
