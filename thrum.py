@@ -4257,7 +4257,6 @@ SUBJECT_MAX = 200               # characters of its subject: git's own advice is
 PATHS_GIVEN = 200               # changed paths that git is asked about one by one; beyond, it looks at all
 COUNTED_MAX = 1 << 20           # bytes of a new file whose lines are counted
 AHEAD_KEPT = 100_000            # changed files that are remembered for pairs of commits: some tens of megabytes
-FRESH_S = 5                     # seconds within which a view does not ask git again
 
 # The branch that work is compared with, the first that there is.
 BASES = (*(f"refs/remotes/origin/{name}" for name in ("HEAD", "main", "master", "trunk")),
@@ -4377,7 +4376,6 @@ class Work:
         self.world = world
         self._ahead = {}        # (base, head) -> Ahead
         self._root = ""         # the first commit
-        self._facts = {}        # worktree -> when it was looked at (monotonic s), and its facts
 
     def state(self, top: str, *paths: str) -> State:
         """What is not committed in a worktree, or of some paths in it.  Raises GitError."""
@@ -4478,21 +4476,16 @@ class Work:
                 found[entry.path]["renamed_from"] = path_text(entry.before)
         return found
 
-    def facts(self, top: str, within_s: float = 0) -> dict:
-        """The git part of a work context (storage contract, section 13), not older than so many seconds.  Raises GitError."""
-        looked_at, known = self._facts.get(top, (0, None))
-        if known and self.world.monotonic() - looked_at < within_s:
-            return known
-        at, now = stamp_of(self.world.now_ns()), self.world.monotonic()
+    def facts(self, top: str) -> dict:
+        """The git part of a work context (storage contract, section 13).  Raises GitError."""
+        at = stamp_of(self.world.now_ns())
         state, base = together([lambda: self.state(top), lambda: self.base(top)])
         ahead = self.ahead(top, base, state.head)
         changes = {**ahead.changes, **self.uncommitted(top, state, ahead)}
         lists = {"uncommitted_files": list(dict.fromkeys(entry.path for entry in state.entries)), "changed_files": list(ahead.changes),
                  "file_changes": list(changes.values())}
-        self._facts = {known: value for known, value in self._facts.items() if value[0] > now - FRESH_S}
-        self._facts[top] = now, {"branch": state.branch, "worktree_path": printable(top), "unmerged_commits": ahead.commits,
-                                 **{name: items[:WORK_FILES] for name, items in lists.items()}, "git_updated_at": at}
-        return self._facts[top][1]
+        return {"branch": state.branch, "worktree_path": printable(top), "unmerged_commits": ahead.commits,
+                **{name: items[:WORK_FILES] for name, items in lists.items()}, "git_updated_at": at}
 
     def changes_of(self, path: str, tops: list) -> dict:
         """What each of some worktrees has changed of a file, or below a folder: top -> (State, uncommitted, committed FileChanges).
@@ -6477,7 +6470,7 @@ def _work_now(context: Context, rows: list) -> dict:
 
     def look(top):
         try:
-            return work.facts(top, FRESH_S)
+            return work.facts(top)
         except GitError as error:
             logging.getLogger("thrum").warning("%s: %s", top, error)
     ids = {row["session_id"] for row in rows}
