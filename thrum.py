@@ -9743,15 +9743,16 @@ COMMANDS = {
         Argument("--limit", "how many, at most 100", int, 10)), "thrum search parser gramm* --from @ada --since 2d"),
     "trace": Command(trace, "What became of a message, recipient by recipient.", (MESSAGE_ID,),
                      "thrum trace msg_01KABCDEFGHJKMNPQRSTVWXYZ0"),
-    "claim": Command(claim, "Say that you are going to edit files, so that others keep off; again, to go on.", (
+    "claim": Command(claim, "Say that you are going to edit files, so that others keep off; again, to renew it.", (
         Argument("PATH", "a file, a folder with all in it, or a pattern: * ? **", many=True),
         Argument("--ttl", "for how long (default 30m)", "duration"), Argument("--note", "what for"),
         Argument("--shared", "others may claim it shared, too", bool),
         Argument("--wait", "queue for so long when others have it", "duration"),
         Argument("--confirm", "return when other machines can know of it", bool)),
-        'thrum claim src/parser.py tests/parser --ttl 1h --note "new lexer"', does="changes"),
+        'thrum claim src/parser.py tests/parser --ttl 1h --note "new lexer"', does="changes", hushed=True),
     "release": Command(release, "Give back what you have claimed; without a path, all of it.", (
-        Argument("PATH", "as it was claimed", required=False, many=True),), "thrum release src/parser.py", does="changes"),
+        Argument("PATH", "as it was claimed", required=False, many=True),), "thrum release src/parser.py", does="changes",
+                       hushed=True),
     "claims": Command(claims, "Who has claimed what, until when and why.", (
         Argument("PATH", "only what is on it, above it or below it", required=False, many=True),
         Argument("--mine", "only your own", bool)), "thrum claims src"),
@@ -12503,7 +12504,7 @@ _VALUES = {                     # "command argument" counts before "argument"
     "--to": "ask names", "--mention": "ask names", "--from": "ask agents", "--agent": "ask agents", "--role": "ask roles",
     "--group": "ask groups", "--repo": "folders", "--main-repo": "folders", "--dir": "folders", "--body-file": "files",
     "--file": "files", "daemon restart --from": "files", "GROUP": "ask groups", "MEMBER": "ask names", "AGENT": "ask agents",
-    "PATH": "files", "FILE": "files", "--format": "words markdown plain json", "KEY": "words " + " ".join(SETTINGS),
+    "PATH": "files", "agent context NAME": "ask names", "FILE": "files", "--format": "words markdown plain json", "KEY": "words " + " ".join(SETTINGS),
     "group delete NAME": "ask groups", "group info NAME": "ask groups", "group members NAME": "ask groups",
     "agent delete NAME": "ask agents", "ping NAME": "ask agents", "worktree create --path": "folders",
     "worktree create --agent": "", "worktree remove NAME": "ask worktrees", "why LINE": "files",
