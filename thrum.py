@@ -292,7 +292,8 @@ TEXT_MAX = 4_096                # bytes of an intent, a task, a description: one
 LIST_MAX = 1_000                # items in a list that a caller sends: beyond is a mistake
 PAGE_MAX = 100                  # messages on a page, as in the reference
 TTL_MAX_S = 24 * 3600           # of a claim: who needs a path for longer is there to renew it
-WILDCARDS_MAX = 16              # in the pattern of a claim: the time to compare two grows with them
+WILDCARDS_MAX = 4               # in the pattern of a claim, as `a/*/b/*_test.*` needs: the time to compare two grows with them
+WILD_MAX = 64                   # characters of a pattern from its first wildcard on: and with these
 UNCLAIMABLE = (".git", ".thrum")        # nobody edits what is in there
 RESERVED_NAMES = ("daemon", "system", "thrum", "all", "broadcast")
 EVERYONE = "everyone"           # the group of all agents; nobody creates or changes it
@@ -431,7 +432,8 @@ def is_label(text: str) -> bool:
 def is_claimable(path: str) -> bool:
     """Whether `path` is what a claim may be on: `.`, or a normal path from the top of the repository, perhaps with wildcards."""
     return path == "." or (is_label(path) and not {"", ".", ".."} & set(path.split("/"))
-                           and path.split("/")[0] not in UNCLAIMABLE and len(re.findall(r"[*]+|[?]", path)) <= WILDCARDS_MAX)
+                           and path.split("/")[0] not in UNCLAIMABLE and len(re.findall(r"[*]+|[?]", path)) <= WILDCARDS_MAX
+                           and len(re.sub("^[^*?]+", "", path)) <= WILD_MAX)
 
 
 def is_unicode(text: str) -> bool:
@@ -529,7 +531,7 @@ def find_phrases(text: str, phrases: list) -> list:
     return sorted(set(spans))
 
 
-DURATION_UNITS = {"ns": 1, "us": 1_000, "µs": 1_000, "ms": 1_000_000, "s": NS, "m": 60 * NS, "h": 3_600 * NS}
+DURATION_UNITS = {"ns": 1, "us": 1_000, "µs": 1_000, "ms": 1_000_000, "s": NS, "m": 60 * NS, "h": 3_600 * NS, "d": 86_400 * NS}
 DAYS_MAX = 36_500               # a century: before anything that there is
 DURATION_MAX_S = 366 * 86_400   # a year: what is longer is a slip of the finger
 
@@ -545,7 +547,7 @@ def span(seconds: float) -> str:
 
 
 def parse_duration(text: str, limit_s: int = DURATION_MAX_S) -> float:
-    """Seconds of a Go duration: `90s`, `1h30m`, `-250ms`, `0`.  Raises ValueError."""
+    """Seconds of a Go duration, or one with days: `90s`, `1h30m`, `1d12h`, `-250ms`, `0`.  Raises ValueError."""
     sign = -1 if text[:1] == "-" else 1
     rest = text[1:] if text[:1] in "+-" and text else text
     if rest == "0":
@@ -661,6 +663,7 @@ EVENTS = {
 
 ID_FIELDS = frozenset(("message_id", "agent_id", "session_id", "event_id", "thread_id", "group_id", "type", "origin_daemon",
                        "authored_by", "send_key", "route", "claim_id", "superseded_by", "renewal"))
+FENCE_AHEAD_S = 24 * 3600       # seconds for which the time in a fencing number may be ahead of its event: it rises with the fastest clock
 SHAPES_MAX = 1_000              # shapes remembered: unknown fields can make any number of them
 _shapes = {}                    # fields and types of events that were found well-formed -> their ids
 
@@ -714,12 +717,20 @@ def check_event(event: dict) -> int:
         raise ValueError(f"ttl_s is not between 1 and {TTL_MAX_S}")
     if kind == "claim.take" and not is_claimable(event["path"]):
         raise ValueError("path is nothing that can be claimed")
-    if kind == "claim.take" and (event["event_id"][:4] != "evt_" or ulid_ms(event["event_id"]) >= FAR // 1_000_000):
-        raise ValueError("event_id is no fencing number")
     ns = ns_of(event["timestamp"])
+    if kind == "claim.take" and not is_fence(event["event_id"], ns):
+        raise ValueError("event_id is no fencing number")
     if ns >= FAR:
         raise ValueError("timestamp is later than 2116")
     return ns
+
+
+def is_fence(event_id: str, ns: int) -> bool:
+    """Whether the id of an event with that stamp can be a fencing number: all later ones have to be above it."""
+    try:
+        return event_id[:4] == "evt_" and ulid_ms(event_id) * 1_000_000 <= ns + FENCE_AHEAD_S * NS
+    except ValueError:
+        return False
 
 
 def file_stem(agent_id: str) -> str:
@@ -1303,19 +1314,23 @@ class Git:
                 "-c", "gc.auto=0", "-c", "maintenance.auto=false")      # when to repack is the user's affair
     ALONE = {**{f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in (
         ("NAME", "Thrum"), ("EMAIL", "thrum@local"))}, "GIT_OPTIONAL_LOCKS": "0", "GIT_LITERAL_PATHSPECS": "1", "LC_ALL": "C"}
+    # A partial clone would fetch what it lacks, with the user's programs; before git 2.44 only refusing all transports stops that.
+    OFFLINE = {"GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": ""}
 
     def __init__(self, directory: str):
         self.directory = directory
 
     def run(self, *args: str, input: bytes = b"", timeout_s: float = GIT_LOCAL_S, check: bool = True, statuses: tuple = (0,),
-            environ: dict | None = None, as_user: bool = False) -> bytes:
+            environ: dict | None = None, as_user: bool = False, online: bool = False) -> bytes:
         """What git prints.  Raises GitError when it fails (unless `check` is False: then b""), is missing or too slow.
 
         Any of `statuses` is success.  `environ` comes on top; `as_user` leaves the user's hooks and settings in force, for
-        what they asked for: what git prints then may be in their language, and their hooks inherit what is set here.
+        what they asked for: what git prints then may be in their language, and their hooks inherit what is set here.  That, and
+        `online`, lets a partial clone fetch what it lacks.
         """
         variables = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-        variables.update({} if as_user else self.ALONE, GIT_TERMINAL_PROMPT="0", **environ or {})
+        variables.update({} if as_user else self.ALONE, **{} if as_user or online else self.OFFLINE)
+        variables.update(GIT_TERMINAL_PROMPT="0", **environ or {})
         command = next((word for word in args if word[0] != "-" and "=" not in word), "")
         try:
             with subprocess.Popen(["git", *(() if as_user else self.SETTINGS), *args], cwd=self.directory, env=variables,
@@ -2505,8 +2520,13 @@ class Store:
         return self.row(f"{_CLAIMS} c.claim_id = ?", claim_id)
 
     def last_fence(self) -> str:
-        """The greatest fencing number that was given, "" without any."""
-        return self.value("select max(grant_event) from claims", default="")
+        """What every fencing number has to be above, "" if there was none: of claims that were removed, the tombstones know."""
+        return max(self.meta("fence", ""), self.value("select max(grant_event) from claims") or "")
+
+    def _note_fence(self, event: dict, ns: int) -> None:
+        """A tombstone was made above all fencing numbers that its machine knew, and outlives the claims that it removes."""
+        if is_fence(event["event_id"], ns) and event["event_id"] > self.meta("fence", ""):
+            self.set_meta(fence=event["event_id"])
 
     # ---- groups, roles, recipients
 
@@ -2645,15 +2665,17 @@ class Store:
         return self.row(f"{_MESSAGES} message_id = ?",
                         message_id)
 
-    def message_by_key(self, agent_id: str, send_key: str) -> dict | None:
-        """The message that a send with this key has made before."""
+    def message_by_key(self, agent_id: str, send_key: str, daemon: str = "") -> dict | None:
+        """The message that a send with this key has made before, at a daemon or any."""
         return self.row(f"{_MESSAGES} send_key = ? and "
-                        "a.agent_id = ?", send_key, agent_id)
+                        "a.agent_id = ? and ? in ('', m.daemon)", send_key, agent_id, daemon)
 
-    def has_message_with(self, ref_type: str, value: str) -> bool:
-        """Whether there is a message with that reference."""
+    def message_with(self, ref_type: str, value: str, author: str, daemon: str) -> dict | None:
+        """The last message of an author that a daemon made with that reference."""
         self.flush()
-        return self.value("select 1 from message_refs where ref_type = ? and ref_value = ?", ref_type, value) is not None
+        return self.row(f"select {_MESSAGE} from message_refs r join messages m using(seq) join agents a on a.agent = m.author where "
+                        "r.ref_type = ? and r.ref_value = ? and a.agent_id = ? and m.daemon = ? order by r.at desc, r.seq desc limit 1",
+                        ref_type, value, author, daemon)
 
     def recipients(self, message: dict) -> list:
         """The recipients of a message with what they did, by id.
@@ -3350,6 +3372,8 @@ class Store:
                         (event["thread_id"], event.get("title"), event.get("created_by"), ns, event["event_id"]))
 
     def _agent_register(self, event: dict, seq: int, ns: int) -> None:
+        if event["agent_id"] in RESERVED_NAMES:
+            return              # of a peer: nobody is to speak as the program
         key, removed_at = self._agent(event["agent_id"])
         self.db.execute("insert or ignore into roster values(?, ?, ?, ?)", (key, ns, event["event_id"], event["role"]))
         if ns > removed_at:
@@ -3363,6 +3387,7 @@ class Store:
         self._roster_changed(ns)
 
     def _agent_cleanup(self, event: dict, seq: int, ns: int) -> None:
+        self._note_fence(event, ns)
         key, removed_at = self._agent(event["agent_id"])
         self.db.execute("insert or ignore into roster values(?, ?, ?, null)", (key, ns, event["event_id"]))
         self.db.execute("update agents set removed_at = max(removed_at, ?), registered_at = case when registered_at > ? then "
@@ -3391,7 +3416,7 @@ class Store:
     def _session_start(self, event: dict, seq: int, ns: int) -> None:
         self._sessions.clear()
         key, removed_at = self._agent(event["agent_id"])
-        if ns <= removed_at or self._is_removed(event["session_id"]):
+        if ns <= removed_at or event["agent_id"] in RESERVED_NAMES or self._is_removed(event["session_id"]):
             return self._drop_session(event["session_id"])
         self.db.execute("insert or ignore into sessions(session_id, agent, started_at, last_seen_at, daemon) values(?, ?, ?, ?, ?)",
                         (event["session_id"], key, ns, ns, event.get("origin_daemon")))
@@ -3491,6 +3516,7 @@ class Store:
         self._roster_changed(ns)
 
     def _purge_executed(self, event: dict, seq: int, ns: int) -> None:
+        self._note_fence(event, ns)
         try:
             cutoff = min(ns_of(event["cutoff"]), ns)        # never in the future: it would swallow what is to come
         except ValueError:
@@ -3518,19 +3544,19 @@ class Store:
         for (session_id,) in self.db.execute("select session_id from sessions where started_at < ? and ended_at is not null",
                                              (cutoff,)).fetchall():
             self._drop_session(session_id)
-        for (claim_id,) in self.db.execute("select claim_id from claims where granted_at < ? and not open", (cutoff,)).fetchall():
+        for (claim_id,) in self.db.execute("select claim_id from claims where granted_at < ? and open != 1", (cutoff,)).fetchall():
             self._drop_claim(claim_id)
 
     def _claims_of(self, session_id: str) -> list:
         return [claim_id for (claim_id,) in self.db.execute("select claim_id from claims where session_id = ?", (session_id,))]
 
     def _judge_claim(self, claim_id: str) -> None:
-        """Work out whether a claim is open; one that is not, from before the last purge, goes."""
+        """Work out whether a claim is open; one that is not, or has lapsed here, from before the last purge, goes."""
         self.db.execute(
             "update claims set open = case when released_at is not null or exists(select 1 from sessions s where s.session_id = "
             "claims.session_id and s.ended_at is not null) then 0 when exists(select 1 from claim_lapses l where l.claim_id = "
             "claims.claim_id and l.renewal = claims.renew_event) then 2 else 1 end where claim_id = ?", (claim_id,))
-        if self.value("select 1 from claims where claim_id = ? and not open and granted_at < ?", claim_id, self.cutoff()):
+        if self.value("select 1 from claims where claim_id = ? and open != 1 and granted_at < ?", claim_id, self.cutoff()):
             self._drop_claim(claim_id)
 
     def _drop_claim(self, claim_id: str) -> None:
@@ -3648,12 +3674,15 @@ class Context:
         row = EVENTS[kind]
         event = {k: v for k, v in fields.items()
                  if v is not None and (k in row.fields or row.empty or v not in ("", False, []))}
+        if above:               # which may be of a clock that is ahead: `is_fence` holds for what is made here, too
+            after = max(after, (ulid_ms(above) + 1) * 1_000_000 - FENCE_AHEAD_S * NS)
         ns = self.world.stamp_ns(max(after, self.store.cutoff()))      # who has purged may have a clock that is ahead of ours
         sequence = self.ledger.journal.last + len(self.ledger.batch) + len(self.lines) + 1
         event.update(type=kind, timestamp=stamp_of(ns), event_id=self.world.new_id("evt", above), v=1,
                      origin_daemon=self.ledger.daemon_id, sequence=sequence)
         try:
             line = canonical(event)
+            check_event(event)  # what it refuses would be a bad line at the next start
         except UnicodeEncodeError:
             raise InvalidParams("the text is not valid UTF-8") from None
         except ValueError as error:
@@ -3700,7 +3729,7 @@ class Ledger:
         self.afterwards = []    # functions to call once it is durable
         self.appended = {}      # what its requests have appended to files of their own -> the size before
         self.seen = {}          # agent id -> when it was heard of (ns), until `note_presence`
-        self.queue = {}         # tickets of those who wait for a claim -> what they want (Waiting); the daemon takes them out
+        self.queue = set()      # the Tickets of those who wait for a claim: the daemon's loop puts them in and takes them out
         self.late = {}          # agent key -> the time (ns) up to which unread mail is overdue
         self.export = []        # (stem, line) that wait for their branch file
         self.incomplete = False # whether branch files lack lines since `branch_seq`
@@ -4227,11 +4256,14 @@ COMMIT_FILES = 100              # files of one commit
 SUBJECT_MAX = 200               # characters of its subject: git's own advice is fifty
 PATHS_GIVEN = 200               # changed paths that git is asked about one by one; beyond, it looks at all
 COUNTED_MAX = 1 << 20           # bytes of a new file whose lines are counted
-AHEAD_KEPT = 256                # pairs of commits whose difference is remembered: some for each worktree
+AHEAD_KEPT = 100_000            # changed files that are remembered for pairs of commits: some tens of megabytes
+FRESH_S = 5                     # seconds within which a view does not ask git again
 
 # The branch that work is compared with, the first that there is.
 BASES = (*(f"refs/remotes/origin/{name}" for name in ("HEAD", "main", "master", "trunk")),
          *(f"refs/heads/{name}" for name in ("main", "master", "trunk")))
+# Of a submodule only which commit it is at: its settings lie in the worktree, and may name programs for git to run.
+NO_SUBMODULES = ("--ignore-submodules=dirty",)
 STATUS_WORDS = {"A": "added", "C": "added", "D": "deleted", "R": "renamed"}     # and "modified" for all others
 _FIELDS_BEFORE_PATH = {"1": 8, "2": 9, "u": 10, "?": 1}     # git-status(1): changed, renamed, unmerged, untracked
 
@@ -4332,6 +4364,11 @@ def worktree_label(top: str) -> str:
     return printable(top)[-PAIR_MAX:]
 
 
+def is_whole_path(label: str) -> bool:
+    """Whether a `worktree_label` is the path itself, neither cut off nor with something in it that cannot be shown."""
+    return label[:1] == "/" and len(label) < PAIR_MAX and "?" not in label
+
+
 class Work:
     """What git says about the worktrees of a repository.  Any thread may ask."""
 
@@ -4340,6 +4377,7 @@ class Work:
         self.world = world
         self._ahead = {}        # (base, head) -> Ahead
         self._root = ""         # the first commit
+        self._facts = {}        # worktree -> when it was looked at (monotonic s), and its facts
 
     def state(self, top: str, *paths: str) -> State:
         """What is not committed in a worktree, or of some paths in it.  Raises GitError."""
@@ -4347,7 +4385,7 @@ class Work:
         # Looking at one path with several threads takes longer than with one.
         one = ("-c", "core.preloadIndex=false") if paths else ()
         return parse_status(Git(top).run(*one, "status", "--porcelain=v2", "--branch", "--no-ahead-behind", "-z", "--untracked-files=all",
-                                         *only))
+                                         *NO_SUBMODULES, *only))
 
     def bases(self) -> tuple:
         """The commits that work in linked worktrees and in the main one is compared with; "" where there are none.
@@ -4381,7 +4419,7 @@ class Work:
         known = self._ahead.get((base, head))
         if not known:
             known = self._compare(Git(top), base, head)
-            while len(self._ahead) >= AHEAD_KEPT:
+            while self._ahead and sum(len(one.changes) + 1 for one in list(self._ahead.values())) + len(known.changes) > AHEAD_KEPT:
                 self._ahead.pop(next(iter(self._ahead)), None)
             self._ahead[base, head] = known
         return known
@@ -4397,8 +4435,8 @@ class Work:
         for part in parts:
             if not part:        # before each commit: no path is empty
                 sha, at, subject = next(parts, b""), next(parts, b"0"), next(parts, b"")
-                at, first = int(at), True
-                commits += [{"sha": sha.decode(), "message": printable(path_text(subject))[:SUBJECT_MAX], "files": []}] if sha else []
+                at, first = int(at or 0), True      # git says nothing of a time that it cannot read
+                commits += [{"sha": sha.decode(), "message": path_text(subject)[:SUBJECT_MAX], "files": []}] if sha else []
                 continue
             path, first = path_text(part[1:] if first else part), False     # a newline stands before the first
             times.setdefault(path, at)
@@ -4412,7 +4450,8 @@ class Work:
     def _differences(self, top: str, since: str, *paths: str) -> dict:
         """What a worktree has changed since a commit, as `parse_changes` gives it; only some paths, if given."""
         only = ("--", *paths) if paths else ()
-        return parse_changes(Git(top).run("diff", "--raw", "--numstat", "-z", "-M", "--no-ext-diff", "--no-textconv", since, *only))
+        return parse_changes(Git(top).run("diff", "--raw", "--numstat", "-z", "-M", "--no-ext-diff", "--no-textconv",
+                                          *NO_SUBMODULES, since, *only))
 
     def uncommitted(self, top: str, state: State, ahead: Ahead, changes: dict | None = None) -> dict:
         """path -> FileChange of what is not committed, counted from where the branch began; `changes` if that is known."""
@@ -4439,16 +4478,21 @@ class Work:
                 found[entry.path]["renamed_from"] = path_text(entry.before)
         return found
 
-    def facts(self, top: str) -> dict:
-        """The git part of a work context (storage contract, section 13).  Raises GitError."""
-        at = stamp_of(self.world.now_ns())
+    def facts(self, top: str, within_s: float = 0) -> dict:
+        """The git part of a work context (storage contract, section 13), not older than so many seconds.  Raises GitError."""
+        looked_at, known = self._facts.get(top, (0, None))
+        if known and self.world.monotonic() - looked_at < within_s:
+            return known
+        at, now = stamp_of(self.world.now_ns()), self.world.monotonic()
         state, base = together([lambda: self.state(top), lambda: self.base(top)])
         ahead = self.ahead(top, base, state.head)
         changes = {**ahead.changes, **self.uncommitted(top, state, ahead)}
         lists = {"uncommitted_files": list(dict.fromkeys(entry.path for entry in state.entries)), "changed_files": list(ahead.changes),
                  "file_changes": list(changes.values())}
-        return {"branch": state.branch, "worktree_path": printable(top), "unmerged_commits": ahead.commits,
-                **{name: items[:WORK_FILES] for name, items in lists.items()}, "git_updated_at": at}
+        self._facts = {known: value for known, value in self._facts.items() if value[0] > now - FRESH_S}
+        self._facts[top] = now, {"branch": state.branch, "worktree_path": printable(top), "unmerged_commits": ahead.commits,
+                                 **{name: items[:WORK_FILES] for name, items in lists.items()}, "git_updated_at": at}
+        return self._facts[top][1]
 
     def changes_of(self, path: str, tops: list) -> dict:
         """What each of some worktrees has changed of a file, or below a folder: top -> (State, uncommitted, committed FileChanges).
@@ -4503,8 +4547,9 @@ class Work:
 
     def _changes_in(self, top: str, path: str, base: str, head: str) -> tuple:
         ahead, where = self.ahead(top, base, head), path or "."
+        origins = [change["renamed_from"] for change in ahead.changes.values() if "renamed_from" in change and _concerns(change, path)]
         state, changes = together([lambda: self.state(top, where),
-                                   lambda: self._differences(top, ahead.since or head, where) if head else None])
+                                   lambda: self._differences(top, ahead.since or head, where, *origins[:PATHS_GIVEN]) if head else None])
         if any(entry.status in ("added", "deleted") and entry.tracked for entry in state.entries):
             state, changes = self.state(top), None      # of one path alone git does not see that it was renamed
         if state.head != head:
@@ -4586,7 +4631,8 @@ def _is_untouched(top: str, path: str, committed: bytes) -> bool:
 
 CLAIM_TTL_S = 30 * 60           # of a claim for which nobody says: a task of an agent, and no more is lost when it dies
 CLAIMS_PER_AGENT = 100          # live at once: who needs more means a folder
-CLAIMS_MAX = 1_000              # live at once, of all agents: bounds the time to compare them
+CLAIMS_MAX = 1_000              # live at once, of all agents, and waited for: bounds the time to compare them
+WILD_WEIGHT = 10                # so many claims does one with wildcards count for: so much longer takes it to compare
 WAITING_MAX = 100               # who wait for a claim at once
 LAPSE_LEAD_S = 300              # seconds before a claim lapses at which its holder is told, at most
 LAPSE_SHARE = 5                 # or so much of its time, if that is less
@@ -4618,49 +4664,60 @@ class Pattern:
             self.tokens += [MAYBE, DEEP, "/"] if word[0] == "*" and word[-1] == "/" else \
                 [{"?": ONE, "*": STAR}.get(word, DEEP if word[0] == "*" else word)]
         self.tokens += [MAYBE, "/", DEEP]       # and what is below
-        self._at = {}                           # token -> its states
+        at = {}                                 # token -> its states
         for state, token in enumerate(self.tokens):
-            self._at[token] = self._at.get(token, 0) | 1 << state
-        at = self._at.get
-        self._one, self._star, self._deep, self._maybe, self._slash = at(ONE, 0), at(STAR, 0), at(DEEP, 0), at(MAYBE, 0), at("/", 0)
-        self._letters = sum(states for token, states in self._at.items() if type(token) is str)
+            at[token] = at.get(token, 0) | 1 << state
+        self._one, self._maybe, self._slash = at.pop(ONE, 0), at.pop(MAYBE, 0), at.pop("/", 0)
+        star, self._deep = at.pop(STAR, 0), at.pop(DEEP, 0)
+        self._stays = star | self._deep         # by a character other than `/`
+        self._goes = {letter: states | self._one for letter, states in at.items()}
+        self._goes[ONE] = self._one | sum(at.values())
+        self._loose = self._stays | self._maybe     # what can be left without a character
+        self._inside = (1 << len(self.tokens)) - 1 & ~self._slash       # and with any or none but `/`
 
     def _free(self, states: int) -> int:
         """Some states, and those that are reached from them without a character."""
-        while True:
+        while states & self._loose:
             maybe = states & self._maybe
-            more = states | (states & (self._star | self._deep) | maybe) << 1 | maybe << 3
+            more = states | (states & self._loose) << 1 | maybe << 3
+            if more == states:
+                break
+            states = more
+        return states
+
+    def _beside(self, states: int) -> int:
+        """Some states, and those that are reached from them with any characters but `/`."""
+        while True:
+            # An addition carries from each state through all that can be left so, and sets the bit where it has to stop.
+            more = states | (states & self._inside) + self._inside ^ self._inside
+            more |= (more & self._maybe) << 3
             if more == states:
                 return states
             states = more
 
-    def _after(self, states: int, token) -> int:
-        """The states after any one character that fits a token of another pattern, or that it is."""
-        if token == DEEP:
-            moving, staying = self._letters | self._one, self._star | self._deep
-        elif token == STAR or token == ONE:
-            moving, staying = self._letters & ~self._slash | self._one, self._star | self._deep
-        elif token == "/":
-            moving, staying = self._slash, self._deep
-        else:
-            moving, staying = self._at.get(token, 0) | self._one, self._star | self._deep
-        return self._free((states & moving) << 1 | states & staying)
+    def meets(self, tokens, same: int) -> bool:
+        """Whether some path fits this pattern and other tokens: those of a pattern, or the characters of one path.
 
-    def meets(self, tokens) -> bool:
-        """Whether some path fits this pattern and other tokens: those of a pattern, or the characters of one path."""
+        The first `same` of them are known to be the same characters here.
+        """
         reached = [0] * (len(tokens) + 1)       # the states here, after so many tokens there
-        reached[0] = self._free(1)
-        for index, token in enumerate(tokens):
+        reached[same] = self._free(1 << same)
+        for index in range(same, len(tokens)):
             states = reached[index]
+            if not states:
+                continue
+            token = tokens[index]
             if token == MAYBE:
                 reached[index + 1] |= states
                 reached[index + 3] |= states
-            elif token == STAR or token == DEEP:
-                while (more := states | self._after(states, token)) != states:
-                    states = more
-                reached[index + 1] |= states
-            elif states:
-                reached[index + 1] |= self._after(states, token)
+            elif token == DEEP:                 # all from the lowest on
+                reached[index + 1] |= (2 << len(self.tokens)) - (states & -states)
+            elif token == STAR:
+                reached[index + 1] |= self._beside(states)
+            else:
+                moved = (states & self._slash) << 1 | states & self._deep if token == "/" else \
+                    (states & self._goes.get(token, self._one)) << 1 | states & self._stays
+                reached[index + 1] |= self._free(moved) if moved & self._loose else moved
         return bool(reached[-1] >> len(self.tokens) & 1)
 
 
@@ -4678,7 +4735,7 @@ def covers(pattern: str, path: str) -> bool:
     claimed = _pattern(pattern)
     if claimed.plain:
         return path == pattern or path.startswith(pattern + "/")
-    return path.startswith(claimed.head) and claimed.chunk in path and claimed.meets(path)
+    return path.startswith(claimed.head) and claimed.chunk in path and claimed.meets(path, len(claimed.head))
 
 
 def overlap(a: str, b: str) -> bool:
@@ -4688,7 +4745,9 @@ def overlap(a: str, b: str) -> bool:
         return False
     if one.plain and two.plain:
         return a == b or a.startswith(b + "/") or b.startswith(a + "/")
-    return two.meets(one.tokens)
+    if len(one.tokens) > len(two.tokens):       # the fewer steps, the better
+        one, two = two, one
+    return two.meets(one.tokens, min(len(one.head), len(two.head)))
 
 
 def claim_path(text: str, top: str = "", cwd: str = "") -> str:
@@ -4701,8 +4760,14 @@ def claim_path(text: str, top: str = "", cwd: str = "") -> str:
     if not path.isprintable():
         raise InvalidParams(f"the path {name} holds characters that cannot be shown; claim the folder, or use ? for them")
     if not is_claimable(path):
-        raise InvalidParams(f"the path {name} has more than {WILDCARDS_MAX} wildcards")
+        raise InvalidParams(f"the path {name} has more than {WILDCARDS_MAX} wildcards, or {WILD_MAX} characters from the first on; "
+                            "claim a folder above it")
     return path
+
+
+def weight(paths) -> int:
+    """How many claims some paths count for."""
+    return sum(1 if _pattern(path).plain or path == "." else WILD_WEIGHT for path in paths)
 
 
 class Waiting(Record):
@@ -4712,6 +4777,12 @@ class Waiting(Record):
     paths: list
     shared: bool
     since: int                  # when it asked first (ns): who came earlier comes first
+
+
+class Ticket:
+    """The place of a call in the queue for claims: `wish` is what it waits for (Waiting), None until it was refused once."""
+
+    wish = None
 
 
 def live_claims(claims: list, now_ns: int) -> list:
@@ -4743,13 +4814,14 @@ def holding(claims: list) -> list:
     return found
 
 
-def _minute_of(ns: int) -> str:
-    return stamp_of(ns)[:16].replace("T", " ") + "Z"
+def _minute_of(ns: int, now_ns: int) -> str:
+    stamp = stamp_of(ns)[:16].replace("T", " ") + "Z"
+    return stamp[11:] if stamp[:10] == stamp_of(now_ns)[:10] else stamp
 
 
 def until(claim: dict, now_ns: int) -> str:
-    """When a claim ends on this machine: `until 2026-03-10 09:45Z (in 18m)`."""
-    return f"until {_minute_of(claim['expires_at'])} (in {span((claim['expires_at'] - now_ns) / NS + 0.5)})"
+    """When a claim ends on this machine: `until 09:45Z (in 18m)`, with the date if it is another day's."""
+    return f"until {_minute_of(claim['expires_at'], now_ns)} (in {span((claim['expires_at'] - now_ns) / NS + 0.5)})"
 
 
 def notice(context: Context, recipients: list, text: str, key: str, refs: list = (), structured: dict | None = None) -> dict | None:
@@ -4759,7 +4831,7 @@ def notice(context: Context, recipients: list, text: str, key: str, refs: list =
     """
     store = context.store
     agents = [agent for agent in map(store.agent, sorted(set(recipients))) if agent]
-    if not agents or store.message_by_key(PROGRAM, key):
+    if not agents or store.message_by_key(PROGRAM, key, context.ledger.daemon_id):
         return None
     ids = [agent["agent_id"] for agent in agents]
     body = {"format": "markdown", "content": text, **({"structured": canonical(structured).decode()} if structured else {})}
@@ -4776,6 +4848,10 @@ def claims_step(context: Context) -> int:
     """
     now, own = context.world.now_ns(), context.ledger.daemon_id
     due, live, gone, lost, late = FAR, [], {}, {}, {}
+
+    def told(renewal):
+        return context.store.message_with("lapse", renewal, PROGRAM, own)
+
     for claim in context.store.claims():
         if claim["open"] != 1:
             continue
@@ -4806,7 +4882,7 @@ def claims_step(context: Context) -> int:
             at = claim["expires_at"] - min(LAPSE_LEAD_S, claim["ttl_s"] // LAPSE_SHARE) * NS
             if at > now:
                 due = min(due, at)
-            if at <= now + LAPSE_TOGETHER_S * NS and not context.store.has_message_with("lapse", claim["renew_event"]):
+            if at <= now + LAPSE_TOGETHER_S * NS and not told(claim["renew_event"]):
                 late.setdefault(claim["agent_id"], []).append((at, claim))
     for agent_id, claims in lost.items():
         lines = [f"- `{claim['path']}`: @{winner['agent_id']}{_on_host(winner, own)} claimed `{winner['path']}` before you, "
@@ -4886,7 +4962,8 @@ def read_line(top: str, path: str, line: int) -> dict:
     found = {"text": data.split(b"\n")[line - 1].decode(errors="replace")}
     if not git.run("rev-parse", "-q", "--verify", "HEAD", check=False):
         return found
-    sha = git.run("blame", "--porcelain", "--no-textconv", "-L", f"{line},{line}", "--", path, timeout_s=BLAME_S).split(b" ")[0]
+    sha = git.run("blame", "--porcelain", "--no-textconv", "-L", f"{line},{line}", "--", path, timeout_s=BLAME_S,
+                  online=True).split(b" ")[0]
     if not sha.strip(b"0"):
         return found
     trailers = [f"%(trailers:key=Thrum-{key},valueonly,unfold)" for key in ("Agent", "Thread")]
@@ -4912,7 +4989,7 @@ OBJECTS_MAX = 512 << 20         # bytes of our objects; then the folder is empti
 MERGES_KEPT = 4_096             # pairs of commits whose conflicts are remembered: those of sixty worktrees
 SETTLED_NS = 2 * NS             # a file changed later than that may change again within the resolution of its times (FAT's, 2 s)
 RANGED_FILES = 100              # conflicting files of a pair whose lines are looked for
-RANGED_MAX = 1 << 20            # bytes of a file whose lines are looked for
+RANGED_MAX = 4 << 20            # bytes of all their versions: a second of a slow machine
 _NO_TRACE = tuple(word for setting in (
     "core.splitIndex=false", "core.safecrlf=false", "merge.conflictStyle=merge", "filter.lfs.required=false",
     "filter.lfs.clean=", "filter.lfs.process=") for word in ("-c", setting))       # LFS would store into the repository
@@ -4949,32 +5026,36 @@ def parse_merge(data: bytes) -> tuple:
 def conflict_ranges(merged: bytes, names: tuple, versions: tuple) -> list:
     """Where the conflicts in a merged file lie in the two versions with those names: for each, [first, last] of its lines.
 
-    Where a version has no lines of its own, `last` is the line before, and `first` the one after it.
+    Where a version has no lines of its own, `last` is the line before, and `first` the one after it.  [[], []] if that is
+    not certain.
     """
     if any(b" " + name.encode() in version for name in names for version in versions):
         return [[], []]         # a merge of a merge, where renamed files meet: these are lines of neither
-    lines, sides, blocks, at = _lines(merged), ([], []), [], 0
-    for begin, line in enumerate(lines):
-        marker = re.match(b"(<+) " + names[0].encode() + b"(:|$)", line) if begin >= at else None
-        end = marker and next((i for i in range(begin, len(lines)) if re.match(b">+ " + names[1].encode() + b"(:|$)", lines[i])), 0)
-        if not end:
-            if begin >= at:
-                for side in sides:
-                    side.append(line)
-            continue
-        # A text may hold such a line too; then the parts are not those of the versions.
-        middles = [i for i in range(begin, end) if lines[i] == b"=" * len(marker[1])]
-        middle = next((i for i in middles if all(b"\n".join(part) in b"\n".join(_lines(version)) for part, version in zip(
-            (lines[begin + 1:i], lines[i + 1:end]), versions))), middles[0])
-        for side, part in zip(sides, (lines[begin + 1:middle], lines[middle + 1:end])):
-            blocks.append((side is sides[0], len(side), len(part)))
-            side += part
-        at = end + 1
+    sides, blocks, begin, middle = ([], []), [], None, 0
+    for line in _lines(merged):
+        marker = re.match(b"(<+|>+) (%s|%s)(:|$)" % tuple(name.encode() for name in names), line)
+        if marker and marker[1][:1] == b"<":
+            begin, middle, divider = [len(side) for side in sides], 0, b"=" * len(marker[1])
+        elif marker and begin:
+            blocks.append([(start, len(side) - start) for start, side in zip(begin, sides)])
+            begin = None
+        elif begin and line == divider:
+            if middle:
+                return [[], []]     # one of them is a line of the file
+            middle = 1
+        else:
+            for side in (sides if not begin else sides[middle:middle + 1]):
+                side.append(line)
     found = []
-    for first, side, version in zip((True, False), sides, versions):
-        places = _places(side, _lines(version))
-        found.append([[places[start] + 1, places[start] + size] for which, start, size in blocks if which == first])
-    return found
+    for side, version, parts in zip(sides, map(_lines, versions), zip(*blocks)):
+        places, ranges = _places(side, version), []
+        for start, size in parts:
+            first = places[start - 1] + 1 if not size and start and places[start - 1] >= 0 else places[start]
+            if first < 0 or version[first:first + size] != side[start:start + size]:
+                return [[], []]
+            ranges.append([first + 1, first + size])
+        found.append(ranges)
+    return found or [[], []]
 
 
 def _lines(data: bytes) -> list:
@@ -4982,14 +5063,35 @@ def _lines(data: bytes) -> list:
 
 
 def _places(text: list, version: list) -> list:
-    """For each line of a text, and for its end, the index in a version of it with other lines in between or missing."""
-    size, found = min(len(text), len(version)), []
-    head = next((i for i in range(size) if text[i] != version[i]), size)
-    tail = next((i for i in range(size - head) if text[-1 - i] != version[-1 - i]), size - head)
-    middle = text[head:len(text) - tail], version[head:len(version) - tail]
-    for block in difflib.SequenceMatcher(None, *middle).get_matching_blocks() if any(middle) else ():
-        found += [found[-1] + 1 if found else 0] * (block.a - len(found)) + list(range(block.b, block.b + block.size))
-    return [*range(head), *(head + place for place in found), *range(len(version) - tail, len(version) + 1)]
+    """For each line of a text, and for its end, the index in a version of it with other lines in between; -1 if not certain.
+
+    Certain are lines that occur once in both, as far as they come in the same order (a patience diff), and equal ones next to
+    them.  That takes n log n steps; difflib takes minutes for lines that repeat, and nobody else has the interpreter then.
+    """
+    def once(lines):
+        found = {}
+        for number, line in enumerate(lines):
+            found[line] = -1 if line in found else number
+        return found
+    there, ends, piles, before = once(version), [], [], {}
+    for place in ((number, there.get(line, -1)) for line, number in once(text).items()):
+        if min(place) >= 0:     # the longest rising sequence: the smallest end for each length of one
+            pile = bisect.bisect(ends, place[1])
+            before[place] = piles[pile - 1] if pile else (-1, -1)
+            ends[pile:pile + 1], piles[pile:pile + 1] = [place[1]], [place]
+    certain = [(len(text), len(version)), *piles[-1:]]
+    while certain[-1] in before:
+        certain.append(before[certain[-1]])
+    found = [-1] * len(text) + [len(version)]
+    for (above, a), (below, b) in zip([(-1, -1), *certain[::-1]], certain[::-1]):
+        found[below] = b
+        while above + 1 < below and a + 1 < b and text[above + 1] == version[a + 1]:
+            above, a = above + 1, a + 1
+            found[above] = a
+        while below - 1 > above and b - 1 > a and text[below - 1] == version[b - 1]:
+            below, b = below - 1, b - 1
+            found[below] = b
+    return found
 
 
 class Conflicts:
@@ -5003,6 +5105,7 @@ class Conflicts:
         self._lock = threading.Lock()
         self._present = {}      # worktree -> what its commit was made from, Present
         self._merges = {}       # (commit, commit) -> conflicting files
+        self._environs = {}     # worktree -> the environment of its merges, where merge drivers are configured
         self._checked = False   # whether git is new enough
 
     def close(self, for_good: bool = True) -> None:
@@ -5019,6 +5122,7 @@ class Conflicts:
         `wanted(a, b)` chooses the pairs.  What cannot be compared is an error of its first worktree.
         """
         with self._lock:
+            self._go_on()
             self._check()
             make_folder(self.folder, 0o700)
             if sum(os.lstat(f"{path}/{name}").st_size for path, _, names in os.walk(self.folder) for name in names) > OBJECTS_MAX:
@@ -5036,8 +5140,11 @@ class Conflicts:
             states = together([lambda top=top: tried(lambda: self.present(top), top) for top in tops])
             present = {top: state for top, state in zip(tops, states) if state}
             pairs = [(a, b) for i, a in enumerate(present) for b in [*list(present)[i + 1:], ""] if wanted(a, b)]
-            found = together([lambda a=a, b=b: tried(
-                lambda: self.conflicts(a, present[a].commit, present[b].commit if b else present[a].base), a) for a, b in pairs])
+            sides = [(a, present[a].commit, present[b].commit if b else present[a].base) for a, b in pairs]
+            new = list(dict.fromkeys(top for top, a, b in sides if a != b and (a, b) not in self._merges))
+            environs = together([lambda top=top: tried(lambda: self._without_drivers(top), top) for top in new])
+            self._environs = dict(zip(new, environs))
+            found = together([lambda side=side: tried(lambda: self.conflicts(*side), side[0]) for side in sides])
             result = {pair: files for pair, files in zip(pairs, found) if files is not None}
             known = {pair: files for pair, files in {**self.known, **result}.items() if pair[0] in tops and pair[1] in tops}
             self.known = known      # at once: others read it meanwhile
@@ -5050,15 +5157,19 @@ class Conflicts:
                 raise ThrumError(f"this is git {words[2]}; to find conflicts without touching a worktree takes git {MERGE_GIT} or newer")
             self._checked = True
 
-    def _run(self, top: str, *args: str, index: str = "", **more) -> bytes:
-        """git with our folder for new objects."""
+    def _go_on(self) -> None:
         if self.closed:
             raise ThrumError("the daemon stops")
+
+    def _run(self, top: str, *args: str, index: str = "", environ: dict | None = None, **more) -> bytes:
+        """git with our folder for new objects."""
+        self._go_on()
         objects = self.work.places.common + "/objects"
         quoted = '"' + objects.replace("\\", "\\\\").replace('"', '\\"') + '"'      # git(1): else a colon would end it
         return Git(top).run(*_NO_TRACE, *args, timeout_s=MERGE_S, environ={
             "GIT_OBJECT_DIRECTORY": self.folder + "/objects", "GIT_ALTERNATE_OBJECT_DIRECTORIES": quoted,
-            "GIT_AUTHOR_DATE": "@0 +0000", "GIT_COMMITTER_DATE": "@0 +0000", **({"GIT_INDEX_FILE": index} if index else {})}, **more)
+            "GIT_AUTHOR_DATE": "@0 +0000", "GIT_COMMITTER_DATE": "@0 +0000", **({"GIT_INDEX_FILE": index} if index else {}),
+            **(environ or {})}, **more)
 
     def present(self, top: str) -> Present:
         """The present state of a worktree.  Raises GitError, and ThrumError for one with too much that is not committed."""
@@ -5120,6 +5231,30 @@ class Conflicts:
         finally:
             remove(index)
 
+    def _without_drivers(self, top: str) -> dict:
+        """The environment of a merge that runs none of the user's merge drivers; their files are merged as text.
+
+        Such a driver is a program that may do anything in the worktree, which is the folder of a merge, as its attributes are
+        read there.  No setting takes one back: where there are any, git gets a folder of its own with all settings but these.
+        """
+        listed = Git(top).run("config", "--list", "-z").decode(errors="surrogateescape").split("\0")[:-1]
+        settings = [setting.split("\n", 1) if "\n" in setting else (setting, "true") for setting in listed]
+        if not any(re.match(r"merge\..*\.", key) for key, _ in settings):
+            return {}
+        folder, common = f"{self.folder}/{hash32(top)[:16]}.git", self.work.places.common
+        shutil.rmtree(folder, ignore_errors=True)
+        os.mkdir(folder)
+        for name in os.listdir(common):
+            if not name.startswith(("config", "HEAD", "worktrees")):
+                os.symlink(f"{common}/{name}", f"{folder}/{name}")
+        formats = "".join(f"{key[11:]} = {value}\n" for key, value in settings if key.startswith("extensions."))
+        for name, text in (("HEAD", "ref: refs/heads/-\n"), ("config", f"[core]\nrepositoryFormatVersion = 1\n[extensions]\n{formats}")):
+            with open(f"{folder}/{name}", "x", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(text)
+        kept = [(key, value) for key, value in settings if not re.match(r"merge\..*\.|include|extensions\.|core\.(bare|worktree)$", key)]
+        return {"GIT_DIR": folder, "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_COUNT": str(len(kept)), **{
+            f"GIT_CONFIG_{what}_{n}": text for n, setting in enumerate(kept) for what, text in zip(("KEY", "VALUE"), setting)}}
+
     def conflicts(self, top: str, a: str, b: str) -> list:
         """The files in which two commits conflict: [{path, kind, ranges, names}]; the attributes are those of a worktree."""
         if a == b:
@@ -5134,7 +5269,7 @@ class Conflicts:
 
     def _merge(self, top: str, a: str, b: str) -> list:
         tree, stages, found = parse_merge(self._run(
-            top, "merge-tree", "--write-tree", "-z", "--allow-unrelated-histories", a, b, statuses=(0, 1)))
+            top, "merge-tree", "--write-tree", "-z", "--allow-unrelated-histories", a, b, statuses=(0, 1), environ=self._environs.get(top)))
         # Without --messages there are some only if it does not merge; then there are also those of what was resolved.
         found = [(kind, paths) for kind, paths in found if not stages.keys().isdisjoint(paths)] or found
         files = {}
@@ -5151,19 +5286,24 @@ class Conflicts:
                  if len(sides := [stages[path][stage] for stage in (2, 3) if stage in stages.get(path, ())]) == 2
                  and all(mode.startswith("100") for mode, _ in sides)}
         for path, (merged, *versions) in self._blobs(top, dict(list(texts.items())[:RANGED_FILES])):
+            self._go_on()
             ranges = conflict_ranges(merged, (a, b), versions)
             if ranges[0]:
                 files[path]["ranges"] = ranges
         return sorted(files.values(), key=lambda file: file["path"])
 
     def _blobs(self, top: str, wanted: dict):
-        """For each of {path: names of objects} the path and their contents, where all are small enough."""
+        """For each of {path: names of objects} the path and their contents, where they are small enough."""
         def ask(names, how):
             return self._run(top, "cat-file", how, "-z", input=b"".join(name + b"\0" for name in names))
         if not wanted:
             return
         sizes = iter(ask((name for names in wanted.values() for name in names), "--batch-check=%(objectsize)").split())
-        small = [path for path, names in wanted.items() if max([int(next(sizes)) for _ in names]) <= RANGED_MAX]
+        small, left = [], RANGED_MAX
+        for path, names in wanted.items():
+            size = sum(int(next(sizes)) for _ in names)
+            if size <= left:
+                small, left = [*small, path], left - size
         data, at = ask((name for path in small for name in wanted[path]), "--batch=%(objectsize)") if small else b"", 0
         for path in small:
             texts = []
@@ -5177,26 +5317,28 @@ class Conflicts:
 # ================================================================== 12  Routing
 
 
-CLAIMS = object()               # what somebody waits for: that claims have changed
-CLAIM_CHANGES = frozenset(("claim.take", "claim.renew", "claim.release", "claim.lapse", "agent.session.end", "agent.cleanup"))
+CLAIMS, FREED = object(), object()      # what somebody waits for: that claims have changed, that some have ended
+CLAIM_ENDS = frozenset(("claim.release", "claim.lapse", "agent.session.end", "agent.cleanup"))
+CLAIM_CHANGES = CLAIM_ENDS | {"claim.take", "claim.renew"}
 
 
 class Waiters:
     """Who waits for a message or a claim, and is to be woken.  No threads: the daemon calls it from one."""
 
     def __init__(self):
-        self._waiting = {}      # token -> (agent id, "" for any message, or CLAIMS; function)
+        self._waiting = {}      # token -> (agent id, "" for any message, CLAIMS or FREED; function)
         self._next = 0
 
     def add(self, what, wake) -> int:
-        """Call `wake()` once for each batch with a message to an agent ("": with any), or for CLAIMS; gives a token for `remove`."""
+        """Call `wake()` once for each batch with a message to an agent ("": with any), CLAIMS or FREED; gives a token for `remove`."""
         self._next += 1
         self._waiting[self._next] = (what, wake)
         return self._next
 
-    def wake_claimers(self) -> None:
-        for what, wake in list(self._waiting.values()):
-            if what is CLAIMS:
+    def wake_all(self, what) -> None:
+        """Wake those who wait for CLAIMS, or FREED."""
+        for wanted, wake in list(self._waiting.values()):
+            if wanted is what:
                 wake()
 
     def remove(self, token: int) -> None:
@@ -5210,8 +5352,9 @@ class Waiters:
             for agent_id, wake in list(self._waiting.values()):
                 if not agent_id or agent_id in reached:
                     wake()
-        if any(event["type"] in CLAIM_CHANGES for _, event in events):
-            self.wake_claimers()
+        for what, types in ((CLAIMS, CLAIM_CHANGES), (FREED, CLAIM_ENDS)):
+            if any(event["type"] in types for _, event in events):
+                self.wake_all(what)
 
 
 # ================================================================== 13  Sync
@@ -5287,7 +5430,7 @@ def _ensure_branch(places: Places) -> bool:
             aside += "~"
         if os.path.lexists(folder):
             shutil.move(folder, aside)
-    git.run("worktree", "add", "-f", places.sync, BRANCH)
+    git.run("worktree", "add", "-f", places.sync, BRANCH, online=True)
     if _make_files(places):
         commit_branch(places, "Initialize Thrum sync data")
     for name in os.listdir(os.path.dirname(places.sync)):
@@ -5956,11 +6099,15 @@ PREVIEW_MAX = 200               # characters of a message in its trace
 SNIPPET = 160                   # characters of a message around what was searched for: two lines of a terminal
 SEARCH_WORDS_MAX = 32           # words of a query: more is a text, not a question
 AWAY_NAMES = 5                  # names in a warning
-NOTICE_FILES = 20               # files that a notice names
-NOTICE_PATHS = LINE_MAX // 8    # characters of paths that it keeps for the next one: it has to fit a line, with escapes
+NOTICE_FILES = 20               # files that a part of a notice names
+NOTICE_PATHS = LINE_MAX // 16   # characters of paths that it keeps for the next one: it has to fit a line, with escapes
+NOTICE_PAIRS = 60               # agents whose conflicts it is about; the next look tells of the others
 RANGES_SHOWN = 5                # places in a file that are named
 DELIVERY_STATES = (("answered", "answered_at"), ("read", "read_at"), ("seen", "shown_at"), ("pushed", "pushed_at"),
                    ("delivered", "delivered_at"))      # the furthest first
+
+
+ONE_BY_ONE = "one by one"       # slow, and has a thread for itself: calls that wait for each other keep no others waiting
 
 
 class Method(Record):
@@ -5977,7 +6124,7 @@ class Method(Record):
     indexes: bool = False       # every message has to be in the full-text index first
     prepare: object = None      # of one that writes: what takes long, done before it; its result is `context.prepared`
     elsewhere: str = ""         # it is for WebSocket clients only, and this is what others are told
-    slow: bool = False          # it asks git for a while: threads of their own, so that it keeps no quick question waiting
+    slow: object = False        # it asks git, or ONE_BY_ONE: threads of their own, so that it keeps no quick question waiting
 
 
 def check_params(method: Method, params) -> dict:
@@ -6089,6 +6236,8 @@ def _refuse_taken(store: Store, name: str, what: str, kinds: tuple) -> None:
 def agent_register(context: Context, params: dict) -> dict:
     store, role = context.store, check_word(params["role"], "role")
     module = params["module"]
+    if role in RESERVED_NAMES:
+        raise InvalidParams(f"role '{role}' is reserved and cannot be used")
     if not is_label(module):
         raise InvalidParams(f"module must be a text of at most {PAIR_MAX} printable characters")
     display = params.get("display", "")
@@ -6179,8 +6328,8 @@ def _delete_agent(context: Context, agent_id: str, method: str, reason: str) -> 
     agent = context.store.agent(agent_id)
     if not agent:
         raise ThrumError(f"agent not found: {agent_id}")
-    context.append("agent.cleanup", after=max(agent["registered_at"], context.store.newest_act(agent_id)), agent_id=agent_id,
-                   reason=reason, method=method)
+    context.append("agent.cleanup", after=max(agent["registered_at"], context.store.newest_act(agent_id)),
+                   above=context.store.last_fence(), agent_id=agent_id, reason=reason, method=method)
     tops = _our_worktrees(context.ledger.places)
 
     def remove_files():         # by the id in it, not by its name: a file may be called as it likes
@@ -6322,8 +6471,23 @@ def _shaped(item: dict, shape: dict) -> dict:
     return {**shaped, "files": [file for file in shaped["files"] if type(file) is str]} if "files" in shape else shaped
 
 
-def _work_context(context: Context, row: dict) -> dict:
-    """What is known of the work of a session, from a row of the store.
+def _work_now(context: Context, rows: list) -> dict:
+    """What git says now of the work of some sessions: session id -> its facts, where it says something."""
+    where, work = _sessions_at_work(context), _work(context)
+
+    def look(top):
+        try:
+            return work.facts(top, FRESH_S)
+        except GitError as error:
+            logging.getLogger("thrum").warning("%s: %s", top, error)
+    ids = {row["session_id"] for row in rows}
+    tops = list({where[session_id][0]: None for session_id in ids if session_id in where})
+    facts = dict(zip(tops, together([lambda top=top: look(top) for top in tops])))
+    return {session_id: facts[top] for session_id, (top, _) in where.items() if facts.get(top)}
+
+
+def _work_context(context: Context, row: dict, now: dict | None = None) -> dict:
+    """What is known of the work of a session, from a row of the store; `now` is what git says now.
 
     What git said a day ago of a worktree without a commit of its own says nothing any more (storage contract, section 13.3).
     """
@@ -6338,16 +6502,17 @@ def _work_context(context: Context, row: dict) -> dict:
             continue
         found = [item for item in found if type(item) is type(shape)] if isinstance(found, list) else []
         lists[field] = [_shaped(item, shape) for item in found] if shape else found
-    return {"session_id": row["session_id"], "agent_id": row["agent_id"], **compact(
-        branch=row.get("branch"), worktree_path=row.get("worktree_path"), **lists,
-        **{field: row.get(field) for field in ("git_updated_at", "current_task", "task_updated_at", "intent", "intent_updated_at")})}
+    facts = now or {**lists, **{field: row.get(field) for field in ("branch", "worktree_path", "git_updated_at")}}
+    return {"session_id": row["session_id"], "agent_id": row["agent_id"], **compact(**facts, **{
+        field: row.get(field) for field in ("current_task", "task_updated_at", "intent", "intent_updated_at")})}
 
 
 def agent_list_context(context: Context, params: dict) -> dict:
     """What agents with an open session do; `agent_id` is exact, `role` is additive to the reference."""
-    file, branch = params.get("file", ""), params.get("branch", "")
-    rows = context.store.work_contexts(params.get("agent_id", ""), params.get("role", ""), branch, file)
-    return {"contexts": [work for work in [_work_context(context, row) for row in rows]
+    file, branch, fresh = params.get("file", ""), params.get("branch", ""), params.get("fresh", False)
+    rows = context.store.work_contexts(params.get("agent_id", ""), params.get("role", ""), *("", "") if fresh else (branch, file))
+    now = _work_now(context, rows) if fresh else {}
+    return {"contexts": [work for work in [_work_context(context, row, now.get(row["session_id"])) for row in rows]
                          if (not file or file in work.get("changed_files", []) + work.get("uncommitted_files", []))
                          and branch in ("", work.get("branch"))]}
 
@@ -6371,6 +6536,12 @@ def _sessions_at_work(context: Context) -> dict:
         if top:
             found.setdefault(session_id, (top, agent_id))
     return found
+
+
+def _sessions_nowhere(context: Context) -> set:
+    """The open sessions of this machine whose worktree is not there any more."""
+    return {session_id for name, _, session_id in context.store.open_worktrees(context.ledger.daemon_id)
+            if is_whole_path(name) and not os.path.isdir(name)}
 
 
 def _look_at(context: Context, refs: list) -> dict | None:
@@ -6507,9 +6678,11 @@ def team_list(context: Context, params: dict) -> dict:
     for claim in live:
         if claim["claim_id"] in held:
             claims.setdefault(claim["agent_id"], []).append(claim["path"])
-    for row in context.store.team(params.get("include_offline", False)):
+    rows = context.store.team(params.get("include_offline", False))
+    now, gone = _work_now(context, rows), _sessions_nowhere(context)
+    for row in rows:
         last_seen = max(row["last_seen_at"], seen.get(row["agent_id"], 0))
-        work = _work_context(context, {**row, "session_id": row["session_id"] or ""})
+        work = _work_context(context, {**row, "session_id": row["session_id"] or ""}, now.get(row["session_id"]))
         members.append({
             "agent_id": row["agent_id"], "kind": row["kind"], "role": row["role"], "module": row["module"],
             **compact(display=row["display"], hostname=row["hostname"], worktree=row["worktree"], session_id=row["session_id"],
@@ -6519,7 +6692,8 @@ def team_list(context: Context, params: dict) -> dict:
             "uncommitted_files": work.get("uncommitted_files", []), "claims": claims.get(row["agent_id"], []),
             "conflicts": [{"with": pair["with"], "files": [file["path"] for file in pair["files"]]}
                           for pair in conflicts.get(row["agent_id"], [])],
-            "inbox_total": row["inbox_total"], "inbox_unread": row["inbox_unread"], "status": "active" if row["session_id"] else "offline"})
+            "inbox_total": row["inbox_total"], "inbox_unread": row["inbox_unread"], "status": "active" if row["session_id"] else "offline",
+            **({"worktree_gone": True} if row["session_id"] in gone else {})})
     everybody, groups = context.store.shared_messages()
     shared = {"broadcast_total": everybody, "groups": [{"name": name, "total": total} for name, total in groups]}
     return {"members": members, **({"shared_messages": shared} if everybody or groups else {})}
@@ -6544,11 +6718,10 @@ def work_who_has(context: Context, params: dict) -> dict:
         top, _ = where.get(row["session_id"], ("", ""))
         if answers.get(top):
             state, uncommitted, committed = answers[top]
-            known = _work_context(context, row)
-            known.pop("branch", None)   # of a head that is detached by now
-            found.append({**known, **compact(branch=state.branch), "worktree_path": printable(top), "live": True,
-                          "uncommitted_files": [change["path"] for change in uncommitted], "git_updated_at": stamp_of(now_ns),
-                          "changed_files": [change["path"] for change in committed], "file_changes": uncommitted + committed})
+            now = {"branch": state.branch, "worktree_path": printable(top), "git_updated_at": stamp_of(now_ns)}
+            found.append({**_work_context(context, row, now), "live": True, "file_changes": uncommitted + committed,
+                          "uncommitted_files": [change["path"] for change in uncommitted],
+                          "changed_files": [change["path"] for change in committed]})
         elif row["daemon"] == ledger.daemon_id:
             found.append({**_known_changes(context, row, path), "live": False})
     for row in store.contexts_elsewhere(ledger.daemon_id, stamp_of(now_ns - WORK_ENDED_S * NS)):
@@ -7105,7 +7278,7 @@ def purge_execute(context: Context, params: dict) -> dict:
         raise InvalidParams(f'invalid before timestamp "{before[:64]}": must be RFC 3339') from None
     counts = context.store.older_than(cutoff)
     if not params.get("dry_run"):
-        context.append("purge.executed", cutoff=stamp_of(cutoff), after=cutoff - 1)
+        context.append("purge.executed", cutoff=stamp_of(cutoff), after=cutoff - 1, above=context.store.last_fence())
     return {"before": before, "dry_run": params.get("dry_run", False), "messages_deleted": counts["messages"],
             "sessions_deleted": counts["sessions"], "events_deleted": counts["events"], "sync_message_files": counts["authors"],
             "sync_events_filtered": 2 * counts["sessions"]}
@@ -7239,75 +7412,100 @@ def conflict_list(context: Context, params: dict) -> dict:
         chosen.update(worktrees)
     tops = list(dict.fromkeys([places.root, *worktrees_of(places.common)])) if params.get("all") else list(agents)
     present, found, errors = _conflicts(context).look(sorted(tops), lambda a, b: not chosen or a in chosen or b in chosen)
+    wanted = setting_in_effect(load_config(places.thrum), "work.base", {})[0]
+    refs = [*(f"refs/{kind}/{wanted}" for kind in ("heads", "remotes") if wanted), *BASES[1:]]
+    lines = Git(places.root).run("for-each-ref", "--format=%(refname) %(objectname)", *refs).decode(errors="replace").splitlines()
+    commits = dict(line.split(" ") for line in lines)
+    names = {commits[ref]: printable(ref.split("/", 2)[2]) for ref in refs[::-1] if ref in commits}
     pairs, base = [], []
     for (a, b), files in found.items():
         here = [top for top in (a, b) if top]
-        row = {"agents": [agents.get(top, []) for top in here], "worktrees": list(map(printable, here)),
+        row = {"agents": [agents.get(top, []) for top in here], "worktree_paths": list(map(printable, here)),
                "branches": [present[top].branch for top in here], "clean": not files, "files": files}
         if b:
             pairs.append(row)
         else:
-            base.append({**row, "base": present[a].base})
+            base.append({**row, "base": present[a].base, **compact(base_branch=names.get(present[a].base))})
     return {"pairs": pairs, "base": base,
-            "skipped": [{"worktree": printable(top), "paths": state.skipped} for top, state in present.items() if state.skipped],
-            "errors": [{"worktree": printable(top), "error": error} for top, error in errors.items()],
+            "skipped": [{"worktree_path": printable(top), "paths": state.skipped} for top, state in present.items() if state.skipped],
+            "errors": [{"worktree_path": printable(top), "error": error} for top, error in errors.items()],
             "checked_at": stamp_of(context.world.now_ns())}
+
+
+def _by_agents(agents: dict, found: dict) -> dict:
+    """Compared pairs of worktrees as pairs of their agents: {agent id: {other agent id: files}}, its own lines first."""
+    seen = {}
+    for (a, b), files in found.items():
+        turned = [{**file, "ranges": file["ranges"][::-1]} if "ranges" in file else file for file in files]
+        for one, other, own in ((a, b, files), (b, a, turned)):
+            for agent_id, other_id in ((x, y) for x in agents.get(one, []) for y in agents.get(other, []) if x != y):
+                known = seen.setdefault(agent_id, {}).setdefault(other_id, {})      # one may have several worktrees
+                known.update((file["path"], file) for file in own if file["path"] not in known)
+    return {agent_id: {other_id: list(files.values()) for other_id, files in pairs.items()} for agent_id, pairs in seen.items()}
 
 
 def known_conflicts(context: Context) -> dict:
     """What the newest look has found, without another one: {agent id: [{with: agent id, files: [...]}]}, its own lines first."""
-    agents, found = _agents_at_work(context), {}
-    for (a, b), files in _conflicts(context).known.items():
-        turned = [{**file, "ranges": file["ranges"][::-1]} if "ranges" in file else file for file in files]
-        for one, other, seen in ((a, b, files), (b, a, turned)) if files else ():
-            for agent_id in agents.get(one, []):
-                found.setdefault(agent_id, []).extend({"with": other_id, "files": seen} for other_id in agents.get(other, []))
-    return found
+    return {agent_id: found for agent_id, pairs in _by_agents(_agents_at_work(context), _conflicts(context).known).items()
+            if (found := [{"with": other_id, "files": files} for other_id, files in pairs.items() if files])}
 
 
-def conflict_pairs(context: Context, params: dict) -> list:
-    """The pairs of worktrees of active agents, if there is something new to say of them: [{agents: [[…], […]], files}]."""
+def conflict_news(context: Context, params: dict) -> list:
+    """Look at the worktrees of active agents; what has changed since they were told of their conflicts, as arguments of `notice`.
+
+    Each agent gets one message of all others.  Of every pair, what an agent was told last is in the message that told it, so
+    neither a restart nor a rebuild tells it again.
+    """
     agents = _agents_at_work(context)
     found = _conflicts(context).look(sorted(agents), lambda a, b: b)[1] if len(agents) > 1 else {}
-    pairs = [{"agents": [agents[a], agents[b]], "files": files} for (a, b), files in found.items()]
-    return pairs if conflict_news(context, pairs) else []
+    return [news for agent_id, pairs in sorted(_by_agents(agents, found).items()) if (news := _news_for(context, agent_id, pairs))]
 
 
-def conflict_news(context: Context, pairs: list) -> list:
-    """What has changed since agents were told of their conflicts, as arguments of `notice`.
-
-    What they were told last is in the message that told them, so neither a restart nor a rebuild tells it again.
-    """
-    news = []
-    for pair in pairs:
-        for a, b in sorted({tuple(sorted((a, b))) for a in pair["agents"][0] for b in pair["agents"][1] if a != b}):
-            about = ("conflict", f"{a} {b}")
-            last = (context.store.page(ref=about, author=PROGRAM, limit=1)["messages"] or [{}])[0]
-            try:
-                told = decode_object(last.get("structured") or "{}")
-            except ValueError:      # of another version
-                told = {}
-            count = told["count"] if type(told.get("count")) is int else 0
-            known = told["files"] if type(told.get("files")) is list else []
-            new = [file for file in pair["files"] if file["path"] not in known] if known or len(pair["files"]) > count else []
-            if not new and (pair["files"] or not count):
-                continue
-            whose, names = f"What @{a} and @{b} have", [f"@{name}" for name in ((a, b) if a in pair["agents"][0] else (b, a))]
-            lines = [f"{whose} would not merge in more files now:" if count else f"{whose} would not merge as it is now:"]
-            lines += [f"- {printable(file['path'])[-PAIR_MAX:]}: {conflict_text(file, names)}" for file in new[:NOTICE_FILES]]
-            lines += [f"- and {len(new) - NOTICE_FILES} more"] if len(new) > NOTICE_FILES else []
-            lines += ["Agree on who changes what; `thrum conflicts` shows how it stands."]
-            paths = [file["path"] for file in pair["files"]]
-            news.append(([a, b], "\n".join(lines) if new else f"{whose} would merge again: the conflict is gone.",
-                         f"conflict {a} {b} {last.get('message_id', '')}", [about], {
-                             "count": len(paths), **({"files": paths} if sum(map(len, paths)) <= NOTICE_PATHS else {})}))
-    return news
+def tell_of_conflicts(context: Context, news: list) -> None:
+    for arguments in news:
+        notice(context, *arguments)
 
 
-def tell_of_conflicts(context: Context, pairs: list) -> None:
-    """Send what `conflict_news` has; asked again here, where nothing comes between."""
-    for news in conflict_news(context, pairs):
-        notice(context, *news)
+def _news_for(context: Context, agent_id: str, pairs: dict) -> tuple | None:
+    appeared, grown, gone, state, key, left = {}, {}, {}, {}, f"conflict {agent_id}", NOTICE_PATHS
+    for other_id, files in sorted(pairs.items()):
+        last = context.store.message_with("conflict", f"{agent_id} {other_id}", PROGRAM, context.ledger.daemon_id) or {}
+        try:
+            told = decode_object(last.get("structured") or "{}").get(other_id)
+        except ValueError:      # of another version
+            told = None
+        told = told if type(told) is dict else {}
+        count = told["count"] if type(told.get("count")) is int else 0
+        known = told["files"] if type(told.get("files")) is list else []
+        new = [file for file in files if file["path"] not in known] if known or len(files) > count else []
+        if (not new and (files or not count)) or len(state) == NOTICE_PAIRS:
+            continue
+        (grown if new and count else appeared if new else gone)[other_id] = new
+        paths = [file["path"] for file in files]
+        left -= sum(map(len, paths))
+        state[other_id] = {"count": len(paths), **({"files": paths} if left >= 0 else {})}
+        key += f" {other_id} {last.get('message_id', '')}"
+    text = ""
+    for others, how in ((appeared, "as it stands"), (grown, "in more files now")):
+        where = {}              # path -> {with whom: file}
+        for other_id, files in others.items():
+            for file in files:
+                where.setdefault(file["path"], {})[other_id] = file
+        text += f"The work of @{agent_id} and {_agents_named(others)} would not merge {how}:\n" if others else ""
+        for path, files in list(where.items())[:NOTICE_FILES]:
+            what = [conflict_text(file, [f"@{agent_id}", f"@{other_id}"]) for other_id, file in files.items()][0]
+            text += f"- {printable(path)[-PAIR_MAX:]}: {what if len(others) == 1 else 'with ' + _agents_named(files)}\n"
+        text += f"- and {len(where) - NOTICE_FILES} more\n" if len(where) > NOTICE_FILES else ""
+    text += "Agree on who changes what; `thrum conflicts` shows how it stands.\n" if text else ""
+    text += f"The work of @{agent_id} and {_agents_named(gone)} would merge again: the conflict is gone.\n" if gone else ""
+    refs = [("conflict", f"{agent_id} {other_id}") for other_id in state]
+    return ([agent_id], text[:-1], hash32(key), refs, state) if state else None
+
+
+def _agents_named(names) -> str:
+    """`@ada, @bob and 37 more`."""
+    more = len(names) - AWAY_NAMES
+    return ", ".join(f"@{name}" for name in list(names)[:AWAY_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def conflict_text(file: dict, names: list) -> str:
@@ -7432,18 +7630,18 @@ def _waiting_info(waiting: Waiting) -> dict:
 
 def _queue(context: Context) -> list:
     """Who waits for a claim, with tickets, the first first."""
-    return sorted(context.ledger.queue.copy().items(), key=lambda entry: entry[1].since)
+    return sorted([(ticket, ticket.wish) for ticket in context.ledger.queue.copy() if ticket.wish], key=lambda entry: entry[1].since)
 
 
 def _refuse_claim(context: Context, wanted: Waiting, live: list, ticket) -> None:
-    """Raise Conflict with those whose claims, or earlier wishes, stand against a claim; a ticket is put into the queue.
+    """Raise Conflict with those whose claims, or earlier wishes, stand against a claim; its ticket says so from then on.
 
     Who waits for something that the claimer itself holds is not before it: both would wait for ever.
     """
     def stands(claim, agent_id, paths, shared):
         return next((path for path in paths if object_to(claim, agent_id, path, shared)), None)
 
-    wanted = context.ledger.queue.get(ticket, wanted)
+    wanted = ticket and ticket.wish or wanted
     mine = [claim for claim in live if claim["agent_id"] == wanted.agent_id]
     against = [(path, claim) for claim in live if (path := stands(claim, wanted.agent_id, wanted.paths, wanted.shared))]
     before = []
@@ -7456,24 +7654,25 @@ def _refuse_claim(context: Context, wanted: Waiting, live: list, ticket) -> None
             before += [(path, first)] if path else []
     if not against and not before:
         return
-    if ticket and ticket not in context.ledger.queue:
-        if len(context.ledger.queue) >= WAITING_MAX:
-            raise ThrumError(f"{WAITING_MAX} agents wait for claims already; try again later")
-        context.ledger.queue[ticket] = wanted
-    now = context.world.now_ns()
+    waiters = [first for _, first in _queue(context)]
+    if ticket and not ticket.wish:
+        if len(waiters) >= WAITING_MAX or sum(weight(first.paths) for first in waiters) + weight(wanted.paths) > CLAIMS_MAX:
+            raise ThrumError(f"{len(waiters)} agents wait for claims already; try again later")
+        ticket.wish = wanted
+    now, rest = context.world.now_ns(), len(against or before) - 1
     if against:
-        path, claim = against[0]
-        since = min(claim["granted_at"], claim["expires_at"] - claim["ttl_s"] * NS)     # its stamp may be ahead of our clock
+        path, claim = min(against, key=lambda found: found[0] != found[1]["path"])
+        since = min(claim["granted_at"], claim["expires_at"] - claim["ttl_s"] * NS, now)    # its stamp may be ahead of our clock
         as_what = f" as {claim['path']}" if claim["path"] != path else ""
-        text = f"{path} is claimed{as_what} by @{claim['agent_id']}{_on_host(claim, context.ledger.daemon_id)}" \
-               f"{' (shared)' if claim['shared'] else ''} " \
-               f"since {_minute_of(since)} {until(claim, now)}{_in_quotes(claim['note'])}"
+        whom, kind = claim["agent_id"], " (shared)" if claim["shared"] else ""
+        text = f"{path} is claimed{as_what} by @{whom}{_on_host(claim, context.ledger.daemon_id)}{kind}, " \
+               f"since {_minute_of(since, now)} ({span((now - since) / NS)} ago) {until(claim, now)}{_in_quotes(claim['note'])}"
+        more = f", and {rest} more claim{'s stand' if rest > 1 else ' stands'} in the way" if rest else ""
     else:
-        path, first = before[0]
-        text = f"@{first.agent_id} waits for {path} already"
-    more = len(against) + len(before) - 1
-    raise Conflict(f"{text}{f', and there is more in the way: {more}' if more else ''}; queue with --wait 20m, or ask "
-                   f"@{against[0][1]['agent_id'] if against else before[0][1].agent_id}",
+        path, whom = before[0][0], before[0][1].agent_id
+        text = f"@{whom} waits for {path} already"
+        more = f", and {rest} more" if rest else ""
+    raise Conflict(f"{text}{more}; queue with --wait 20m, or ask @{whom}",
                    {"claims": [_claim_info(context, claim) for _, claim in against],
                     "waiting": [_waiting_info(first) for _, first in before]})
 
@@ -7486,13 +7685,22 @@ def claim_take(context: Context, params: dict) -> dict:
     """Claim all of some paths or none; a claim that the caller has already is renewed and keeps its place."""
     store, agent_id, paths, shared = context.store, caller_of(context, params), _claimed_paths(params), params.get("shared", False)
     agent, ttl_s, note = store.agent(agent_id), params.get("ttl_s"), check_text(params.get("note", ""), "note")
+    ticket = params.get("ticket")
     if not paths:
         raise InvalidParams("name at least one path to claim; '.' is the whole repository")
+    too_many = ThrumError(f"@{agent_id} would have more than {CLAIMS_PER_AGENT} claims, of which one with wildcards counts for "
+                          f"{WILD_WEIGHT}; release some, or claim the folder above them")
+    if weight(paths) > CLAIMS_PER_AGENT:        # before they are compared
+        raise too_many
+    if ticket and ticket not in context.ledger.queue:
+        raise ThrumError("whoever asked for the claim has gone")
     if ttl_s is not None and not 0 < ttl_s <= TTL_MAX_S:
         raise InvalidParams(f"ttl_s must be between 1 and {TTL_MAX_S} seconds")
     if not agent:
         raise ThrumError(f"agent not found: {agent_id} is not registered")
-    session = store.open_session(agent_id) if agent["kind"] == "user" else session_of(context, agent_id)
+    session = store.open_session(agent_id)
+    if not session and agent["kind"] != "user":
+        raise ThrumError("no active session - start one with 'thrum session start'")
     session_id, now = session["session_id"] if session else None, context.world.now_ns()
     try:
         since = min(now, ns_of(params["queued_at"])) if "queued_at" in params else now
@@ -7504,12 +7712,12 @@ def claim_take(context: Context, params: dict) -> dict:
     kept = {path: own[path] for path in paths
             if path in own and (bool(own[path]["shared"]), own[path]["session_id"]) == (shared, session_id)}
     asked = [path for path in paths if path not in kept]
-    _refuse_claim(context, Waiting(agent_id, asked, shared, since), live, params.get("ticket"))
-    added = sum(path not in own for path in asked)
-    if len(own) + added > CLAIMS_PER_AGENT:
-        raise ThrumError(f"@{agent_id} would have more than {CLAIMS_PER_AGENT} claims; release some, or claim the folder above them")
-    if len(live) + added > CLAIMS_MAX:
+    added = weight(path for path in asked if path not in own)
+    if weight(own) + added > CLAIMS_PER_AGENT:
+        raise too_many
+    if added and weight(claim["path"] for claim in live) + added > CLAIMS_MAX:
         raise ThrumError(f"there would be more than {CLAIMS_MAX:,} claims; 'thrum claims' lists them")
+    _refuse_claim(context, Waiting(agent_id, asked, shared, since), live, ticket)
     done = []
     for path in paths:
         before = own.get(path)
@@ -7522,7 +7730,8 @@ def claim_take(context: Context, params: dict) -> dict:
             free_claim(context, before, "replaced")
         # Later than all that it overlaps, also what has lapsed here and may come back: by its stamp it must not be before them.
         after = max([agent["registered_at"], session["started_at"] if session else 0,
-                     *(claim["granted_at"] for claim in known if overlap(claim["path"], path))])
+                     *(claim["granted_at"] for claim in known
+                       if now < claim["granted_at"] < now + FENCE_AHEAD_S * NS and overlap(claim["path"], path))])
         event = context.append("claim.take", after=after, above=store.last_fence(), claim_id=context.world.new_id("clm"),
                                agent_id=agent_id, session_id=session_id, path=path, shared=shared, ttl_s=ttl_s or CLAIM_TTL_S,
                                note=note)
@@ -7603,14 +7812,15 @@ METHODS = {
     "user.identify": Method(user_identify, {}, "Who git says is working here."),
     "agent.list": Method(agent_list, {"role": str, "module": str}, "The registered agents, newest first."),
     "agent.whoami": Method(agent_whoami, {**CALLER}, "Who is calling, with session and intent."),
-    "agent.listContext": Method(agent_list_context, {"agent_id": str, "role": str, "branch": str, "file": str},
-                                "What the agents with an open session are working on."),
+    "agent.listContext": Method(agent_list_context, {"agent_id": str, "role": str, "branch": str, "file": str, "fresh": bool},
+                                "What the agents with an open session are working on; with fresh, git is asked now."),
     "team.list": Method(team_list, {"include_offline": bool}, "Who is here, at what, and how much mail waits for them.",
-                        aliases={"all": "include_offline"}),
+                        aliases={"all": "include_offline"}, slow=True),
     "work.whoHas": Method(work_who_has, {"file!": str}, "Who has changed a file, as git says now.", slow=True),
-    "worktree.status": Method(worktree_status, {"repo_path": str}, "Branch and uncommitted files of a worktree of this repository."),
+    "worktree.status": Method(worktree_status, {"repo_path": str}, "Branch and uncommitted files of a worktree of this repository.",
+                              slow=True),
     "conflict.list": Method(conflict_list, {"agents": [str], "all": bool},
-                            "Which worktrees of active agents would not merge, with each other or with the base branch.", slow=True),
+                            "Which worktrees of active agents would not merge, with each other or with the base branch.", slow=ONE_BY_ONE),
     # These write files of the caller's worktree, not events, so they are no changes to the ledger.
     "context.save": Method(context_save, {"content": str, **CONTEXT}, "Save what an agent wants its successor to know."),
     "context.show": Method(context_show, {"include_preamble": bool, "no_preamble": bool, **CONTEXT}, "What an agent has saved."),
@@ -7725,10 +7935,10 @@ def one_line(text: str, limit: int = PREVIEW) -> str:
     return text if len(text) <= limit else text[:limit - 1] + "…"
 
 
-def path_shown(path: str) -> str:
-    """A path on one line, safe for a terminal; its blanks stay, so that it can be opened."""
+def path_shown(path: str, limit: int = PATH_SHOWN) -> str:
+    """A path on one line, safe for a terminal; its blanks stay, so that it can be opened, and what is cut off is its beginning."""
     text = plain(path).replace("\n", "\\n").replace("\t", "\\t")
-    return text if len(text) <= PATH_SHOWN else text[:PATH_SHOWN - 1] + "…"
+    return text if len(text) <= limit else "…" + text[1 - limit:]
 
 
 def error_line(error: Exception) -> str:
@@ -7794,11 +8004,19 @@ def to_json(value) -> str:
     return text + "\n"
 
 
+def columns(text: str) -> int:
+    """How many columns of a terminal a text takes (Unicode Standard Annex 11)."""
+    if text.isascii():
+        return len(text) if BOLD not in text else len(text.replace(BOLD, "").replace(NORMAL, ""))
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+               for c in text.replace(BOLD, "").replace(NORMAL, ""))
+
+
 def rows_of(table: list, width: int = 0) -> str:
     """Lines with aligned columns, two blanks between them; the last column is broken to `width` columns, if given."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]) - 1)]
+    widths = [max(columns(row[i]) for row in table) for i in range(len(table[0]) - 1)]
     indent = " " * (sum(widths) + 2 * len(widths))
-    return "".join("  ".join([*(cell.ljust(size) for cell, size in zip(row, widths)),
+    return "".join("  ".join([*(cell + " " * (size - columns(cell)) for cell, size in zip(row, widths)),
                               wrapped(row[-1], width, indent).lstrip() if width else row[-1]]) + "\n" for row in table)
 
 
@@ -8116,6 +8334,7 @@ async def quickstart(console: Console, args: Args) -> int:
             [f"  {thrum} inbox", f"read what was sent to you ({unread} unread)" if unread else "read what others send you"],
             [f'  {thrum} send "…" --to @NAME', "write to an agent, a role or a group; without --to, to everyone"],
             [f"  {thrum} team", "see who is here, and at what"],
+            [f"  {thrum} claim FILE", "say what you are going to change, so that others keep off"],
             [f"  {thrum} wait --timeout 5m", "wait for the next message"]])))
     return 0
 
@@ -8229,17 +8448,23 @@ def _caller_or_nobody(console: Console) -> str:
         return ""
 
 
+async def _own_claims(console: Console, me: str) -> list:
+    """The paths that an agent has claimed."""
+    return [claim["path"] for claim in (await console.call("claim.list", agent_id=me))["claims"]]
+
+
 async def _standing(console: Console) -> dict:
     """How the daemon is, and of the caller, if there is one: who, at what work, with how much mail."""
     report = {"health": await console.call("health")}
     me = _caller_or_nobody(console)
     if me:
         report["agent"] = await console.call("agent.whoami", caller_agent_id=me)
-        work = (await console.call("agent.listContext", agent_id=me))["contexts"]
+        work = (await console.call("agent.listContext", agent_id=me, fresh=True))["contexts"]
         if work:
             report["work_context"] = work[0]
         counts = await console.call("message.list", for_agent=me, caller_agent_id=me, page_size=1)
         report["inbox"] = {"total": counts["total"], "unread": counts["unread"], **compact(overdue=counts.get("overdue"))}
+        report.update(compact(claims=await _own_claims(console, me)))
     return report
 
 
@@ -8250,8 +8475,9 @@ def _standing_text(report: dict, console: Console, nobody: str) -> str:
         return nobody
     if not agent["role"]:
         return f"Agent:     {handle(agent['agent_id'])} is not registered (use 'thrum quickstart')\n"
-    task = report.get("work_context", {}).get("current_task")
-    return _who_text(agent, console) + (f"Task:      {one_line(task)}\n" if task else "")
+    task, claims = report.get("work_context", {}).get("current_task"), report.get("claims")
+    return _who_text(agent, console) + (f"Task:      {one_line(task)}\n" if task else "") \
+        + (f"Claims:    {one_line(', '.join(claims))}\n" if claims else "")
 
 
 def _sync_text(health: dict) -> str:
@@ -8364,19 +8590,21 @@ def _teammate_text(member: dict, console: Console) -> str:
     head += (f" — {one_line(member['intent'], max(left - len(head) - len(branch), 20))}" if "intent" in member else "") + branch
     session = f"{member['session_id'][:16]}... (active {seen})" if active else f"offline (last seen {seen})"
     files, ahead = member["file_changes"], f"{member['unmerged_commits']} commit{'s' * (member['unmerged_commits'] != 1)} ahead"
-    lines = [("Worktree:", one_line(member.get("worktree", ""))), ("Host:", one_line(member.get("hostname", ""))), ("Session:", session),
+    lines = [("Worktree:", one_line(member.get("worktree", "")) + " (gone)" * ("worktree_gone" in member)),
+             ("Host:", one_line(member.get("hostname", ""))), ("Session:", session),
              ("Intent:", one_line(member.get("intent", ""), left)), ("Task:", one_line(member.get("current_task", ""), left)),
              ("Inbox:", f"{member['inbox_unread']} unread / {member['inbox_total']} total"),
              ("Branch:", f"{one_line(member['branch'])} ({ahead})" if "branch" in member else
               f"(detached, {ahead})" if "git_updated_at" in member else "")]
     text = head + "\n" + "".join(f"  {label:<9} {value}\n" for label, value in lines if value)
-    if "git_updated_at" in member and not files:
-        text += "  Files:    (no changes)\n"
     if member["claims"]:
         text += f"  Claims:   {one_line(', '.join(member['claims']), left)}\n"
     text += "".join(f"  Conflict: {_conflict_line(pair, console)}\n" for pair in member["conflicts"][:TEAM_FILES])
-    table = [[path_shown(change["path"]), console.ago(change["last_modified"]), f"+{change['additions']} -{change['deletions']}"]
-             for change in sorted(files, key=lambda change: change["last_modified"], reverse=True)[:TEAM_FILES]]
+    if "git_updated_at" in member and not files:
+        text += "  Files:    (no changes)\n"
+    newest = sorted(files, key=lambda change: change["last_modified"], reverse=True)[:TEAM_FILES]
+    table = [[path_shown(change["path"], max(console.width - 34, 20)), console.ago(change["last_modified"]),
+              f"+{change['additions']} -{change['deletions']}"] for change in newest]
     for n, line in enumerate(rows_of(table).splitlines() if table else ()):
         text += f"  {'' if n else 'Files:':<9} {line}\n"
     return text + (f"            … and {len(files) - TEAM_FILES} more\n" if len(files) > TEAM_FILES else "")
@@ -8443,6 +8671,7 @@ async def prime(console: Console, args: Args) -> int:
         if found["unread"]:
             found = await console.call("message.list", caller_agent_id=me, exclude_self=True, unread=True, page_size=PRIME_MESSAGES)
         report["messages"] = {**counts, "recent": found["messages"]}
+        report.update(compact(claims=await _own_claims(console, me)))
         saved = await _saved_context(console, me)
         if saved:
             report["context"] = saved
@@ -8472,6 +8701,7 @@ def _prime_text(report: dict, contexts: dict, console: Console) -> str:
         text += f"Intent: {one_line(session['intent'])}\n"
     task = contexts.get(who["agent_id"], {}).get("current_task") if who else ""
     text += f"Task: {one_line(task)}\n" if task else ""
+    text += f"Your claims: {one_line(', '.join(report['claims']))}\n" if "claims" in report else ""
     if "context" in report:
         text += f"Saved context: {report['context']['size']} bytes ({console.ago(report['context']['updated_at'])}); " \
                 f"read it now: {thrum} context show\n"
@@ -8550,23 +8780,27 @@ async def ping(console: Console, args: Args) -> int:
 
 async def conflicts_command(console: Console, args: Args) -> int:
     found = await console.call("conflict.list", agents=args.agent, all=args.all)
-    text, counts = "", []
-    for rows, what in ((found["pairs"], "pair{} of worktrees"), (found["base"], "worktree{} and base")):
-        for row in rows:
-            sides = [" ".join(map(handle, ids)) or one_line(os.path.basename(top)) for ids, top in zip(row["agents"], row["worktrees"])]
-            sides += ["base"] * (len(sides) == 1)
-            if not row["clean"]:
-                text += console.bold(" ✗ ".join(sides)) + "\n"
-                text += rows_of([["  " + one_line(file["path"]), one_line(conflict_text(file, sides), ERROR_MAX)]
-                                 for file in row["files"]]) + "\n"
-        if rows:
-            counts.append(f"{sum(row['clean'] for row in rows)} of {len(rows)} {what.format('s' * (len(rows) > 1))}")
+    text, pairs, base = "", found["pairs"], found["base"]
+    for row in pairs + base:
+        sides = [" ".join(map(handle, ids)) or one_line(os.path.basename(top)) for ids, top in zip(row["agents"], row["worktree_paths"])]
+        sides += [one_line(row.get("base_branch", "its base"))] * (len(sides) == 1)
+        if not row["clean"]:
+            text += console.bold(" ✗ ".join(sides)) + "\n"
+            text += rows_of([["  " + one_line(file["path"]), one_line(conflict_text(file, sides), ERROR_MAX)]
+                             for file in row["files"]]) + "\n"
     for row in found["skipped"]:
-        text += f"Left out of {one_line(row['worktree'])}, as too large: {one_line(', '.join(row['paths']))}\n"
+        text += f"Left out of {one_line(row['worktree_path'])}, as too large: {one_line(', '.join(row['paths']))}\n"
     for row in found["errors"]:
-        text += f"Not compared: {one_line(row['worktree'])}: {one_line(row['error'], ERROR_MAX)}\n"
-    if counts:
-        text += f"Clean: {', '.join(counts)}.\n"
+        text += f"Not compared: {one_line(row['worktree_path'])}: {one_line(row['error'], ERROR_MAX)}\n"
+    bases, ends = {row.get("base_branch", "their base") for row in base}, []
+    their_base = one_line(bases.pop()) if len(bases) == 1 else "their base"
+    for rows, what, other in ((pairs, "pair", ""), (base, "worktree", f" with {their_base}")):
+        bad, count = sum(not row["clean"] for row in rows), len(rows)
+        if bad:
+            ends.append((f"{bad} of {count} {what}s" if count > 1 else f"The {what}") + f" would not merge{other}.")
+        elif rows:
+            ends.append((f"All {count} {what}s merge" if count > 1 else f"The {what} merges") + f"{other}.")
+    text += " ".join(ends) + "\n" * bool(ends)
     await console.answer(found, text or "Nobody has an open session in a worktree here; --all compares all worktrees.\n")
     return 0
 
@@ -9066,6 +9300,9 @@ async def purge(console: Console, args: Args) -> int:
 
 # ---- claims
 
+CLAIM_NOTE = 16                 # columns that a note, and a path, have at least in the table
+
+
 def _claim_paths(console: Console, args: Args) -> list:
     """The paths of a command line as claims have them: they were given from where the caller is."""
     return [claim_path(path, console.top, console.cwd) for path in args.path]
@@ -9104,7 +9341,15 @@ async def claim(console: Console, args: Args) -> int:
             done = await take(max(1, (began["deadline"] - now) // 1_000_000))
         except Conflict as still:
             raise ThrumError(f"not free within {span(args.wait)}: {str(still).rpartition('; queue with')[0]}") from None
-    text = "".join(f"✓ {'Renewed' if 'renewed_at' in c else 'Claimed'} {one_line(c['path'], PAIR_MAX)}{' (shared)' if c['shared'] else ''} "
+    if args.confirm:
+        await console.note("Nothing is shared with other machines yet: only this one knows the claim, and there is nothing to wait for.")
+
+    def remark(claim):
+        path = claim["path"]
+        new = _pattern(path).plain and not os.path.lexists(os.path.join(console.top, path))
+        return (" (shared)" if claim["shared"] else "") + (" (no such file yet)" if new else "")
+
+    text = "".join(f"✓ {'Renewed' if 'renewed_at' in c else 'Claimed'} {one_line(c['path'], PAIR_MAX)}{remark(c)} "
                    f"until {_ends_text(c, console)}, {done['scope']}\n" for c in done["claims"])
     await console.answer(done, text)
     return 0
@@ -9120,10 +9365,15 @@ async def release(console: Console, args: Args) -> int:
 async def claims(console: Console, args: Args) -> int:
     found = await console.call("claim.list", paths=_claim_paths(console, args), agent_id=console.me() if args.mine else None)
     table = [["PATH", "WHO", "KIND", "UNTIL", "NOTE"]] + [[
-        one_line(c["path"], PAIR_MAX), handle(c["agent_id"]) + (f" on {one_line(c['host'])}" if "host" in c else ""),
+        plain(c["path"]), handle(c["agent_id"]) + (f" on {one_line(c['host'])}" if "host" in c else ""),
         ("shared" if c["shared"] else "exclusive") + ("" if c["holds"] else ", contested"), _ends_text(c, console),
         one_line(c["note"])] for c in found["claims"]]
-    text = rows_of(table, console.width) if found["claims"] else ""
+    left = console.width - sum(max(len(row[i]) for row in table) + 2 for i in (1, 2, 3))    # for path and note
+    room = max(min(max(len(row[0]) for row in table), left - 2 - min(max(len(row[4]) for row in table), CLAIM_NOTE)), CLAIM_NOTE)
+    for row in table[1:]:
+        row[0] = row[0] if len(row[0]) <= room else "…" + row[0][1 - room:]
+        row[4] = one_line(row[4], max(left - room - 2, CLAIM_NOTE)) if row[4] else ""
+    text = "".join(line.rstrip() + "\n" for line in rows_of(table).splitlines()) if found["claims"] else ""
     for waiting in found["waiting"]:
         text += f"{handle(waiting['agent_id'])} waits for {one_line(' '.join(waiting['paths']))}" \
                 f"{' (shared)' if waiting['shared'] else ''} (asked {console.ago(waiting['since'])})\n"
@@ -9261,11 +9511,15 @@ async def agent_context_command(console: Console, args: Args) -> int:
     wanted = (args.name or args.agent or "").lstrip("@")
     if not wanted and (args.name is not None or args.agent is not None):
         raise Usage("the agent's name is empty")
-    filters = {"branch": args.branch, "file": args.file}
+    filters = {"branch": args.branch, "file": args.file and repo_path(args.file, console.top, console.cwd), "fresh": True}
     found = await console.call("agent.listContext", agent_id=wanted or None, **filters)
     if wanted and not found["contexts"]:
         found = await console.call("agent.listContext", role=wanted, **filters)     # decision 27
     contexts = found["contexts"]
+    if wanted and not contexts:
+        agents = (await console.call("agent.list"))["agents"]
+        if all(wanted not in (agent["agent_id"], agent["role"]) for agent in agents):
+            raise ThrumError(f"no agent or role @{one_line(wanted)}; '{console.program} agent list' shows who there is")
     await console.answer(found, _context_text(contexts[0], console) if args.name and len(contexts) == 1
                          else _contexts_table(contexts, console))
     return 0
@@ -9669,7 +9923,7 @@ def example_of(name: str, row: Command) -> str:
 CONNECT_S = 5                   # seconds to be accepted by the daemon
 ANSWER_S = 15                   # seconds without a word after which a client asks whether the daemon lives: over CALL_S
 READERS = 4                     # threads that answer questions: sqlite3 releases the GIL while it works
-SLOW_READERS = 2                # threads for slow methods: each starts up to GIT_AT_ONCE processes
+SLOW_READERS = 4                # threads for methods that ask git: each starts up to GIT_AT_ONCE processes
 CALL_S = 10                     # seconds for one method
 SLOW_S = 120                    # seconds for a slow one: a look at a hundred worktrees
 IDLE_S = 300                    # seconds after which a connection that says nothing is closed, as in the reference
@@ -9925,7 +10179,7 @@ class Daemon:
         self.last_seq = 0           # what readers can see; the journal may be one batch ahead
         self._writes = queue.SimpleQueue()      # lists of (request, future); None to end
         self._collected = []        # what has come in this turn of the loop
-        self._pools = {}            # slow or not -> threads that answer, and (generation, connection) for each of them
+        self._pools = {}            # Method.slow -> threads that answer, and (generation, connection) for each of them
         self._acted = set()         # agents that have done something since their worktrees were looked at
         self._server = None
         self._works = {}            # worktree -> what git said about it when it was looked at last
@@ -9944,11 +10198,11 @@ class Daemon:
         self.stopping = asyncio.Event()
         self.last_seq = self.ledger.journal.last
         conflicts = self.ledger.facts["conflicts"] = Conflicts(self.ledger.facts.setdefault("work", Work(self.places, self.world)))
-        conflicts.close(for_good=False)     # what a crash has left
+        await self.loop.run_in_executor(None, conflicts.close, False)      # what a crash has left
         self.ledger.facts["stop"] = lambda: self.loop.call_soon_threadsafe(self.stopping.set)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self.stopping.set)
-        for slow, count in ((False, READERS), (True, SLOW_READERS)):
+        for slow, count in ((False, READERS), (True, SLOW_READERS), (ONE_BY_ONE, 1)):
             stores = queue.SimpleQueue()
             for _ in range(count):      # the slow ones connect when they are first asked
                 stores.put((0, None) if slow else (self.ledger.generation, Store(self.places.database, self.world)))
@@ -10002,7 +10256,7 @@ class Daemon:
             wake.clear()
             try:
                 due = await self._write(claims_step)
-                left_s = (due - self.world.now_ns()) / NS if due < FAR else None
+                left_s = min((due - self.world.now_ns()) / NS, SYNC_S) if due < FAR else None      # the clock may be set, or have slept
             except Exception as error:      # a full or slow disk, most likely: it is tried again
                 self.log.warning("claims were not looked after: %s", error)
                 left_s = SYNC_S
@@ -10033,8 +10287,8 @@ class Daemon:
 
     async def _glance(self) -> None:
         """Look at the worktrees of those who have done something: whoever works need not send heartbeats."""
-        acted, self._acted = self._acted, set()
-        for agent_id in sorted(acted)[:LOOKS_MAX]:
+        for agent_id in sorted(self._acted)[:LOOKS_MAX]:
+            self._acted.discard(agent_id)
             try:
                 session_id = await self._read(_to_look_at, {"agent_id": agent_id})
                 if session_id:
@@ -10054,9 +10308,9 @@ class Daemon:
                 await asyncio.sleep(left)
             self._looked_at, self._changed, problem = self.world.monotonic(), False, ""
             try:
-                pairs = await self._read(conflict_pairs, {}, slow=True)
-                if pairs:
-                    await self._write(lambda context, pairs=pairs: tell_of_conflicts(context, pairs))
+                news = await self._read(conflict_news, {}, slow=ONE_BY_ONE)
+                if news:
+                    await self._write(lambda context, news=news: tell_of_conflicts(context, news))
             except Exception as error:
                 problem = str(error)
             if problem and problem != self._look_problem:       # git may be too old: once is enough
@@ -10173,9 +10427,10 @@ class Daemon:
     async def _queue(self, change, params: dict, connection: Connection) -> dict:
         """Make a change that may have to wait for its turn; raises Conflict when that does not come in time."""
         timeout_s = min(max(params.pop("wait_ms", 0), 0), TTL_MAX_S * 1000) / 1000
-        ticket, refusal = object(), None
+        ticket, refusal = Ticket(), None
         if timeout_s:
             params["ticket"] = ticket
+            self.ledger.queue.add(ticket)
 
         async def attempt():
             nonlocal refusal
@@ -10185,10 +10440,11 @@ class Daemon:
                 refusal = error
 
         try:
-            done = await self._until(attempt, timeout_s, connection, CLAIMS)
+            done = await self._until(attempt, timeout_s, connection, FREED)
         finally:
-            if self.ledger.queue.pop(ticket, None):
-                self.waiters.wake_claimers()    # whoever was behind may go now
+            self.ledger.queue.discard(ticket)   # what the writer still has of it is refused then
+            if ticket.wish:
+                self.waiters.wake_all(FREED)    # whoever was behind may go now
         if not done:
             raise refusal
         return done
@@ -10251,7 +10507,7 @@ class Daemon:
                 return await self._wait(method.handler, checked, connection)
             only_reads = method.preview and bool(checked.get(method.preview.lstrip("!"))) != (method.preview[0] == "!")
             if not method.writes or only_reads:
-                return await self._read(method.handler, checked, method.slow)
+                return await self._read(method.handler, checked, method.slow or checked.get("fresh", False))
             prepared = await self._read(method.prepare, checked, slow=True) if method.prepare else None
 
             def change(context):
@@ -10740,7 +10996,7 @@ class Client:
         line = json.dumps({"jsonrpc": "2.0", "id": self._id, "method": method, "params": params}).encode() + b"\n"
         if len(line) > REQUEST_MAX:
             raise InvalidRequest(f"{method}: the request is larger than {REQUEST_MAX:,} bytes")
-        waits_s = params.get("timeout_ms", WAIT_DEFAULT_MS if method == "message.wait" else 0) / 1000
+        waits_s = params.get("timeout_ms", params.get("wait_ms", WAIT_DEFAULT_MS if method == "message.wait" else 0)) / 1000
         self._sock.settimeout(self._answer_s + (SLOW_S if method in METHODS and METHODS[method].slow else waits_s))
         reply = {}
         try:

@@ -74,7 +74,8 @@ class History:
         event = {name: value for name, value in fields.items() if value not in (None, "", [], False)
                  or name.rstrip("?") in thrum.EVENTS[kind].fields}
         event.update(type=kind, timestamp=go_stamp(ns) if daemon.rough else thrum.stamp_of(ns), v=1, origin_daemon=daemon.id,
-                     event_id="evt_" + ulid(self.now, self.rng.getrandbits(79)), sequence=daemon.sequence)
+                     sequence=daemon.sequence,
+                     event_id="evt_" + ulid(min(self.now, ns + thrum.FENCE_AHEAD_S * thrum.NS), self.rng.getrandbits(79)))
         self.events.append(event)
         return event, ns
 

@@ -31,6 +31,7 @@ PATTERNS = {
     "name": "[a-z0-9_-]+|user:[A-Za-z0-9_-]{1,32}|agent:[^:]+:[^:]+",
     "base64": "([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?",
     "msg": "msg_" + ULID, "thr": "thr_" + ULID, "ses": "ses_" + ULID, "evt": "evt_" + ULID, "tok": "tok_" + ULID,
+    "clm": "clm_" + ULID,
     "grp": f"grp_({ULID}|everyone|role_.+)", "repo": "r_[0-9A-Z]{12}",
 }
 

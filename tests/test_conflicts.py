@@ -7,11 +7,13 @@ import re
 import shutil
 import stat
 import subprocess
+import time
 
 import pytest
 
 import thrum
 from conftest import CLEAN, Repo
+from shapes import shaped
 from team import END_S, error_line
 from test_daemon import foreground, prepare  # noqa: F401
 from worktrees import Author, commit_pairs, lay_out
@@ -477,6 +479,82 @@ def test_attributes_and_settings_of_the_user(two):
                                     {"path": "x.whole", "kind": "binary"}]
 
 
+def test_lines_that_repeat_take_no_time():
+    """Where difflib takes minutes: what is not certain is not said, and what is certain stays so."""
+    ours, theirs = "a" * 40, "b" * 40
+    for values in (1, 3, 200, 40_000):
+        base = [b"%d" % (number * 7919 % values) for number in range(40_000)]
+        def version(word, *others, base=base):
+            lines = list(base)
+            lines[20_000] = word
+            for at in others:
+                lines[at] = b"clean %d" % at
+            return lines
+        a, b, both = version(b"ten", 100), version(b"dix", 39_000), version(b"", 100, 39_000)
+        both[20_000] = b"<<<<<<< %s\nten\n=======\ndix\n>>>>>>> %s" % (ours.encode(), theirs.encode())
+        merged, *versions = (b"\n".join(lines) + b"\n" for lines in (both, a, b))
+        began = time.process_time()
+        assert thrum.conflict_ranges(merged, (ours, theirs), versions) == [[[20_001, 20_001]]] * 2
+        assert time.process_time() - began < 5
+        # A conflict that only stands among others that repeat: it is not guessed where.
+        alike = merged.replace(b"\nten\n", b"\n0\n").replace(b"\ndix\n", b"\n1\n")
+        assert thrum.conflict_ranges(alike, (ours, theirs), [version.replace(b"\nten\n", b"\n5\n") for version in versions]) == [[], []]
+
+
+def test_a_line_of_the_file_like_a_divider_leaves_the_lines_unsaid(two):
+    repo, one, other = two
+    edit(one, 10, "Title\n=======\n")
+    edit(other, 10, "dix\n")
+    assert compare(repo, one, other)[0] == [[{"path": "a.txt", "kind": "contents"}]]
+
+
+def test_no_merge_driver_of_the_user_runs(two, tmp_path):
+    """Their files are merged as text; drivers of git itself, attributes that are not committed and settings count as ever."""
+    repo, one, other = two
+    trace = tmp_path / "ran"
+    driver = f"touch {trace} left-by-driver; false"
+    repo.git("config", "merge.mine.driver", driver)
+    repo.git("config", "merge.a.b.driver", driver)
+    repo.git("config", "merge.named.name", "without a driver")
+    repo.git("config", "extensions.worktreeConfig", "true")
+    git(other.path, "config", "--worktree", "merge.here.driver", driver)
+    repo.git("config", "merge.default", "mine")
+    repo.git("config", "merge.renames", "false")
+    with open(repo.path / ".git" / "config", "a") as file:
+        file.write("[core]\n\tfilemode\n[odd \"sub\\\"section\"]\n\tvalue = \"a b\\n\"\n")
+    for worktree, word in ((one, "ten"), (other, "dix")):
+        (worktree.path / ".gitattributes").write_text(
+            "*.mine merge=mine\n*.ab merge=a.b\n*.named merge=named\n*.here merge=here\n*.union merge=union\n*.whole -merge\n")
+        edit(worktree, 10, word + "\n")
+        for ending in ("mine", "ab", "named", "here", "union", "whole"):
+            (worktree.path / f"x.{ending}").write_text(word + "\n")
+    for pair in ((one, other), (other, one)):
+        (files,), errors, _ = compare(repo, *pair)
+        assert not errors and not trace.exists()
+        assert {file["path"]: file["kind"] for file in files} == {
+            "a.txt": "contents", "x.ab": "add/add", "x.here": "add/add", "x.mine": "add/add", "x.named": "add/add", "x.whole": "binary"}
+        assert all(("ranges" in file) == (file["kind"] != "binary") for file in files)
+
+
+def test_a_partial_clone_fetches_nothing(two, tmp_path):
+    repo, one, other = two
+    edit(one, 10, "ten\n")
+    one.git("commit", "-qam", "ten")
+    repo.git("config", "uploadpack.allowFilter", "true")
+    git(tmp_path, "clone", "-q", "--filter=blob:none", "--no-checkout", f"file://{repo.path}", "partial")
+    clone, asked = prepare(Repo(tmp_path / "partial")), tmp_path / "asked"
+    clone.git("config", "remote.origin.uploadpack", f"touch {asked}; git-upload-pack")
+    clone.git("config", "protocol.file.allow", "always")
+    look = looker(clone)
+    os.makedirs(look.folder + "/objects")
+    name = clone.git("rev-parse", "origin/one:a.txt").strip()
+    for run in (lambda *args: look._run(str(clone.path), *args), thrum.Git(str(clone.path)).run):
+        with pytest.raises(thrum.GitError):
+            run("cat-file", "-p", name)
+    assert not asked.exists()
+    assert thrum.Git(str(clone.path)).run("cat-file", "-p", name, as_user=True).startswith(b"line 1\n") and asked.exists()
+
+
 # ---- the command
 
 OLD = """#!/bin/sh
@@ -502,7 +580,7 @@ def test_the_command(two):
     repo.join("ada", "planner")
     one.join("bob", "implementer")
     other.join("eve", "tester")
-    assert repo.ok("conflicts") == "Clean: 3 of 3 pairs of worktrees, 3 of 3 worktrees and base.\n"
+    assert repo.ok("conflicts") == "All 3 pairs merge. All 3 worktrees merge with main.\n"
     edit(one, 10, "ten\n")
     edit(other, 10, "dix\n")
     (other.path / "esc\x1b[2J").write_text("")
@@ -510,12 +588,14 @@ def test_the_command(two):
     (one.path / "esc\x1b[2J" / "x").write_text("")
     text = repo.ok("conflicts", "@eve")
     assert text == ("@bob ✗ @eve\n  a.txt       line 10\n  esc\\x1b[2J  file/directory\n\n"
-                    "Clean: 1 of 2 pairs of worktrees, 1 of 1 worktree and base.\n")
+                    "1 of 2 pairs would not merge. The worktree merges with main.\n")
     report = other.json("conflicts")
+    shaped(report, "Conflicts")
     pair = next(row for row in report["pairs"] if not row["clean"])
     assert pair["agents"] == [["bob"], ["eve"]] and pair["branches"] == ["one", "two"]
-    assert pair["worktrees"] == [str(one.path), str(other.path)] and pair["files"][0]["ranges"] == [[[10, 10]], [[10, 10]]]
-    assert len(report["base"]) == 3 and report["skipped"] == report["errors"] == [] and report["checked_at"]
+    assert pair["worktree_paths"] == [str(one.path), str(other.path)] and pair["files"][0]["ranges"] == [[[10, 10]], [[10, 10]]]
+    assert [row["base_branch"] for row in report["base"]] == ["main"] * 3
+    assert report["skipped"] == report["errors"] == [] and report["checked_at"]
     one.ok("session", "end")
     assert [row["agents"] for row in repo.json("conflicts")["pairs"]] == [[["ada"], ["eve"]]]
     assert len(repo.json("conflicts", "--all")["pairs"]) == 3
@@ -548,7 +628,7 @@ def test_both_are_told_once_when_it_appears_and_when_it_is_gone(two, foreground)
         assert client.call("look") is True
         found = [[message["body"]["content"] for message in client.call(
             "message.list", for_agent=agent, author_id="thrum", sort_order="asc")["messages"]] for agent in ("ada", "bob", "eve")]
-        assert found[0] == found[1] and found[2] == []
+        assert [text.replace("@bob and @ada", "@ada and @bob") for text in found[1]] == found[0] and found[2] == []
         return found[0]
 
     process = foreground(repo, LOOKING)
@@ -560,14 +640,14 @@ def test_both_are_told_once_when_it_appears_and_when_it_is_gone(two, foreground)
         edit(one, 10, "ten\n")
         edit(other, 10, "dix\n")
         appeared, = told(client)
-        assert appeared == ("What @ada and @bob have would not merge as it is now:\n- a.txt: line 10\n"
+        assert appeared == ("The work of @ada and @bob would not merge as it stands:\n- a.txt: line 10\n"
                             "Agree on who changes what; `thrum conflicts` shows how it stands.")
         edit(other, 11, "onze\n")
         assert told(client) == [appeared], "it is the same file"
         for worktree in (one, other):
             (worktree.path / "new").write_text(worktree.path.name + "\n")
         joined = told(client)[1]
-        assert joined.startswith("What @ada and @bob have would not merge in more files now:\n- new: line 1\n")
+        assert joined.startswith("The work of @ada and @bob would not merge in more files now:\n- new: line 1\n")
         (other.path / "new").unlink()
         assert told(client) == [appeared, joined]
     for damage in ("", "rm"):
@@ -581,11 +661,11 @@ def test_both_are_told_once_when_it_appears_and_when_it_is_gone(two, foreground)
             assert told(client) == [appeared, joined]
     with repo.client() as client:
         (other.path / "a.txt").write_text((one.path / "a.txt").read_text())
-        gone = "What @ada and @bob have would merge again: the conflict is gone."
+        gone = "The work of @ada and @bob would merge again: the conflict is gone."
         assert told(client) == told(client) == [appeared, joined, gone]
         edit(other, 10, "zehn\n")
         assert told(client) == [appeared, joined, gone, appeared]
-        assert client.call("message.list", author_id="thrum")["total"] == 4
+        assert client.call("message.list", author_id="thrum")["total"] == 8
         one.ok("session", "end")
         edit(other, 10, "ten\n")
         assert told(client) == [appeared, joined, gone, appeared], "who is not here is not told"
@@ -598,7 +678,7 @@ def test_looks_are_half_a_minute_apart(two, world, monkeypatch):
     world.monotonic = lambda: at[0]
 
     async def read(handler, params, slow=False):
-        assert handler is thrum.conflict_pairs and slow
+        assert handler is thrum.conflict_news and slow is thrum.ONE_BY_ONE
         looks.append(at[0])
         return []
 
@@ -642,32 +722,126 @@ def test_how_other_conflicts_are_written():
     assert thrum.conflict_text({"kind": "rename/rename", "names": ["b", "c\n"]}, []) == "rename/rename (b, c?)"
 
 
-def test_what_is_known_is_told_without_git(two, monkeypatch):
-    repo, one, other = two
+@pytest.fixture
+def at_work(two):
+    """`join(name, worktree)` for sessions in a ledger without a daemon, and the context that it has."""
+    repo = two[0]
     ledger = thrum.Ledger(thrum.find_places(str(repo.path)), world := thrum.World({}))
     ledger.open("r_0123456789AB")
+
+    def join(name, worktree):
+        def change(context):
+            thrum.agent_register(context, {"name": name, "role": "r" + name[:9], "module": "core"})
+            thrum.session_start(context, {"agent_id": name, "refs": [{"type": "worktree", "value": str(worktree)}]})
+        assert ledger.commit([change])[0] == [None]
+    yield join, thrum.Context(world, ledger.store, ledger)
+    ledger.close()
+
+
+def tell(context):
+    """Look, and tell what is new: the texts of those messages by their receiver."""
+    news = thrum.conflict_news(context, {})
+    assert context.ledger.commit([lambda context: thrum.tell_of_conflicts(context, news)])[0] == [None]
+    told = context.store.page(author="thrum", limit=len(news))["messages"] if news else []
+    return {agent_id: text for (agent_id,), text, *_ in news}, told
+
+
+def test_what_is_known_is_told_without_git(two, at_work, monkeypatch):
+    repo, one, other = two
+    join, context = at_work
+    join("bob", one.path)
+    join("ada", other.path)
+    assert thrum.known_conflicts(context) == {}
+    edit(one, 10, "ten\n")
+    edit(other, 10, "dix\nonze\n")
+    assert set(tell(context)[0]) == {"ada", "bob"}
+    monkeypatch.setattr(thrum.Git, "run", None)
+    files, turned = ([{"path": "a.txt", "kind": "contents", "ranges": ranges}] for ranges in (
+        [[[10, 10]], [[10, 11]]], [[[10, 11]], [[10, 10]]]))
+    assert thrum.known_conflicts(context) == {"bob": [{"with": "ada", "files": files}], "ada": [{"with": "bob", "files": turned}]}
+
+
+def test_one_message_tells_an_agent_of_all_others(two, at_work, monkeypatch):
+    """Each pair is told of once, whatever the message holds besides; very many files and agents fit, too."""
+    join, context = at_work
+    names = [f"{number:02}" + "x" * (thrum.NAME_MAX - 2) for number in range(20)]
+    tops = {name: str(two[0].worktree(f"w{name[:2]}").path) for name in names}
+    for name, top in tops.items():
+        join(name, top)
+    found = {}
+    monkeypatch.setattr(thrum.Conflicts, "look", lambda *_: ({}, dict(found), {}))
+
+    def conflict(a, b, *paths):
+        found[tops[names[a]], tops[names[b]]] = [{"path": path, "kind": "binary"} for path in paths]
+    assert tell(context) == ({}, [])
+    for b in range(1, 20):
+        conflict(0, b, "x\x1b" if b > 1 else "y")
+    news, told = tell(context)
+    assert len(news) == len(told) == 20 and tell(context) == ({}, [])
+    five = [", ".join(f"@{name}" for name in names[first:first + 5]) for first in range(3)]
+    assert news[names[0]] == (f"The work of @{names[0]} and {five[1]} and 14 more would not merge as it stands:\n"
+                              f"- y: with @{names[1]}\n- x?: with {five[2]} and 13 more\n"
+                              "Agree on who changes what; `thrum conflicts` shows how it stands.")
+    assert news[names[2]].startswith(f"The work of @{names[2]} and @{names[0]} would not merge as it stands:\n- x?: binary\n")
+    conflict(0, 1, "y", "z")
+    conflict(0, 2)
+    conflict(3, 4, "new")
+    news, told = tell(context)
+    assert set(news) == set(names[:5]) and tell(context) == ({}, [])
+    assert news[names[0]] == (f"The work of @{names[0]} and @{names[1]} would not merge in more files now:\n- z: binary\n"
+                              "Agree on who changes what; `thrum conflicts` shows how it stands.\n"
+                              f"The work of @{names[0]} and @{names[2]} would merge again: the conflict is gone.")
+    conflict(0, 2, "x")
+    assert set(tell(context)[0]) == {names[0], names[2]}, "it came back"
+    # Nothing of this is kept anywhere but in the messages.
+    found.update({pair: [{"path": f"{number:04}" + '\\"\x01' * 50, "kind": "binary"} for number in range(2000)] for pair in found})
+    assert len(tell(context)[0]) == 20 and tell(context) == ({}, [])
+    monkeypatch.setattr(thrum, "NOTICE_PAIRS", 12)
+    for b in range(1, 20):
+        conflict(0, b)
+    assert len(tell(context)[0]) == 20 and set(tell(context)[0]) == {names[0]} and tell(context) == ({}, []), "the rest comes next"
+
+
+def test_an_agent_in_two_worktrees_is_told_once(two, at_work):
+    repo, one, other = two
+    join, context = at_work
+    join("ada", repo.path)
+    join("bob", one.path)
+    join("bob", other.path)
+    edit(repo, 10, "ten\n")
+    edit(one, 10, "dix\n")
+    edit(other, 10, "zehn\n")
+    assert set(tell(context)[0]) == {"ada", "bob"} and tell(context) == ({}, [])
+
+
+def test_looks_that_wait_for_each_other_keep_nobody_else_waiting(two, foreground):  # noqa: F811
+    repo, one, _ = two
+    (come, ready), (gate, opened) = pipes = os.pipe(), os.pipe()
+    process = foreground(repo, f"""
+look, read = thrum.Conflicts.look, thrum.Daemon._read
+def slow(self, *args):
+    with self._lock:
+        os.write({ready}, b"i")
+        os.read({gate}, 1)
+    return look(self, *args)
+def noted(self, handler, *args, **more):
+    if handler is thrum.conflict_list:
+        os.write({ready}, b".")
+    return read(self, handler, *args, **more)
+thrum.Conflicts.look, thrum.Daemon._read = slow, noted
+""", pass_fds=(ready, gate))
+    one.join("bob", "implementer")
+    looks = [subprocess.Popen([*repo.command(), "conflicts"], cwd=repo.path, env=CLEAN, stdout=subprocess.PIPE) for _ in range(3)]
     try:
-        def join(context):
-            for name, worktree in (("bob", one), ("ada", other)):
-                thrum.agent_register(context, {"name": name, "role": "role_of_" + name, "module": "core"})
-                thrum.session_start(context, {"agent_id": name, "refs": [{"type": "worktree", "value": str(worktree.path)}]})
-        assert ledger.commit([join])[0] == [None]
-        context = thrum.Context(world, ledger.store, ledger)
-        assert thrum.known_conflicts(context) == {}
-        edit(one, 10, "ten\n")
-        edit(other, 10, "dix\nonze\n")
-        pairs = thrum.conflict_pairs(context, {})
-        monkeypatch.setattr(thrum.Git, "run", None)
-        files, turned = ([{"path": "a.txt", "kind": "contents", "ranges": ranges}] for ranges in (
-            [[[10, 10]], [[10, 11]]], [[[10, 11]], [[10, 10]]]))
-        assert thrum.known_conflicts(context) == {"bob": [{"with": "ada", "files": files}], "ada": [{"with": "bob", "files": turned}]}
-        # Very many files fit a notice too, and are told of once.
-        pairs[0]["files"] = [{"path": f"{number} {'x' * 100}", "kind": "binary"} for number in range(5000)]
-        for _ in range(2):
-            assert ledger.commit([lambda context: thrum.tell_of_conflicts(context, pairs)])[0] == [None]
-        assert ledger.store.page(author="thrum")["total"] == 1
-        pairs[0]["files"].append({"path": "one more", "kind": "binary"})
-        assert ledger.commit([lambda context: thrum.tell_of_conflicts(context, pairs)])[0] == [None]
-        assert ledger.store.page(author="thrum")["total"] == 2
+        assert sorted(os.read(come, 1) for _ in range(4)) == [b".", b".", b".", b"i"], "all have come, and one looks"
+        for number in range(3):
+            one.ok("session", "heartbeat", timeout=END_S)
+            os.write(opened, b"x")
+            assert number == 2 or os.read(come, 1) == b"i"
+        assert [look.wait(END_S) for look in looks] == [0] * 3 and process.poll() is None
     finally:
-        ledger.close()
+        for look in looks:
+            look.kill()
+            look.communicate()
+        for descriptor in (*pipes[0], *pipes[1]):
+            os.close(descriptor)

@@ -70,7 +70,7 @@ ROWS = {
     "4 tokens": "test_what_people_see", "4 replaces": "decision 6",
     # 5
     "5.1 prime": "test_prime", "5.1 without daemon": "test_prime_without_a_daemon", "5.2 overview": "test_overview",
-    "5.2 identity": "decision 27", "5.3 status": "test_what_people_see",
+    "5.2 identity": "decision 27", "5.2 human": "test_work_in_words", "5.3 status": "test_what_people_see, test_work_in_words",
     "5.4 team": "test_team_in_words, test_json_has_its_shape", "5.4 nobody": "test_team_in_words",
     "5.5 whoami": "test_what_people_see, test_commands.test_whoami_without_a_daemon", "5.5 errors": "test_who_am_i_fails_clearly",
     "5.6 version": "test_version_links", "5.6 completion": "test_completion", "5.6 help": "test_help_fits_a_screen",
@@ -88,11 +88,11 @@ ROWS = {
     # 7
     "7.1 register": COMMAND + "test_agents_and_sessions", "7.1 conflict": COMMAND + "test_registration_conflicts",
     "7.1 files": "test_register_writes_identity_and_preamble", "7.2 list": COMMAND + "test_agents_and_sessions",
-    "7.2 context": "test_agent_context", "7.3 delete": "test_agent_delete", "7.3 cleanup": "test_agent_cleanup",
+    "7.2 context": "test_agent_context, test_work_in_words", "7.3 delete": "test_agent_delete", "7.3 cleanup": "test_agent_cleanup",
     "7.3 errors": "test_refusals",
     # 8, 9
     "8 start": COMMAND + "test_agents_and_sessions", "8 end": COMMAND + "test_agents_and_sessions", "8 list": "test_what_people_see",
-    "8 heartbeat": "test_what_people_see", "8 set-intent": COMMAND + "test_agents_and_sessions",
+    "8 heartbeat": "test_what_people_see, test_work_in_words", "8 set-intent": COMMAND + "test_agents_and_sessions",
     "8 set-task": COMMAND + "test_agents_and_sessions",
     "8 errors": "test_refusals", "8 intent in the identity file": "test_intent_goes_into_the_identity_file",
     "9 create": "test_what_people_see", "9 delete": "test_groups_to_the_end", "9 add": "test_what_people_see",
@@ -171,7 +171,8 @@ def fresh(team):
 def fill(team, words):
     """A command line whose places are filled with things made for it."""
     make = {"{theirs}": lambda: team.mail("to ada", team.bob, "@ada"), "{own}": lambda: team.mail("to bob"),
-            "{new}": lambda: f"g{team.seq()}", "{agent}": lambda: registered(team), "{file}": lambda: note(team)}
+            "{new}": lambda: f"g{team.seq()}", "{agent}": lambda: registered(team), "{file}": lambda: note(team),
+            "{line}": lambda: line(team)}
     return [re.sub(r"\{\w+\}", lambda found: make[found[0]](), word) for word in words.split("|" if "|" in words else None)]
 
 
@@ -186,6 +187,16 @@ def note(team):
     path = team.folder / "note.md"
     path.write_text("# Note\n")
     return str(path)
+
+
+def line(team):
+    """A line of a file that is committed."""
+    path = team.ada.path / "why.txt"
+    if not path.exists():
+        path.write_text("because\n")
+        team.ada.git("add", path.name)
+        team.ada.git("commit", "-q", "-m", "a line", "--", path.name)
+    return path.name + ":1"
 
 
 def listed(repo):
@@ -208,9 +219,9 @@ def on_terminal(repo, answer, *args):
 
 # ---- 1.1 - 1.3
 
-TREE = [word.replace("_", " ") for word in """init setup migrate quickstart prime overview status whoami version send reply inbox wait
-purge sent ping completion help search trace sent_show config_show config_get config_set config_unset message_get message_edit
-message_delete message_read agent_register agent_list agent_whoami agent_delete agent_cleanup agent_start agent_end
+TREE = [word.replace("_", " ") for word in """init setup migrate quickstart prime overview status whoami team version send reply inbox wait
+purge sent who-has ping completion help search trace sent_show config_show config_get config_set config_unset message_get message_edit
+message_delete message_read agent_register agent_list agent_context agent_whoami agent_delete agent_cleanup agent_start agent_end
 agent_set-intent agent_set-task agent_heartbeat session_start session_end session_list session_heartbeat session_set-intent
 session_set-task group_create group_delete group_add group_remove group_list group_info group_members context_save context_show
 context_load context_clear context_preamble context_prime daemon_start daemon_stop daemon_status daemon_restart""".split()]
@@ -334,6 +345,9 @@ SHAPED = {
     "agent register --name {agent}x --role helper --module {new}": "agent register",
     "agent list": "agent list", "agent list --role planner": "agent list", "agent list --context": "agent list --context",
     "team": "team", "team --all": "team", "who-has README.md": "who-has", "who-has .": "who-has",
+    "claim src/a.py docs --note words --ttl 1h": "claim", "claims": "claims", "claims --mine src": "claims", "release": "release",
+    "conflicts": "conflicts", "conflicts --all @ada": "conflicts", "guard status": "guard status", "guard check": "guard check",
+    "worktree list": "worktree list", "why {line}": "why",
     "agent context": "agent context", "agent context @ada": "agent context", "agent delete {agent} --force": "agent delete",
     "agent cleanup --dry-run": "agent cleanup", "session start": "session start", "session list": "session list",
     "session heartbeat": "session heartbeat", "session set-intent words": "session set-intent",
@@ -986,6 +1000,41 @@ def test_agent_context(team):
     assert re.match(r"AGENT\s+SESSION\s+BRANCH\s+COMMITS\s+FILES\s+INTENT\s+UPDATED", out)
 
 
+def test_work_in_words(make_repo):
+    """5.2, 5.3, 7.2 and 8: what status, overview, heartbeat and the details of a context say of a branch with work on it."""
+    repo = make_repo()
+    repo.ok("init")
+    repo.git("checkout", "-q", "-b", "feat")
+    for name in ("one.py", "two.py"):
+        (repo.path / name).write_text("1\n")
+        repo.git("add", name)
+    repo.git("commit", "-q", "-m", "Add two")
+    sha = repo.git("rev-parse", "HEAD").strip()
+    repo.join("ada", "planner")
+    (repo.path / "one.py").write_text("2\n")
+    repo.ok("session", "set-intent", "Plan it")
+    repo.ok("session", "set-task", "t-1")
+    assert re.fullmatch(r"✓ Heartbeat sent: ses_\w{26}\n  Context: branch: feat, 1 commits?, 3 files\n", repo.ok("session", "heartbeat"))
+    (work,) = repo.json("agent", "context", "@ada")["contexts"]
+    assert work["unmerged_commits"] == [{"sha": sha, "message": "Add two", "files": ["one.py", "two.py"]}]
+    assert (work["branch"], work["worktree_path"], work["current_task"]) == ("feat", str(repo.path), "t-1")
+    assert sorted(work["changed_files"]) == ["one.py", "two.py"] and sorted(work["uncommitted_files"]) == [".gitignore", "one.py"]
+    assert re.fullmatch(
+        rf"Agent: @ada \({work['session_id']}\)\nBranch: feat\nWorktree: {re.escape(str(repo.path))}\nIntent: Plan it \(set [^)]+\)\n"
+        rf"Task: t-1.*\nUnmerged Commits \(1\):\n  {sha[:7]} Add two \[one.py, two.py\]\nChanged Files \(vs main\): 2\nUncommitted: 2\n",
+        repo.ok("agent", "context", "@ada"))
+    out = repo.ok("status")
+    assert re.search(r"(?m)^Task: +t-1$", out) and re.search(r"(?m)^Commits: +1 ahead$", out)
+    assert re.search(r"(?m)^Files: +2 changed, 2 uncommitted$", out)
+    out = repo.ok("overview")
+    assert re.search(r"(?m)^Task: +t-1$", out) and re.search(r"(?m)^Branch info: 1 commits?, 3 files$", out)
+    assert re.search(r"(?m)^    Branch: feat \(1 commits?\)$", repo.ok("agent", "list"))
+    assert re.fullmatch(r"@ada: active, last heartbeat [^\n]+\n  Intent: Plan it\n  Task: +t-1\n  Branch: feat\n", repo.ok("ping", "ada"))
+    assert "1" in repo.ok("agent", "context", "--file", "two.py").splitlines()[1].split()
+    repo.ok("session", "end")
+    assert repo.ok("agent", "context", "@ada") == "No active work contexts found.\n", "6.5: open sessions only"
+
+
 def test_coordination(make_repo):
     """20 #12, #43, #50, #52, #53, #56, #93: what the end-to-end tests do with the views."""
     repo = make_repo()
@@ -1082,6 +1131,7 @@ def test_agent_cleanup(make_repo):
         for name in ("ghost1", "ghost2"):
             client.call("agent.register", name=name, role="z" + name, module="m", worktree="repo")
     out = repo.ok("agent", "cleanup", "--dry-run")
+    assert "  Agent: ghost1 (zghost1, module: m)\n" in out and re.search(r"Worktree: +repo \[(exists|DELETED)\]\n", out)
     assert "Orphaned agents (dry-run mode):" in out and "ghost1" in out and "Last seen:" in out and re.search("Messages: +0", out)
     assert {"ghost1", "ghost2"} <= set(listed(repo))
     for answer in ("", "n\n", "yes please\n"):

@@ -351,7 +351,14 @@ def example(crew):
         ("agent.register", {"role": crew.x, "module": "core", "name": f"taken{crew.n}"}), ("agent.list", {}),
         ("agent.whoami", {"caller_agent_id": crew.a}), ("agent.listContext", {}),
         ("agent.listContext", {"agent_id": crew.a}), ("team.list", {}), ("team.list", {"include_offline": True}),
-        ("work.whoHas", {"file": "README.md"}), ("agent.cleanup", {"dry_run": True, "threshold": 30}),
+        ("work.whoHas", {"file": "README.md"}), ("worktree.status", {}),
+        ("session.thread", {"caller_agent_id": crew.b}), ("session.thread", {"caller_agent_id": crew.a}),
+        ("claim.take", {"paths": [f"src/{crew.n}", f"docs/{crew.n}/*.md"], "caller_agent_id": crew.a, "ttl_s": 60, "note": "why"}),
+        ("claim.take", {"paths": [f"src/{crew.n}"], "caller_agent_id": crew.a}),
+        ("work.whoHas", {"file": f"src/{crew.n}"}), ("claim.list", {}), ("claim.list", {"agent_id": crew.b, "paths": ["src"]}),
+        ("claim.check", {"paths": [f"src/{crew.n}/x"], "caller_agent_id": crew.b}),
+        ("claim.release", {"paths": [f"src/{crew.n}"], "caller_agent_id": crew.a}), ("claim.release", {"caller_agent_id": crew.a}),
+        ("conflict.list", {}), ("conflict.list", {"all": True}), ("agent.cleanup", {"dry_run": True, "threshold": 30}),
         ("session.start", {"agent_id": crew.b}), ("session.list", {}), ("session.heartbeat", {"session_id": session}),
         ("session.setIntent", {"session_id": session, "intent": "think"}),
         ("session.setTask", {"session_id": session, "current_task": "t-1"}), ("session.end", {"session_id": session}),
@@ -712,6 +719,7 @@ def test_agent_cleanup(make_repo):
         shaped(found, "Cleanup")
         (orphan,) = found["orphans"]
         assert (orphan["agent_id"], orphan["role"], orphan["module"]) == ("ghost", "z", "m")
+        assert (orphan["name"], orphan["reason"], found["deleted_count"]) == ("ghost", "no identity file", 0), "the seeds'"
         assert (found["deleted"], found["dry_run"], found["message"]) == ([], True, "Found 1 orphaned agent(s)")
         assert "--force" in client.call("agent.cleanup", threshold=30)["message"]
         assert {row["agent_id"] for row in client.call("agent.list")["agents"]} == {"ada", "bob", "ghost"}, "nothing was deleted"
@@ -720,7 +728,7 @@ def test_agent_cleanup(make_repo):
         repo.git("worktree", "remove", "--force", str(linked.path))
         found = client.call("agent.cleanup", force=True, threshold=30)
         assert [o["agent_id"] for o in found["orphans"]] == ["bob"] and found["orphans"][0]["worktree_missing"] is True
-        assert (found["deleted"], found["message"]) == (["bob"], "Deleted 1 orphaned agent(s)")
+        assert (found["deleted"], found["deleted_count"], found["message"]) == (["bob"], 1, "Deleted 1 orphaned agent(s)")
         assert [row["agent_id"] for row in client.call("agent.list")["agents"]] == ["ada"]
 
 

@@ -108,7 +108,7 @@ RIGHT = {
     "user.identify": {},
     "agent.list": {"role": "x", "module": "core"},
     "agent.whoami": {"caller_agent_id": "a"},
-    "agent.listContext": {"agent_id": "a", "role": "x", "branch": "main", "file": "a.py"},
+    "agent.listContext": {"agent_id": "a", "role": "x", "branch": "main", "file": "a.py", "fresh": False},
     "team.list": {"include_offline": True},
     "work.whoHas": {"file": "src/a.py"},
     "conflict.list": {"agents": [], "all": True},

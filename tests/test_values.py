@@ -215,14 +215,14 @@ def test_what_is_not_an_object_is_refused(data):
 @pytest.mark.parametrize("text, seconds", [
     ("0", 0), ("5s", 5), ("30m", 1800), ("1h30m", 5400), ("1h1m1s", 3661), ("250ms", 0.25), ("-250ms", -0.25), ("+5s", 5), ("1.5h", 5400),
     (".5s", 0.5), ("1.s", 1), ("100us", 0.0001), ("100µs", 0.0001), ("1000ns", 0.000001), ("-1h", -3600), ("24h", 86400), ("0s", 0),
-    ("1m0.5s", 60.5), ("8784h", 366 * 86400),
+    ("1m0.5s", 60.5), ("8784h", 366 * 86400), ("1d", 86400), ("1d12h", 129_600),
 ])
 def test_durations(text, seconds):
     assert thrum.parse_duration(text) == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize("text", ["", "5", "s", "5x", "5 s", " 5s", "5s ", "1d", "--5s", "-", "+", ".s", "1..5s", "1.5.2s", "1e3s", "5sm",
-                                  "5S",
+@pytest.mark.parametrize("text", ["", "5", "s", "5x", "5 s", " 5s", "5s ", "d", "1.d.", "--5s", "-", "+", ".s", "1..5s", "1.5.2s", "1e3s",
+                                  "5sm", "5S",
                                   "1h-30m", "٣s", "8785h", "9" * 400 + "h", "nan", "infs"])
 def test_what_is_no_duration(text):
     with pytest.raises(ValueError, match="duration"):

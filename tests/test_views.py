@@ -67,7 +67,7 @@ SHAPES = {
     "overview": {"health": HEALTH, "agent": WHOAMI, "work_context?": WORK, "team?": [WORK], "inbox": INBOX},
     "status": {"health": HEALTH, "agent": WHOAMI, "work_context?": WORK, "context?": SAVED, "inbox": INBOX},
     "ping @ada": LIST, "ping nobody": LIST, "agent list": LIST, "agent list --context": CONTEXTS,
-    "agent context": CONTEXTS, "agent context @ada": CONTEXTS, "agent context ghost": CONTEXTS,
+    "agent context": CONTEXTS, "agent context @ada": CONTEXTS, "agent context --branch nope": CONTEXTS,
     "session heartbeat": {"session_id": str, "last_seen_at": str, "branch?": str, "unmerged_commits?": int, "file_changes?": [CHANGE]},
 }
 SHAPES["context prime"] = SHAPES["prime"]
@@ -396,7 +396,8 @@ def test_agent_context(team):
         assert bob.ok("agent", "context", *words).startswith("AGENT ")
         assert [work["agent_id"] for work in bob.json("agent", "context", *words)["contexts"]] == ["tess"]
     assert [w["agent_id"] for w in bob.json("agent", "context", "bob", "--agent", "tess")["contexts"]] == ["bob"], "the positional wins"
-    for words in (["ghost"], ["--branch", "nope"], ["--file", "nope.py"], ["bob", "--branch", "nope"]):
+    assert error_line(bob.run("agent", "context", "ghost")).startswith("no agent or role @ghost; ")
+    for words in (["--branch", "nope"], ["--file", "nope.py"], ["bob", "--branch", "nope"]):
         assert bob.ok("agent", "context", *words) == "No active work contexts found.\n"
         assert bob.json("agent", "context", *words) == {"contexts": []}
     for words in (["@"], [""], ["--agent", ""]):
@@ -462,7 +463,8 @@ def test_the_forms_of_what_git_says():
     replies = {
         "health": {"status": "ok", "uptime_ms": 5, "version": "1", "sync_state": "ok", "agents": 1, "messages": 1, "bad_lines": 0},
         "agent.whoami": {**who, "session_id": "ses_1", "session_start": "2026-03-10T09:00:00Z"},
-        "agent.listContext": {"contexts": [work]}, "team.list": {"members": []}, "message.list": {"total": 3, "unread": 0, "messages": []},
+        "agent.listContext": {"contexts": [work]}, "team.list": {"members": []}, "claim.list": {"claims": []},
+        "message.list": {"total": 3, "unread": 0, "messages": []},
         "agent.list": {"agents": [{**who, "kind": "agent", "registered_at": "2026-03-10T09:00:00Z"}]},
         "session.heartbeat": {"session_id": "ses_1", "last_seen_at": "2026-03-10T09:00:00Z", "branch": "feature", "unmerged_commits": 1,
                               "file_changes": FACTS["file_changes"]}}

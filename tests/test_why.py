@@ -8,6 +8,7 @@ import pytest
 
 import thrum
 from conftest import CLEAN
+from shapes import shaped
 from team import POISON, Team, error_line, raw_in
 
 AUTHOR = {"GIT_AUTHOR_NAME": "Jürgen Doe", "GIT_AUTHOR_EMAIL": "j@localhost", "GIT_AUTHOR_DATE": "2026-03-10T23:30:00-05:00",
@@ -51,6 +52,7 @@ def talk(team):
 def test_a_line_leads_to_its_conversation(team, talk):
     thread, sha = talk
     report = team.bob.json("why", "src/main.c:2")
+    shaped(report, "Why")
     assert {key: value for key, value in report.items() if key != "messages"} == {
         "file": "src/main.c", "line": 2, "agent_id": "bob", "thread_id": thread, "total": 2, "commit": {
             "sha": sha, "author": "Jürgen Doe", "date": report["commit"]["date"],
