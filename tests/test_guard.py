@@ -681,7 +681,7 @@ def test_trailers_that_the_user_has_configured_are_not_run(talk, tmp_path):
     team, thread = talk
     bob = team.bob
     settings = {"trailer.Auto.command": f"touch {tmp_path}/ran; echo v", "trailer.Other.cmd": f"touch {tmp_path}/ran; echo w",
-                "trailer.Ticket.key": "Ticket: ", "trailer.where": "start", "trailer.ifmissing": "doNothing"}
+                "trailer.Ticket.key": "Ticket: ", "trailer.where": "start"}
     for key, value in settings.items():
         bob.git("config", key, value)
     try:
