@@ -5810,10 +5810,10 @@ top=.
 [ -x .thrum/bin/thrum ] || top=$(git rev-parse --git-common-dir)/..
 [ -x "$top/.thrum/bin/thrum" ] || exit 0
 tracks() {{
-    names=$(unset GIT_LITERAL_PATHSPECS $(git rev-parse --local-env-vars); git -C "$1" --icase-pathspecs ls-files -- .thrum 2>&1)
+    names=$(unset GIT_LITERAL_PATHSPECS $(git rev-parse --local-env-vars); git -C "$1" --icase-pathspecs ls-files -- .thrum 2>/dev/null)
     [ $? -ne 0 ] || [ -n "$names" ]
 }}
-if tracks "$top" || {{ [ -f "$top/.thrum/redirect" ] && read -r led <"$top/.thrum/redirect" && tracks "${{led%/.thrum}}"; }}; then
+if tracks "$top" || {{ led=$(cat "$top/.thrum/redirect" 2>/dev/null) && tracks "$(dirname "$led")"; }}; then
     [ {command} = message ] ||
         echo "thrum: claims were not checked, and the commit goes on: git tracks .thrum, and what a branch holds is not run" >&2
     exit 0

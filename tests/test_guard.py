@@ -618,6 +618,8 @@ def test_what_a_branch_holds_is_not_run(make_repo, how, tmp_path):
         at.join("bob", "implementer")
         (at.path / ".thrum" / "redirect").write_text(f"{tmp_path}/.thrum\n")
         write(tmp_path / ".thrum" / "bin" / "thrum.py", "import os; os.write(2, b'run'); os._exit(3)\n")
+    if how == "in the main worktree":       # however it is written
+        (at.path / ".thrum" / "redirect").write_text(f"{path}/.thrum/")
     said = "thrum: claims were not checked, and the commit goes on: git tracks .thrum, and what a branch holds is not run\n"
     assert commit(at, "--allow-empty", "-m", "x") == (0, said)
     assert commit(at, "--allow-empty", "-m", "x", env={"GIT_LITERAL_PATHSPECS": "1"}) == (0, said)
@@ -627,6 +629,7 @@ def test_what_a_branch_holds_is_not_run(make_repo, how, tmp_path):
     elif how in names:          # and back on a branch of one's own, the guard is there again
         target.write_bytes(before)
         tree.git("rm", "-qf", "--cached", names[how])
+        at.ok("setup") if at is not repo else None
         assert commit(at, "--allow-empty", "-m", "x", env={"GIT_LITERAL_PATHSPECS": "1"}) == (0, "")
 
 
@@ -678,7 +681,7 @@ def test_trailers_that_the_user_has_configured_are_not_run(talk, tmp_path):
     team, thread = talk
     bob = team.bob
     settings = {"trailer.Auto.command": f"touch {tmp_path}/ran; echo v", "trailer.Other.cmd": f"touch {tmp_path}/ran; echo w",
-                "trailer.Ticket.key": "Ticket: ", "trailer.where": "start", "trailer.ifmissing": "doNothing"}
+                "trailer.Ticket.key": "Ticket: ", "trailer.where": "start"}
     for key, value in settings.items():
         bob.git("config", key, value)
     try:
