@@ -4385,26 +4385,34 @@ class Work:
         return parse_status(Git(top).run(*one, "status", "--porcelain=v2", "--branch", "--no-ahead-behind", "-z", "--untracked-files=all",
                                          *NO_SUBMODULES, *only))
 
+    def _branches(self) -> tuple:
+        """The branches that work may be compared with, the first choice first ({ref: commit}), and the commit of the main worktree's."""
+        wanted = setting_in_effect(load_config(self.places.thrum), "work.base", {})[0]
+        main = (file_bytes(self.places.common + "/HEAD") or b"").decode(errors="replace").strip()
+        main = [main[5:]] if main.startswith("ref: ") else []
+        refs = [*(f"refs/{kind}/{wanted}" for kind in ("heads", "remotes") if wanted), *BASES]
+        lines = Git(self.places.root).run("for-each-ref", "--format=%(objectname) %(refname)", *refs, *main).decode(errors="replace")
+        commits = dict(line.split(" ", 1)[::-1] for line in lines.splitlines())
+        return {ref: commits[ref] for ref in refs if ref in commits}, next((commits[ref] for ref in main if ref in commits), "")
+
     def bases(self) -> tuple:
         """The commits that work in linked worktrees and in the main one is compared with; "" where there are none.
 
         They differ only where there is no branch of a well-known name: then it is the branch of the main worktree for the
         others, and the first of all commits for that one itself.
         """
-        wanted = setting_in_effect(load_config(self.places.thrum), "work.base", {})[0]
-        names = [*(f"refs/{kind}/{wanted}" for kind in ("heads", "remotes") if wanted), *BASES]
-        main = (file_bytes(self.places.common + "/HEAD") or b"").decode(errors="replace").strip()
-        main = main[5:] if main.startswith("ref: ") else ""
-        git = Git(self.places.root)
-        lines = git.run("for-each-ref", "--format=%(objectname) %(refname)", *names, *([main] if main else [])).decode(errors="replace")
-        commits = dict(line.split(" ", 1)[::-1] for line in lines.splitlines())
-        found = next((commits[name] for name in names if name in commits), "")
-        if found:
-            return found, found
+        branches, main = self._branches()
+        for commit in branches.values():
+            return commit, commit
         if not self._root:
-            roots = git.run("rev-list", "--max-parents=0", "HEAD", check=False).decode().split()
+            roots = Git(self.places.root).run("rev-list", "--max-parents=0", "HEAD", check=False).decode().split()
             self._root = roots[-1] if roots else ""
-        return commits.get(main) or self._root, self._root
+        return main or self._root, self._root
+
+    def base_names(self) -> dict:
+        """How the commits that work may be compared with are called: commit -> branch."""
+        return {commit: printable(ref.split("/", 2)[2]) for ref, commit in reversed(self._branches()[0].items())
+                if not ref.endswith("/HEAD")}
 
     def base(self, top: str) -> str:
         """The commit that the work in a worktree is compared with."""
@@ -7405,11 +7413,7 @@ def conflict_list(context: Context, params: dict) -> dict:
         chosen.update(worktrees)
     tops = list(dict.fromkeys([places.root, *worktrees_of(places.common)])) if params.get("all") else list(agents)
     present, found, errors = _conflicts(context).look(sorted(tops), lambda a, b: not chosen or a in chosen or b in chosen)
-    wanted = setting_in_effect(load_config(places.thrum), "work.base", {})[0]
-    refs = [*(f"refs/{kind}/{wanted}" for kind in ("heads", "remotes") if wanted), *BASES[1:]]
-    lines = Git(places.root).run("for-each-ref", "--format=%(refname) %(objectname)", *refs).decode(errors="replace").splitlines()
-    commits = dict(line.split(" ") for line in lines)
-    names = {commits[ref]: printable(ref.split("/", 2)[2]) for ref in refs[::-1] if ref in commits}
+    names = _work(context).base_names() if present else {}
     pairs, base = [], []
     for (a, b), files in found.items():
         here = [top for top in (a, b) if top]
@@ -12504,7 +12508,8 @@ _VALUES = {                     # "command argument" counts before "argument"
     "--to": "ask names", "--mention": "ask names", "--from": "ask agents", "--agent": "ask agents", "--role": "ask roles",
     "--group": "ask groups", "--repo": "folders", "--main-repo": "folders", "--dir": "folders", "--body-file": "files",
     "--file": "files", "daemon restart --from": "files", "GROUP": "ask groups", "MEMBER": "ask names", "AGENT": "ask agents",
-    "PATH": "files", "agent context NAME": "ask names", "FILE": "files", "--format": "words markdown plain json", "KEY": "words " + " ".join(SETTINGS),
+    "PATH": "files", "FILE": "files", "agent context NAME": "ask names",
+    "--format": "words markdown plain json", "KEY": "words " + " ".join(SETTINGS),
     "group delete NAME": "ask groups", "group info NAME": "ask groups", "group members NAME": "ask groups",
     "agent delete NAME": "ask agents", "ping NAME": "ask agents", "worktree create --path": "folders",
     "worktree create --agent": "", "worktree remove NAME": "ask worktrees", "why LINE": "files",

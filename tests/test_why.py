@@ -78,7 +78,8 @@ def test_from_where_it_is_called(team, talk):
 def test_a_line_without_a_conversation(team, talk):
     assert "names no conversation" in team.bob.ok("why", "src/main.c:1")
     report = team.bob.json("why", "src/main.c:1")
-    assert report["messages"] == [] and not {"agent_id", "thread_id"} & set(report)
+    assert report["messages"] == [] and "thread_id" not in report
+    assert report["agent_id"] == "bob", "whose unmerged work it is"
     assert "not committed yet" in team.bob.ok("why", "src/main.c:3")
     assert team.bob.json("why", "src/main.c:3") == {"file": "src/main.c", "line": 3, "commit": None}
 
