@@ -3544,19 +3544,19 @@ class Store:
         for (session_id,) in self.db.execute("select session_id from sessions where started_at < ? and ended_at is not null",
                                              (cutoff,)).fetchall():
             self._drop_session(session_id)
-        for (claim_id,) in self.db.execute("select claim_id from claims where granted_at < ? and open != 1", (cutoff,)).fetchall():
+        for (claim_id,) in self.db.execute("select claim_id from claims where granted_at < ? and not open", (cutoff,)).fetchall():
             self._drop_claim(claim_id)
 
     def _claims_of(self, session_id: str) -> list:
         return [claim_id for (claim_id,) in self.db.execute("select claim_id from claims where session_id = ?", (session_id,))]
 
     def _judge_claim(self, claim_id: str) -> None:
-        """Work out whether a claim is open; one that is not, or has lapsed here, from before the last purge, goes."""
+        """Work out whether a claim is open; one that is not, from before the last purge, goes."""
         self.db.execute(
             "update claims set open = case when released_at is not null or exists(select 1 from sessions s where s.session_id = "
             "claims.session_id and s.ended_at is not null) then 0 when exists(select 1 from claim_lapses l where l.claim_id = "
             "claims.claim_id and l.renewal = claims.renew_event) then 2 else 1 end where claim_id = ?", (claim_id,))
-        if self.value("select 1 from claims where claim_id = ? and open != 1 and granted_at < ?", claim_id, self.cutoff()):
+        if self.value("select 1 from claims where claim_id = ? and not open and granted_at < ?", claim_id, self.cutoff()):
             self._drop_claim(claim_id)
 
     def _drop_claim(self, claim_id: str) -> None:
@@ -7279,6 +7279,9 @@ def purge_execute(context: Context, params: dict) -> dict:
         raise InvalidParams(f'invalid before timestamp "{before[:64]}": must be RFC 3339') from None
     counts = context.store.older_than(cutoff)
     if not params.get("dry_run"):
+        for claim in context.store.claims():
+            if claim["open"] == 2 and claim["renewed_at"] < cutoff:     # its machine is gone; a release is final, whatever comes later
+                free_claim(context, claim, "gone")
         context.append("purge.executed", cutoff=stamp_of(cutoff), after=cutoff - 1, above=context.store.last_fence())
     return {"before": before, "dry_run": params.get("dry_run", False), "messages_deleted": counts["messages"],
             "sessions_deleted": counts["sessions"], "events_deleted": counts["events"], "sync_message_files": counts["authors"],
