@@ -37,7 +37,7 @@ import os
 import sys
 import time
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "main", "connect", "read_log", "World", "ThrumError", "InvalidParams", "Unreachable",
     "decode_request", "Lines",
