@@ -925,7 +925,7 @@ def repo_path(path: str, top: str, cwd: str = "") -> str:
     found = "" if full == root else os.path.relpath(full, root)
     if found.split("/")[0] == "..":
         raise InvalidParams(f"{printable(path)} is outside of the repository {top}".rstrip())
-    if found.split("/")[0] == ".git":
+    if found.split("/")[0].lower() == ".git":      # on a Mac .GIT is the same folder
         raise InvalidParams(f"{printable(path)} is in .git, which is git's own")
     return found
 
