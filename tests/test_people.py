@@ -662,8 +662,11 @@ def worktree(team, name):
     top = os.path.join(os.path.dirname(team.places.root), name)
     os.makedirs(top + "/.thrum/identities", exist_ok=True)
     os.makedirs(f"{team.places.common}/worktrees/{name}", exist_ok=True)
-    with open(f"{team.places.common}/worktrees/{name}/gitdir", "w") as file:
-        file.write(top + "/.git\n")
+    for path, text in ((f"{team.places.common}/worktrees/{name}/gitdir", top + "/.git"),
+                       (f"{team.places.common}/worktrees/{name}/commondir", "../.."),
+                       (top + "/.git", f"gitdir: {team.places.common}/worktrees/{name}")):
+        with open(path, "w") as file:
+            file.write(text + "\n")
     return top
 
 
