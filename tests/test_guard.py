@@ -17,6 +17,8 @@ from conftest import CLEAN, Repo
 from team import END_S, Team, error_line
 from test_init import changed, snapshot
 
+pytestmark = pytest.mark.slow
+
 NAMES = tuple(thrum.GUARD_HOOKS)
 ODD = ("a b", "quo'te", 'dou"ble', "back\\slash", "new\nline", "tab\there", "-dash", "ü€🦊", "*star?[x]", ":colon", "$HOME", " lead",
        "trail ")

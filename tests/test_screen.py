@@ -126,6 +126,12 @@ MEMBERS = [{"member_type": POISON, "member_value": POISON, "added_at": WHEN, "ad
 ORPHAN = {"agent_id": POISON, "name": POISON, "role": POISON, "module": POISON, "worktree": POISON, "branch": POISON, "last_seen_at": WHEN,
           "worktree_missing": True, "branch_missing": False, "days_since_last_seen": 1, "reason": POISON, "message_count": 1}
 PAGE = {"messages": [LISTED], "total": 1, "unread": 1, "page": 1, "page_size": 10, "total_pages": 1, "last_seq": 1, "epoch": "e"}
+CHANGE = {"path": POISON, "last_modified": WHEN, "additions": 1, "deletions": 1, "status": POISON, "renamed_from": POISON}
+CLAIM = {"claim_id": "clm_1", "path": POISON, "agent_id": POISON, "session_id": POISON, "shared": True, "note": POISON, "granted_at": WHEN,
+         "expires_at": WHEN, "ttl_s": 60, "fence": "evt_1", "host": POISON, "holds": False}
+CONFLICT = {"agents": [[POISON], [POISON]], "worktree_paths": [POISON, POISON], "branches": [POISON, POISON], "clean": False,
+            "files": [{"path": POISON, "kind": POISON, "names": [POISON]},
+                      {"path": POISON, "kind": "contents", "ranges": [[[1, 2]], [[3, 4]]]}]}
 REPLIES = {         # what a daemon would say whose log came from somebody who means harm
     "health": {"status": "ok", "uptime_ms": 5, "version": POISON, "repo_id": POISON, "sync_state": POISON, "agents": 1, "messages": 1,
                "bad_lines": 1, "last_seq": 1, "epoch": "e", "pid": 1},
@@ -138,7 +144,23 @@ REPLIES = {         # what a daemon would say whose log came from somebody who m
     "agent.listContext": {"contexts": [{
         "session_id": POISON, "agent_id": POISON, "branch": POISON, "worktree_path": POISON, "intent": POISON, "intent_updated_at": POISON,
         "current_task": POISON, "task_updated_at": POISON, "git_updated_at": POISON, "uncommitted_files": [POISON],
-        "changed_files": [POISON], "unmerged_commits": [{"sha": POISON, "message": POISON, "files": [POISON, 5]}, {"files": POISON}]}]},
+        "changed_files": [POISON], "unmerged_commits": [{"sha": POISON, "message": POISON, "files": [POISON, POISON]}]}]},
+    "team.list": {"members": [{
+        "agent_id": POISON, "kind": "agent", "role": POISON, "module": POISON, "hostname": POISON, "worktree": POISON, "session_id": POISON,
+        "session_start": WHEN, "last_seen": WHEN, "intent": POISON, "current_task": POISON, "branch": POISON, "git_updated_at": WHEN,
+        "unmerged_commits": 1, "file_changes": [CHANGE], "uncommitted_files": [POISON], "claims": [POISON],
+        "conflicts": [{"with": POISON, "files": [POISON]}], "inbox_total": 1, "inbox_unread": 1, "status": "active"}],
+        "shared_messages": {"broadcast_total": 1, "groups": [{"name": POISON, "total": 1}]}},
+    "work.whoHas": {"file": POISON, "claims": [CLAIM], "unattended": [{"worktree_path": POISON, "branch": POISON, "file_changes": [CHANGE],
+                                                                      "agents": [POISON]}],
+                    "contexts": [{"agent_id": POISON, "branch": POISON, "uncommitted_files": [POISON], "file_changes": [CHANGE],
+                                  "live": False, "git_updated_at": WHEN, "hostname": POISON}]},
+    "claim.list": {"claims": [CLAIM], "waiting": [{"agent_id": POISON, "paths": [POISON], "shared": True, "since": WHEN}]},
+    "claim.take": {"claims": [CLAIM], "scope": "this machine"}, "claim.release": {"released": [CLAIM], "count": 1},
+    "conflict.list": {"pairs": [CONFLICT], "base": [{**CONFLICT, "agents": [[POISON]], "worktree_paths": [POISON], "base": "0" * 40,
+                                                    "base_branch": POISON}],
+                      "skipped": [{"worktree_path": POISON, "paths": [POISON]}], "errors": [{"worktree_path": POISON, "error": POISON}],
+                      "checked_at": WHEN},
     "worktree.status": {"branch": POISON, "uncommitted_files": [POISON], "uncommitted_total": 1, "unmerged_commits": 1},
     "group.list": {"groups": [{"group_id": "grp_1", "name": POISON, "description": POISON, "member_count": 1, "created_at": WHEN}]},
     "message.list": PAGE, "message.outbox": PAGE,
@@ -214,7 +236,8 @@ SHOWING = ["status", "whoami", "agent list", "session list", "group list", "inbo
            "sent --overdue", "search x", "trace msg_1", "purge --all", "purge --before 2d --confirm", "agent delete x --force",
            "agent delete x", "agent cleanup", "agent cleanup --dry-run", "agent cleanup --force", "group info g", "group members g",
            "group members g --expand", "group remove g @x", "group delete g", "prime", "overview", f"ping {POISON.split()[0]}",
-           "ping nobody\x1b", "agent context", "agent context x", "agent list --context", "context show", "context preamble"]
+           "ping nobody\x1b", "agent context", "agent context x", "agent list --context", "context show", "context preamble",
+           "team", "who-has x", "claim x", "release x", "claims", "conflicts"]
 
 
 @pytest.mark.parametrize("words", ["agent delete x", "agent cleanup"])

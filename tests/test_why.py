@@ -11,6 +11,8 @@ from conftest import CLEAN
 from shapes import shaped
 from team import POISON, Team, error_line, raw_in
 
+pytestmark = pytest.mark.slow
+
 AUTHOR = {"GIT_AUTHOR_NAME": "Jürgen Doe", "GIT_AUTHOR_EMAIL": "j@localhost", "GIT_AUTHOR_DATE": "2026-03-10T23:30:00-05:00",
           "GIT_COMMITTER_NAME": "Test", "GIT_COMMITTER_EMAIL": "t@localhost"}
 

@@ -388,7 +388,7 @@ def committed_blobs(tree):
 def test_nothing_is_called_untouched_that_git_calls_changed(tmp_path, mode, ids):
     """Hundreds of histories of edits; and the quick look is of use: it knows of the untouched ones that they are."""
     said = asked = 0
-    for seed in range(16):
+    for seed in range(8):
         rng = random.Random(f"{mode} {ids} {seed}")
         tree = Tree(tmp_path / str(seed), f"--object-format={ids}")
         for setting in MODES[mode]:
