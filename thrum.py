@@ -10238,7 +10238,7 @@ class Daemon:
         await self.loop.run_in_executor(None, writer.join)
         await self.loop.run_in_executor(None, conflicts.close)
         for threads, _ in self._pools.values():
-            threads.shutdown()
+            threads.shutdown(cancel_futures=True)
 
     async def _housekeeping(self) -> None:
         """What has to be done from time to time; nothing is done, and nothing wakes, more often than once a minute."""
