@@ -14,7 +14,7 @@ import sys
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-LONGEST = ("daemon", "contract_cli", "init", "durability", "client", "commands", "config", "removal", "ledger")     # these begin
+LONGEST = ("init", "daemon", "contract_cli", "removal", "work", "guard", "worktree", "claims", "durability", "client", "commands")  # these begin
 
 
 def run(python, module, options):
