@@ -14,7 +14,8 @@ import sys
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-LONGEST = ("init", "daemon", "contract_cli", "removal", "work", "guard", "worktree", "claims", "durability", "client", "commands")  # these begin
+# These begin, so that none of them is left at the end.
+LONGEST = ("init", "daemon", "contract_cli", "removal", "work", "guard", "worktree", "claims", "durability", "client", "commands")
 
 
 def run(python, module, options):
