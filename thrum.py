@@ -4913,7 +4913,7 @@ def _gone_at(context: Context, claim: dict, now_ns: int) -> int:
     """When the holder of a claim may count as gone (ns): now, if its worktree is not there and nobody has heard of it."""
     silent_at = max(claim["last_seen_at"], context.ledger.seen.get(claim["agent_id"], 0)) + GONE_S * NS
     tops = [value for kind, value in context.store.session_pairs(claim["session_id"] or "")[1] if kind == "worktree"]
-    known = tops and all(top[0] == "/" and len(top) < PAIR_MAX and "?" not in top for top in tops)      # as it was, not as it is shown
+    known = tops and all(map(is_whole_path, tops))
     if silent_at > now_ns and known:
         return silent_at
     return now_ns if known and not any(map(os.path.isdir, tops)) else FAR
