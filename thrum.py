@@ -4414,9 +4414,9 @@ class Work:
         return {commit: printable(ref.split("/", 2)[2]) for ref, commit in reversed(self._branches()[0].items())
                 if not ref.endswith("/HEAD")}
 
-    def base(self, top: str) -> str:
-        """The commit that the work in a worktree is compared with."""
-        return self.bases()[os.path.realpath(top) == os.path.realpath(self.places.root)]
+    def base(self, top: str, bases: tuple | None = None) -> str:
+        """The commit that the work in a worktree is compared with; `bases` if they are known: they are the same for all."""
+        return (bases or self.bases())[os.path.realpath(top) == os.path.realpath(self.places.root)]
 
     def ahead(self, top: str, base: str, head: str) -> Ahead:
         """What `head` has that `base` lacks; both are commits."""
@@ -4484,10 +4484,10 @@ class Work:
                 found[entry.path]["renamed_from"] = path_text(entry.before)
         return found
 
-    def facts(self, top: str) -> dict:
-        """The git part of a work context (storage contract, section 13).  Raises GitError."""
+    def facts(self, top: str, bases: tuple | None = None) -> dict:
+        """The git part of a work context (storage contract, section 13); `bases` as for `base`.  Raises GitError."""
         at = stamp_of(self.world.now_ns())
-        state, base = together([lambda: self.state(top), lambda: self.base(top)])
+        state, base = together([lambda: self.state(top), lambda: self.base(top, bases)])
         ahead = self.ahead(top, base, state.head)
         changes = {**ahead.changes, **self.uncommitted(top, state, ahead)}
         lists = {"uncommitted_files": list(dict.fromkeys(entry.path for entry in state.entries)), "changed_files": list(ahead.changes),
@@ -4501,13 +4501,13 @@ class Work:
         None for a worktree where git cannot tell.  In most worktrees nobody has touched the file: those are told apart by what
         their index says, which takes a hundredth of the time of a `git status`.
         """
-        (linked, main), heads = together([self.bases, self._heads])
+        bases, heads = together([self.bases, self._heads])
         committed = self._committed_as(sorted({state.head for state in heads.values()} - {""}), path)
 
         def look(top):
             state = heads.get(os.path.realpath(top))
             entry = committed.get(state.head) if state else None
-            base = main if os.path.realpath(top) == os.path.realpath(self.places.root) else linked
+            base = self.base(top, bases)
             try:
                 if entry is None or not _is_untouched(top, path, entry):
                     return self._changes_in(top, _own_part(top, path), base, state.head if state else "")
@@ -6474,16 +6474,14 @@ def _shaped(item: dict, shape: dict) -> dict:
 
 def _work_now(context: Context, rows: list) -> dict:
     """What git says now of the work of some sessions: session id -> its facts, where it says something."""
-    where, work = _sessions_at_work(context), _work(context)
-
-    def look(top):
-        try:
-            return work.facts(top)
-        except GitError as error:
-            logging.getLogger("thrum").warning("%s: %s", top, error)
+    where = _sessions_at_work(context)
     ids = {row["session_id"] for row in rows}
     tops = list({where[session_id][0]: None for session_id in ids if session_id in where})
-    facts = dict(zip(tops, together([lambda top=top: look(top) for top in tops])))
+    try:
+        bases = _work(context).bases() if len(tops) > 1 else None
+    except GitError:            # then each says so for itself
+        bases = None
+    facts = dict(zip(tops, together([lambda top=top: _facts(context, top, bases) for top in tops])))
     return {session_id: facts[top] for session_id, (top, _) in where.items() if facts.get(top)}
 
 
@@ -6545,15 +6543,20 @@ def _sessions_nowhere(context: Context) -> set:
             if is_whole_path(name) and not os.path.isdir(name)}
 
 
+def _facts(context: Context, top: str, bases: tuple | None = None) -> dict | None:
+    """What git says about a worktree; None where it says nothing."""
+    try:
+        return _work(context).facts(top, bases)
+    except GitError as error:
+        logging.getLogger("thrum").warning("%s: %s", top, error)
+        return None
+
+
 def _look_at(context: Context, refs: list) -> dict | None:
     """What git says about the worktree that a session's references name; None where it says nothing."""
     find = _worktree_finder(context)
     top = next(filter(None, (find(value) for kind, value in refs if kind == "worktree")), "")
-    try:
-        return _work(context).facts(top) if top else None
-    except GitError as error:
-        logging.getLogger("thrum").warning("%s: %s", top, error)
-        return None
+    return _facts(context, top) if top else None
 
 
 def look_at_session(context: Context, params: dict) -> dict | None:

@@ -541,16 +541,21 @@ def shallow(folder):
                    "changes": {"mine": ("added", 2, 0), "f": ("modified", 1, 1)}, "untouched": ["topic"]}
 
 
+def on_a_feature(tree):
+    """Two files on the base; on a branch of its own another one, committed, and an edit."""
+    tree.commit("a", "untouched")
+    tree.git("checkout", "-q", "-b", "feature")
+    tree.commit("b")
+    tree.put("a", "x\n")
+    return tree, {"branch": "feature", "commits": 1, "changed": {"b"}, "uncommitted": {"a"},
+                  "changes": {"b": ("added", 2, 0), "a": ("modified", 1, 2)}, "untouched": ["untouched"]}
+
+
 def based_on(name):
     def build(folder):
         tree = Tree(folder / "repo", commit=False)
         tree.git("symbolic-ref", "HEAD", "refs/heads/" + name)
-        tree.commit("a", "untouched")
-        tree.git("checkout", "-q", "-b", "feature")
-        tree.commit("b")
-        tree.put("a", "x\n")
-        return tree, {"branch": "feature", "commits": 1, "changed": {"b"}, "uncommitted": {"a"},
-                      "changes": {"b": ("added", 2, 0), "a": ("modified", 1, 2)}, "untouched": ["untouched"]}
+        return on_a_feature(tree)
     return build
 
 
@@ -680,13 +685,7 @@ def unusual_files(tree):
 
 
 def in_sha256(folder):
-    tree = Tree(folder / "repo", "--object-format=sha256")
-    tree.commit("a", "untouched")
-    tree.git("checkout", "-q", "-b", "feature")
-    tree.commit("b")
-    tree.put("a", "x\n")
-    return tree, {"branch": "feature", "commits": 1, "changed": {"b"}, "uncommitted": {"a"},
-                  "changes": {"b": ("added", 2, 0), "a": ("modified", 1, 2)}, "untouched": ["untouched"]}
+    return on_a_feature(Tree(folder / "repo", "--object-format=sha256"))
 
 
 TREES = {build.__name__: lambda folder, build=build: build(Tree(folder / "repo"))
