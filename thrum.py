@@ -16,7 +16,7 @@ machines on a branch of its own.  Read from the top: a section uses only those a
     9  Store         the one place that speaks SQL
    10  Ledger        the one way to change anything
    11  Work          what agents are doing: git state, claims, conflicts, why
-   12  Routing       who is told what: waiting for a message
+   12  Routing       who is told what: waiting, subscriptions, notifications
    13  Sync          the branch that carries the log
    14  JSON-RPC      lines in, calls out (JSON-RPC 2.0)
    18  Integrations  what is written into the user's tree: ignore files, git's hooks
@@ -340,6 +340,16 @@ class Record:
         return f"{type(self).__name__}({', '.join(f'{k}={self.__dict__[k]!r}' for k in self._fields)})"
 
 
+def encode(value) -> bytes:
+    """JSON without blanks, in ASCII, for clients."""
+    global _encode_compact
+    _encode_compact = _encode_compact or json.JSONEncoder(separators=(",", ":")).encode     # json.dumps makes one each time
+    return _encode_compact(value).encode()
+
+
+_encode_compact = None
+
+
 def canonical(value) -> bytes:
     """JSON as the log holds it: keys sorted at every level, no blanks, UTF-8, no newline.
 
@@ -658,6 +668,11 @@ EVENTS = {
     "session.update": EventType({
         "session_id": str, "agent_id": str, "intent?": str, "current_task?": str, "scopes?": list, "refs?": list},
         shared=False, empty=True),
+    # What a session wants to be told of; `topics` are keys of TOPICS, `scopes` holds at most one pair.
+    "subscription.add": EventType({
+        "subscription_id": int, "session_id": str, "agent_id": str, "scopes?": list, "mention?": str, "all?": bool, "topics?": list},
+        shared=False),
+    "subscription.remove": EventType({"subscription_id": int, "session_id": str}, shared=False),
 }
 
 
@@ -710,7 +725,7 @@ def check_event(event: dict) -> int:
         for pair in event.get(name, ()) if name + "?" in fields else ():
             if type(pair) is not dict or type(pair.get("type")) is not str or type(pair.get("value")) is not str:
                 raise ValueError(f"{name} holds what is not a pair of texts")
-    for name in ("recipients?", "message_ids"):
+    for name in ("recipients?", "message_ids", "topics?"):
         if name in fields and any(type(one) is not str or not is_label(one) for one in event.get(name.rstrip("?"), ())):
             raise ValueError(f"{name.rstrip('?')} holds what is not an id")
     if "ttl_s" in fields and not 0 < event["ttl_s"] <= TTL_MAX_S:
@@ -1923,7 +1938,7 @@ class Branch:
 # Page and counts of an inbox cost the same at a thousand and at a million messages: the rows of one agent lie
 # together, an index holds only the unread, and the counts are kept with the agent.
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 STORE_BATCH = 400               # events in a transaction of a rebuild; larger ones were slower
 REPLIES_MAX = 1_000             # answers kept for clients that ask again: more than run at once
 BUSY_S = 5                      # seconds for another connection to let go of the database
@@ -2023,8 +2038,9 @@ create index claims_session on claims(session_id);
 create index claims_fence on claims(grant_event);
 create table claim_lapses(claim_id text, renewal text, primary key(claim_id, renewal)) without rowid;
 create table subscriptions(
-    id integer primary key, session_id text not null, scope_type text, scope_value text, mention_role text,
-    created_at integer not null);
+    id integer primary key, session_id text not null, agent integer not null, scope_type text, scope_value text, mention_role text,
+    everything integer not null, topics text not null, created_at integer not null);
+create index subscriptions_of on subscriptions(session_id);
 create table replies(id integer primary key, key text not null unique, reply text not null);
 create table pending(parent text, event_id text, line text, primary key(parent, event_id)) without rowid;
 """
@@ -3032,6 +3048,26 @@ class Store:
         """The time of the newest message in a thread, 0 when there is none."""
         return self.value("select max(at) from messages where thread_id = ?", thread_id, default=0)
 
+    def subscriptions(self, session_id: str = "") -> list:
+        """The subscriptions of a session, or of all, the oldest first: with the id and the present role of the agent."""
+        return self.rows("select s.*, a.agent_id, a.role from subscriptions s join agents a using(agent) where ? in ('', s.session_id) "
+                         "order by s.id", session_id)
+
+    def thread_facts(self, thread_id: str) -> tuple:
+        """How many messages of a thread are not deleted, and the newest of them (None: there is none)."""
+        return (self.value("select count(*) from messages where thread_id = ? and deleted_at is null", thread_id),
+                self.newest_of(thread_id))
+
+    def unread_in(self, thread_id: str, agent_id: str, length: int) -> int:
+        """How many messages of a thread of that length an agent has not read."""
+        self.flush()
+        key = self.key_of(agent_id)
+        # From the shorter side: what it has not read at all, or what is in the thread.
+        few = self.value("select inbox_unread from agents where agent = ?", key, default=0) < length
+        tables = "deliveries d cross join messages m" if few else "messages m cross join deliveries d"
+        return self.value(f"select count(*) from {tables} where d.agent = ? and d.at = m.at and d.seq = m.seq and d.read_at is null "
+                          "and not d.hidden and m.thread_id = ?", key, thread_id)
+
     # ---- the projection
 
     def create(self) -> None:
@@ -3438,6 +3474,18 @@ class Store:
         if session["started_at"] < self.cutoff():
             self._drop_session(event["session_id"])
 
+    def _subscription_add(self, event: dict, seq: int, ns: int) -> None:
+        session = self.session(event["session_id"])
+        if session and not session["ended_at"]:
+            scope = (pairs_of(event.get("scopes")) or [(None, None)])[0]
+            self.db.execute("insert or ignore into subscriptions values(?, ?, ?, ?, ?, ?, ?, ?, ?)", (
+                event["subscription_id"], event["session_id"], session["agent"], *scope, event.get("mention"),
+                event.get("all", False), ",".join(event.get("topics", ())), ns))
+
+    def _subscription_remove(self, event: dict, seq: int, ns: int) -> None:
+        # Events of this machine only come in the order of its journal, so there is nothing to wait for.
+        self.db.execute("delete from subscriptions where id = ? and session_id = ?", (event["subscription_id"], event["session_id"]))
+
     def _session_update(self, event: dict, seq: int, ns: int) -> None:
         if not self.session(event["session_id"]):
             return self._wait_for(event["session_id"], event)
@@ -3631,6 +3679,7 @@ _PROJECTIONS = {
     "group.delete": Store._group_delete, "group.member.add": Store._group_member, "group.member.remove": Store._group_member,
     "purge.executed": Store._purge_executed, "claim.take": Store._claim_take, "claim.renew": Store._claim_renew,
     "claim.release": Store._claim_release, "claim.lapse": Store._claim_lapse,
+    "subscription.add": Store._subscription_add, "subscription.remove": Store._subscription_remove,
 }
 
 
@@ -3652,7 +3701,8 @@ TIDY_AT_ONCE_S = 2              # seconds that a purge may hold up others; the r
 UNTIDY_SINCE = 2                # of the mark in the database: files are being rewritten; 1: something was removed
 TOMBSTONES = ("purge.executed", "agent.cleanup", "message.remove")
 ABOUT_REMOVABLE = ("message.create", "message.edit", "message.delete", "message.receipt", "agent.session.start",
-                   "agent.session.end", "session.update", "agent.update", "claim.take", "claim.renew", "claim.release", "claim.lapse")
+                   "agent.session.end", "session.update", "agent.update", "claim.take", "claim.renew", "claim.release", "claim.lapse",
+                   "subscription.add", "subscription.remove")
 
 
 class Context:
@@ -3677,9 +3727,8 @@ class Context:
         if above:               # which may be of a clock that is ahead: `is_fence` holds for what is made here, too
             after = max(after, (ulid_ms(above) + 1) * 1_000_000 - FENCE_AHEAD_S * NS)
         ns = self.world.stamp_ns(max(after, self.store.cutoff()))      # who has purged may have a clock that is ahead of ours
-        sequence = self.ledger.journal.last + len(self.ledger.batch) + len(self.lines) + 1
         event.update(type=kind, timestamp=stamp_of(ns), event_id=self.world.new_id("evt", above), v=1,
-                     origin_daemon=self.ledger.daemon_id, sequence=sequence)
+                     origin_daemon=self.ledger.daemon_id, sequence=self.next_seq())
         try:
             line = canonical(event)
             check_event(event)  # what it refuses would be a bad line at the next start
@@ -3704,8 +3753,12 @@ class Context:
     def _apply(self, line: bytes, event: dict, ns: int) -> None:
         if event["type"] in TOMBSTONES:
             self.store.limit(FAR)           # it takes as long as there is to remove: cut short, it would never succeed
-        self.store.apply(event, self.ledger.journal.last + len(self.ledger.batch) + len(self.lines) + 1, ns, fresh=True)
+        self.store.apply(event, self.next_seq(), ns, fresh=True)
         self.lines.append((line, event, ns))
+
+    def next_seq(self) -> int:
+        """The number in the journal that the next event gets."""
+        return self.ledger.journal.last + len(self.ledger.batch) + len(self.lines) + 1
 
 
 def _is_of_the_disk(error: Exception) -> bool:
@@ -5316,7 +5369,28 @@ class Conflicts:
 
 
 # ================================================================== 12  Routing
+#
+# A subscription belongs to a session; what it matches is pushed over all connections that were used on behalf of that
+# session's agent.  What a batch means for subscribers is worked out where it was written, in the order of the journal, so
+# that no event falls between a subscription and its `after_seq`; then the loop hands it to the connections.  Who
+# is behind is closed and comes again with the last `seq` that it has seen: the journal is the queue.
 
+AGENTS_MAX = 64                 # agents that are reached over one connection: a page that acts for all of a team
+PREVIEW = 100                   # characters of a message in a notification, as in the reference
+RECEIPTS_TOLD = 200             # message ids in one notification: some 10 KiB
+THREADS_TOLD = 100              # threads of one batch whose counts are told: who has read more at once, asks
+TOPICS = {                      # what one can subscribe to beside messages, and the events that are told as they are
+    "agents": ("agent.register", "agent.cleanup", "agent.session.start", "agent.session.end", "session.update", "agent.update"),
+    "messages": ("message.delete", "message.remove", "purge.executed", "thread.create"),
+    "receipts": ("message.receipt", "message.route"),
+    "claims": ("claim.take", "claim.renew", "claim.release", "claim.lapse"),
+    "groups": ("group.create", "group.update", "group.delete", "group.member.add", "group.member.remove"),
+    "presence": (), "work": (), "sync": (),     # no events: `notification.presence` and so on
+}
+TOPIC_OF = {kind: topic for topic, kinds in TOPICS.items() for kind in kinds}
+SUBSCRIPTION_CHANGES = frozenset((
+    "subscription.add", "subscription.remove", "agent.session.end", "agent.register", "agent.cleanup", "purge.executed"))
+EVERYTHING = object()           # what a subscription with `all` is found by
 
 CLAIMS, FREED = object(), object()      # what somebody waits for: that claims have changed, that some have ended
 CLAIM_ENDS = frozenset(("claim.release", "claim.lapse", "agent.session.end", "agent.cleanup"))
@@ -5356,6 +5430,217 @@ class Waiters:
         for what, types in ((CLAIMS, CLAIM_CHANGES), (FREED, CLAIM_ENDS)):
             if any(event["type"] in types for _, event in events):
                 self.wake_all(what)
+
+
+def notification(method: str, params: bytes) -> bytes:
+    """A JSON-RPC notification (JSON-RPC 2.0, section 4.1) with params that are encoded already."""
+    return b'{"jsonrpc":"2.0","method":"notification.' + method.encode() + b'","params":' + params + b"}"
+
+
+class Subscriptions:
+    """Who wants to be told of what, and what to tell them of a batch.  The writer's thread keeps it.
+
+    `listening` holds the agents that have a connection now; others are not worth a query.
+    """
+
+    def __init__(self, listening):
+        self.listening = listening
+        self._rows = {}         # subscription id -> row, with `keys` by which it is found
+        self._found_by = {}     # EVERYTHING, ("scope", type, value), ("mention", value) or ("topic", name) -> {id: row}
+
+    def load(self, store: Store) -> None:
+        """Begin with what the store has."""
+        self._rows, self._found_by = {}, {}
+        for row in store.subscriptions():
+            self._add(row)
+
+    def _add(self, row: dict) -> None:
+        keys = []
+        if row["everything"]:
+            keys.append(EVERYTHING)
+        if row["scope_type"] is not None:
+            keys.append(("scope", row["scope_type"], row["scope_value"]))
+        if row["mention_role"]:
+            keys += [("mention", name) for name in {row["mention_role"], row["agent_id"], row["role"]} - {None, ""}]
+        if keys:                # it is about messages
+            keys.append(("reader", row["agent_id"]))
+        keys += [("agent", row["agent_id"])] + [("topic", topic) for topic in row["topics"].split(",") if topic]
+        self._rows[row["id"]] = row = {**row, "keys": keys}
+        for key in keys:
+            self._found_by.setdefault(key, {})[row["id"]] = row
+
+    def _drop(self, row: dict) -> None:
+        for key in self._rows.pop(row["id"])["keys"]:
+            found = self._found_by[key]
+            del found[row["id"]]
+            if not found:
+                del self._found_by[key]
+
+    def _follow(self, store: Store, event: dict) -> None:
+        """Take in an event that changes who is subscribed, or by which role."""
+        kind = event["type"]
+        if kind in ("agent.cleanup", "purge.executed"):
+            return self.load(store)     # rare, and it takes whole sessions away
+        if kind == "subscription.remove":
+            gone = [self._rows[event["subscription_id"]]] if event["subscription_id"] in self._rows else []
+        elif kind == "agent.session.end":
+            gone = [row for row in self._rows.values() if row["session_id"] == event["session_id"]]
+        elif kind == "agent.register":
+            gone = [row for row in self._rows.values() if row["agent_id"] == event["agent_id"]]
+        else:
+            gone = []
+        for row in gone:
+            self._drop(row)
+        if gone and kind == "agent.register":
+            for row in gone:
+                self._add({**row, "role": event["role"]})
+        if kind == "subscription.add":
+            for row in store.subscriptions(event["session_id"]):
+                if row["id"] not in self._rows:
+                    self._add(row)
+
+    def to_topic(self, topic: str) -> list:
+        """The agents with a subscription to a topic that have a connection.  Any thread may ask."""
+        found = list(self._found_by.get(("topic", topic), {}).values())
+        return list(dict.fromkeys(row["agent_id"] for row in found if row["agent_id"] in self.listening))
+
+    def matching(self, message: dict) -> dict:
+        """Whom a message (a row) is to be pushed to, and by which of their subscriptions: agent id -> (its id, how it matched)."""
+        if not self._rows:
+            return {}
+        refs, scopes = stored_pairs(message)
+        mentions, groups = audience_of(refs, scopes)
+        found = {}
+        for key in (EVERYTHING, *(("scope", *pair) for pair in scopes), *(("mention", name) for name in (*mentions, *groups))):
+            for row in self._found_by.get(key, {}).values():
+                agent_id = row["agent_id"]
+                if agent_id in self.listening and row["id"] < found.get(agent_id, (FAR,))[0]:
+                    found[agent_id] = row["id"], "all" if key is EVERYTHING else key[0]
+        return found
+
+    def news(self, store: Store, events: list) -> list:
+        """What to push after a batch: [(head, [(agent id, tail), …])], where head + tail is one notification."""
+        notes, receipts, threads = [], [], {}
+
+        def tell_receipts():
+            if receipts:
+                seq, event = receipts[-1]
+                told = {**event, "message_ids": [one["message_id"] for _, one in receipts]}
+                notes.append(_plain_note(seq, told, self.to_topic("receipts")))
+                receipts.clear()
+
+        for seq, event in events:
+            kind = event["type"]
+            if kind in SUBSCRIPTION_CHANGES:
+                self._follow(store, event)
+            if not self._rows or not self.listening:
+                continue
+            if kind == "message.receipt" and (row := store.message(event["message_id"])) and row["thread_id"]:
+                threads.setdefault(row["thread_id"], {})[event["agent_id"]] = seq
+            if receipts and not (kind == "message.receipt" and len(receipts) < RECEIPTS_TOLD and all(
+                    event.get(field) == receipts[0][1].get(field) for field in ("agent_id", "receipt_type"))):
+                tell_receipts()
+            topic = TOPIC_OF.get(kind)
+            if kind in ("message.create", "message.edit"):
+                notes += self._of_message(store, seq, event)
+            elif topic and ("topic", topic) in self._found_by:
+                if kind == "message.receipt":
+                    receipts.append((seq, event))
+                else:
+                    notes.append(_plain_note(seq, event, self.to_topic(topic)))
+        tell_receipts()
+        for thread_id, readers in list(threads.items())[-THREADS_TOLD:]:
+            newest = store.newest_of(thread_id)
+            notes += self._of_thread(store, max(readers.values()), thread_id, {
+                **(self.matching(newest) if newest else {}), **{one: None for one in readers if self._hears(one)}})
+        return notes
+
+    def _of_message(self, store: Store, seq: int, event: dict) -> list:
+        row = store.message(event["message_id"])
+        found = self.matching(row) if row and not row["deleted_at"] else None
+        if not found:
+            return []
+        author = store.agent(row["agent_id"]) or {}
+        preview, scopes = row["content"][:PREVIEW], pair_dicts(stored_pairs(row)[1])
+        params = {
+            "seq": seq, "message_id": row["message_id"], "thread_id": row["thread_id"] or "", "agent_id": row["agent_id"],
+            "author": {"agent_id": row["agent_id"], "name": row["agent_id"], "role": author.get("role") or "",
+                       "module": author.get("module") or ""},
+            "preview": preview, "scopes": scopes, "timestamp": event["timestamp"],
+            # What pages written for the reference read.
+            "message": {"id": row["message_id"], "thread_id": row["thread_id"] or "", "agent_id": row["agent_id"],
+                        "session_id": row["session_id"] or "", "body": {"content": preview}, "scopes": scopes,
+                        "timestamp": event["timestamp"]}}
+        if event["type"] == "message.edit":
+            params["edited"] = True
+        head = notification("message", encode(params)[:-1] + b',"matched_subscription":')[:-1]
+        notes = [(head, [(agent_id, b'{"subscription_id":%d,"match_type":"%s"}}}' % (number, how.encode()))
+                         for agent_id, (number, how) in found.items()])]
+        if row["thread_id"] and event["type"] == "message.create":
+            notes += self._of_thread(store, seq, row["thread_id"], found)
+        return notes
+
+    def _of_thread(self, store: Store, seq: int, thread_id: str, agents) -> list:
+        """What to tell some agents that a thread has become."""
+        if not agents:
+            return []
+        length, newest = store.thread_facts(thread_id)
+        params = {"seq": seq, "thread_id": thread_id, "message_count": length,
+                  "last_activity": stamp_of(newest["at"]) if newest else "", "last_sender": newest["agent_id"] if newest else "",
+                  "preview": newest["content"][:PREVIEW] if newest else None, "timestamp": stamp_of(store.world.now_ns())}
+        head = notification("thread.updated", encode(params)[:-1] + b',"unread_count":')[:-1]
+        return [(head, [(agent_id, b"%d}}" % store.unread_in(thread_id, agent_id, length)) for agent_id in agents])]
+
+    def _hears(self, agent_id: str) -> bool:
+        """Whether somebody has subscribed to messages, and listens."""
+        return agent_id in self.listening and ("reader", agent_id) in self._found_by
+
+    def any_of(self, agents) -> bool:
+        """Whether one of some agents has a subscription.  Any thread may ask."""
+        return any(("agent", agent_id) in self._found_by for agent_id in agents)
+
+
+def _plain_note(seq: int, event: dict, agents: list) -> tuple:
+    """The note that tells some agents of an event as it stands in the log."""
+    return notification(event["type"], encode({"seq": seq, **event})), [(one, b"") for one in agents]
+
+
+class Audience:
+    """The connections over which agents are reached.  No threads: the daemon calls it from one."""
+
+    def __init__(self):
+        self.connections = {}   # agent id -> its connections, in the order in which they came
+
+    def bind(self, connection, agent_id: str) -> None:
+        """Reach an agent over a connection, too; the one for which it was used least lately goes when there are too many."""
+        agents = connection.agents
+        agents.pop(agent_id, None)
+        agents[agent_id] = True
+        self.connections.setdefault(agent_id, {})[connection] = True
+        if len(agents) > AGENTS_MAX:
+            self._unbind(connection, next(iter(agents)))
+
+    def _unbind(self, connection, agent_id: str) -> None:
+        del connection.agents[agent_id]
+        own = self.connections[agent_id]
+        del own[connection]
+        if not own:
+            del self.connections[agent_id]
+
+    def leave(self, connection) -> None:
+        """Forget a connection."""
+        for agent_id in list(connection.agents):
+            self._unbind(connection, agent_id)
+
+    def tell(self, notes: list) -> None:
+        """Push the notes of `Subscriptions.news`, each over a connection at most once."""
+        for head, receivers in notes:
+            told = set()
+            for agent_id, tail in receivers:
+                for connection in list(self.connections.get(agent_id, ())):
+                    if connection not in told:
+                        told.add(connection)
+                        connection.push(head + tail)
 
 
 # ================================================================== 13  Sync
@@ -5590,12 +5875,7 @@ def encode_reply(call: Call, result=None, error: Exception | None = None) -> byt
         if getattr(error, "data", None) is not None:
             reply["error"]["data"] = error.data
     reply["id"] = call.id
-    global _encode_compact
-    _encode_compact = _encode_compact or json.JSONEncoder(separators=(",", ":")).encode     # json.dumps makes one each time
-    return _encode_compact(reply).encode()
-
-
-_encode_compact = None
+    return encode(reply)
 
 
 class Lines:
@@ -6091,6 +6371,7 @@ REMOVE_MAX = 20_000             # messages removed by one call: bounds the trans
 REMOVE_BYTES = LINE_MAX // 2    # of ids in one event, which has to fit a line with its envelope and escapes
 OVERDUE_DAYS = 7                # days after which mail that nobody has read is no longer worth a notice
 NAME_IS_ROLE = 'agent name "{0}" cannot be the same as its role — use a distinct name (e.g., \'{0}_main\')'
+SUBSCRIPTIONS_MAX = 100         # of one session: who wants more wants all
 WAIT_DEFAULT_MS = 30_000        # as the command waits when nobody says
 WAIT_MAX_MS = 600_000           # one `message.wait`; a caller that wants more asks again from where it was
 BATCH_READ_MAX = 5_000          # messages marked at once: bounds the transaction that others wait for
@@ -7369,6 +7650,67 @@ def message_wait(context: Context, params: dict) -> dict | None:
             "epoch": store.meta("epoch"), "remaining": found["total"] - len(found["messages"])}
 
 
+# ---- subscriptions
+
+def _subscriber(context: Context, params: dict) -> dict:
+    """The open session of the caller, which subscriptions hang on."""
+    agent_id = caller_of(context, params)
+    session = context.store.open_session(agent_id)
+    if not session:
+        raise ThrumError(f"get current session: no active session found for agent {agent_id}")
+    return session
+
+
+def subscribe(context: Context, params: dict) -> dict:
+    """From the event after `after_seq` on, what matches is pushed; what was before it, lists and `message.wait` give."""
+    scope, mention = params.get("scope"), params.get("mention_role", "").lstrip("@")
+    everything, topics = params.get("all", False), list(dict.fromkeys(params.get("topics", ())))
+    if topics == ["*"]:
+        topics = list(TOPICS)
+    for topic in topics:
+        if topic not in TOPICS:
+            raise InvalidParams(f"no topic {topic[:PAIR_MAX]!r}; there are {', '.join(TOPICS)}, or * alone for all")
+    if mention and not is_label(mention):
+        raise InvalidParams("invalid params: mention_role must be the name of an agent or a role")
+    if everything:
+        scope, mention = None, ""
+    if not (scope or mention or everything or topics):
+        raise ThrumError("at least one of scope, mention_role, or all must be specified")
+    session = _subscriber(context, params)
+    wanted = {"scope_type": (scope or {}).get("type"), "scope_value": (scope or {}).get("value"), "mention_role": mention or None,
+              "everything": int(everything), "topics": ",".join(topics)}
+    present = context.store.subscriptions(session["session_id"])
+    if any(wanted == {field: row[field] for field in wanted} for row in present):
+        raise ThrumError("subscribe: subscription already exists")
+    if len(present) >= SUBSCRIPTIONS_MAX:
+        raise ThrumError(f"subscribe: this session has {SUBSCRIPTIONS_MAX} subscriptions; 'thrum unsubscribe' ends one")
+    number = context.next_seq()         # it stays what it is, and is never used again
+    event = context.append("subscription.add", after=session["started_at"], subscription_id=number, session_id=session["session_id"],
+                           agent_id=session["agent_id"], scopes=[scope] if scope else [], mention=mention, all=everything,
+                           topics=topics)
+    return {"subscription_id": number, "session_id": session["session_id"], "created_at": event["timestamp"], "after_seq": number,
+            "epoch": context.ledger.journal.epoch}
+
+
+def unsubscribe(context: Context, params: dict) -> dict:
+    number = params.get("subscription_id")
+    if not number:
+        raise ThrumError("subscription_id is required")
+    session = _subscriber(context, params)
+    removed = any(row["id"] == number for row in context.store.subscriptions(session["session_id"]))
+    if removed:
+        context.append("subscription.remove", subscription_id=number, session_id=session["session_id"])
+    return {"removed": removed}
+
+
+def subscriptions_list(context: Context, params: dict) -> dict:
+    rows = context.store.subscriptions(_subscriber(context, params)["session_id"])
+    return {"subscriptions": [
+        {"id": row["id"], **compact(scope_type=row["scope_type"], scope_value=row["scope_value"], mention_role=row["mention_role"],
+                                    all=bool(row["everything"]) or None, topics=row["topics"].split(",") if row["topics"] else []),
+         "created_at": stamp_of(row["created_at"])} for row in reversed(rows)]}
+
+
 # ---- worktrees and the files of agents
 
 def _worktree(context: Context, params: dict) -> str:
@@ -7898,6 +8240,12 @@ METHODS = {
         message_wait, {"after_seq": int, "epoch": str, "created_after": str, "timeout_ms": int, "all": bool, "unread": bool,
                        "from": str, "thread_id": str, "scope": PAIR, "mention_role": str, "page_size": int, **CALLER},
         "Wait for messages after a point of the journal; oldest first.", waits=True),
+    "subscribe": Method(
+        subscribe, {"scope": PAIR, "mention_role": str, "all": bool, "topics": [str], **CALLER},
+        "Be told over this connection of messages with a scope, to a name or role, or of all; and of other topics.", writes=True,
+        aliases={"mention": "mention_role"}),
+    "unsubscribe": Method(unsubscribe, {"subscription_id": int, **CALLER}, "End a subscription of the caller's session.", writes=True),
+    "subscriptions.list": Method(subscriptions_list, CALLER, "The subscriptions of the caller's session, newest first."),
 }
 
 
