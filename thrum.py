@@ -45,7 +45,7 @@ __all__ = [
 
 TYPE_CHECKING = False           # type checkers read this name as True
 if TYPE_CHECKING:
-    import asyncio, base64, bisect, calendar, concurrent.futures, difflib, errno, fcntl, hashlib, json, logging  # noqa: E401
+    import asyncio, base64, bisect, calendar, collections, concurrent.futures, difflib, errno, fcntl, hashlib, hmac, json, logging  # noqa: E401
     import queue, re, resource, select, shlex, shutil, signal, socket, sqlite3, struct, subprocess, threading, unicodedata  # noqa: E401
 
 
@@ -64,8 +64,8 @@ class _Lazy:
 
 
 LAZY_MODULES = (
-    "asyncio base64 bisect calendar concurrent difflib errno fcntl hashlib json logging queue re resource select shlex shutil "
-    "signal socket sqlite3 struct subprocess threading unicodedata"
+    "asyncio base64 bisect calendar collections concurrent difflib errno fcntl hashlib hmac json logging queue re resource select "
+    "shlex shutil signal socket sqlite3 struct subprocess threading unicodedata"
 ).split()
 globals().update((name, _Lazy(name)) for name in LAZY_MODULES)
 
@@ -1116,9 +1116,8 @@ SETTINGS = {                    # what is not listed here is kept as it is
                                  restart=True, later=True),
     "daemon.sync_interval": Setting("seconds", 60, "time from one exchange with the remote to the next", 1, INTERVAL_MAX_S,
                                     variable="THRUM_SYNC_INTERVAL", restart=True, later=True),
-    "daemon.ws_port": Setting("port", "auto", "port of the WebSocket and the page", 1, 65_535, variable="THRUM_WS_PORT",
-                              restart=True, later=True),
-    "daemon.ws_token": Setting("secret", "", "what clients of the WebSocket must present", restart=True, later=True),
+    "daemon.ws_port": Setting("port", "auto", "port of the WebSocket and the page", 1, 65_535, variable="THRUM_WS_PORT", restart=True),
+    "daemon.ws_token": Setting("secret", "", "what clients of the WebSocket must present", restart=True),
     "daemon.autostart": Setting(bool, True, "commands start the daemon when it is absent", variable="THRUM_AUTOSTART"),
     "wake.max_hops": Setting(int, 12, "length of a chain of messages that wakes nobody any more", 1, HOPS_MAX, later=True),
     "peers.plaintext": Setting(bool, False, "peers may connect where the network is not encrypted", restart=True, later=True),
@@ -6406,6 +6405,7 @@ class Method(Record):
     indexes: bool = False       # every message has to be in the full-text index first
     prepare: object = None      # of one that writes: what takes long, done before it; its result is `context.prepared`
     elsewhere: str = ""         # it is for WebSocket clients only, and this is what others are told
+    private: bool = False       # it is for the Unix socket only
     slow: object = False        # it asks git, or ONE_BY_ONE: threads of their own, so that it keeps no quick question waiting
 
 
@@ -10288,6 +10288,26 @@ SYNC_S = 60                     # seconds between making the branch files durabl
 CONNECTIONS_MAX = 2_000         # open at once; more are turned away
 OWN_FILES = 40                  # descriptors that the daemon needs itself: databases, log, journal, git
 BACKLOG = 512                   # of the listen queue
+QUEUE_MAX = 256                 # frames on their way to a client; one that is so far behind is closed, and comes again where it was
+QUEUE_BYTES = 4 << 20           # bytes of them
+AHEAD_MAX = 64                  # messages of a WebSocket that wait for their turn: then nothing more is read
+HANDSHAKE_S = 10                # seconds for the head of a request, and for its body
+PING_S, DEAD_S = 54, 60         # seconds without a frame from a WebSocket until it is pinged, and until it is given up
+CLOSE_S = 2                     # seconds that a client has to answer a Close
+OPENING_MAX = 512               # connections without a complete request yet; the oldest goes
+UNIX_RESERVED = 200             # places that WebSockets cannot take: commands always get in
+BODY_MAX = 128 << 10            # bytes of a request's body: twice the largest event
+PORT_DEFAULT, PORTS_TRIED = 9999, 100   # the first port of the page, and how many above it are tried
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20      # linux/netlink.h, linux/sock_diag.h
+TEXT_TYPE = "text/plain; charset=utf-8"
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin"}
+PAGE_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; font-src 'self'; "
+               "manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+LINK_S = 300                    # seconds for which a link to the page with its one-time code is good
+PRESENCE_TELL_S = 30            # seconds between two notices of one agent's presence
 ANSWERS_MAX = 16 << 20          # bytes of answers after which the rest of a batch is refused
 LOOKS_MAX = 32                  # worktrees that are looked at unasked in one minute
 SEEN_MAX = 10_000               # agents whose presence is remembered until it is noted: anybody can make up names
@@ -10394,18 +10414,104 @@ def answers(var: str) -> bool:
         return False
 
 
-class Connection:
-    """What the daemon knows of one client: the task that serves it, and whether that may be ended at once."""
+class Outbox:
+    """What is on its way to one client.  Nobody waits for it: what the kernel does not take is kept, so many frames of it."""
 
-    def __init__(self, task, now: float):
+    def __init__(self, writer):
+        self.writer = writer
+        self._written = 0       # bytes in all
+        self._ends = collections.deque()        # where those of the frames end that are still here
+        self._watch = None      # the timer that looks whether the client reads
+
+    def _left(self) -> int:
+        """The bytes that have left this process."""
+        return self._written - self.writer.transport.get_write_buffer_size()
+
+    def room(self) -> int:
+        """How many frames may be added."""
+        size = self.writer.transport.get_write_buffer_size()
+        if not size:
+            self._ends.clear()
+            return QUEUE_MAX
+        left = self._written - size
+        while self._ends and self._ends[0] <= left:
+            self._ends.popleft()
+        return QUEUE_MAX - len(self._ends) if size < QUEUE_BYTES else 0
+
+    def put(self, frame: bytes) -> bool:
+        """Send a frame after those before it; False when there is no room."""
+        if self.room() <= 0:
+            return False
+        self.write(frame)
+        return True
+
+    def write(self, data: bytes) -> None:
+        """Send what has to be sent, whether there is room or not: an answer, a Close."""
+        transport = self.writer.transport
+        if transport.is_closing():
+            return
+        transport.write(data)
+        self._written += len(data)
+        if transport.get_write_buffer_size():
+            self._ends.append(self._written)
+            if not self._watch:
+                self._watch = asyncio.get_running_loop().call_later(WRITE_S, self._look, self._left())
+
+    def _look(self, left: int) -> None:
+        """Give up a client that has read nothing for WRITE_S."""
+        self._watch = None
+        if self.writer.transport.get_write_buffer_size():
+            if self._left() == left:
+                return self.writer.transport.abort()
+            self._watch = asyncio.get_running_loop().call_later(WRITE_S, self._look, self._left())
+
+    async def send(self, data: bytes) -> None:
+        """`write`, and wait until the client has read enough; raises ConnectionError when it is given up."""
+        self.write(data)
+        if self.writer.transport.get_write_buffer_size():
+            await self.writer.drain()
+
+    def close(self) -> None:
+        """End the watch, unless something is still on its way."""
+        if self._watch and not self.writer.transport.get_write_buffer_size():
+            self._watch.cancel()
+
+
+class Connection:
+    """What the daemon knows of one client: the task that serves it, how to reach it, and whether that may be ended at once."""
+
+    web = None                  # the WebSocket, after its handshake
+
+    def __init__(self, task, now: float, writer):
         self.task = task
         self.since = now        # when it was last heard of (monotonic s)
         self.busy = False       # a request is being answered
         self.waiting = 0        # it waits for a message, which it can do again with the next daemon
         self.agent = ""         # who it called for last
+        self.agents = {}        # all that it called for; what concerns them is pushed to it
+        self.person = ""        # who calls when a request does not say so
+        self.outbox = Outbox(writer)
+        self.dropped = False    # it was too far behind
         self.reader = None      # of JSON-RPC: what it sends while it waits is read ahead, to see it leave
         self.socket = None
         self.ahead = b""
+
+    def push(self, payload: bytes) -> None:
+        """Send a notification after those before it; who is too far behind is closed, and gets nothing more."""
+        if not self.dropped and not self.outbox.put(self.framed(payload)):
+            self.dropped = True
+            self.close(1013)
+
+    def framed(self, payload: bytes) -> bytes:
+        return payload + b"\n"
+
+    def close(self, code: int) -> None:
+        """End it after what is on its way."""
+        self.outbox.writer.close()
+
+    def ended(self) -> None:
+        """Nothing is left to be done."""
+        self.outbox.close()
 
     def has_left(self) -> bool:
         """Whether nobody is at the other end; who only sends no more (shutdown(2) for writing) still reads."""
@@ -10423,6 +10529,61 @@ class Connection:
                 break
             self.ahead += data
         await asyncio.Event().wait()    # for ever: it reads on, or has sent so much that it has to wait itself
+
+
+class WebConnection(Connection):
+    """A client of the port: HTTP, until it asks for a WebSocket."""
+
+    def upgrade(self, limit: int) -> None:
+        """Be a WebSocket from now on, whose messages have at most `limit` bytes."""
+        self.web = WebSocket(limit)
+        self.loop = asyncio.get_running_loop()
+        self.heard = self.loop.time()   # when the last frame was complete
+        self._frames = 0        # that had come then
+        self.reading = True     # False while it has sent more than we look at
+        self._ping_at = self.heard + PING_S
+        self._beat = self.loop.call_at(self._ping_at, self._look)
+
+    def framed(self, payload: bytes) -> bytes:
+        return encode_frame(TEXT, payload)
+
+    def feed(self, data: bytes) -> list:
+        """The messages that are complete with this data; pongs and closes are answered."""
+        self.web.feed(data)
+        messages = self.web.messages()
+        if self.web.frames != self._frames:
+            self.heard, self._frames = self.loop.time(), self.web.frames
+        self._flush()
+        return messages
+
+    def _flush(self) -> None:
+        output = self.web.output()
+        if output:
+            self.outbox.write(output)
+
+    def _look(self) -> None:
+        """Ping it when it is time; give it up when it does not even answer that."""
+        now = self.loop.time()
+        if now - self.heard >= DEAD_S and self.reading:
+            return self.outbox.writer.transport.abort()
+        if now >= self._ping_at:
+            self._ping_at = now + PING_S
+            self.web.ping()
+            self._flush()
+        self._beat = self.loop.call_at(min(self._ping_at, max(self.heard + DEAD_S, now + 1)), self._look)
+
+    def close(self, code: int) -> None:
+        if not self.web:
+            return super().close(code)
+        if not self.web.closing:
+            self.web.close(code)
+            self._flush()
+            self.loop.call_later(CLOSE_S, self.outbox.writer.transport.abort)
+
+    def ended(self) -> None:
+        super().ended()
+        if self.web:
+            self._beat.cancel()
 
 
 def _callable(program: str, top: str, cwd: str) -> str:
@@ -10520,12 +10681,21 @@ class RemoteConsole(Console):
 class Daemon:
     """The process that everybody talks to.  `run` returns when it has stopped."""
 
-    def __init__(self, places: Places, world: World):
+    def __init__(self, places: Places, world: World, pages: dict, token: str = ""):
         self.places = places
         self.world = world
+        self.pages = pages          # path -> (content type, bytes, ETag)
+        self.token = token          # what clients of the port must present; "": nothing
+        self.port = 0
         self.ledger = Ledger(places, world)
         self.waiters = Waiters()
+        self.audience = Audience()
+        self.subscriptions = Subscriptions(self.audience.connections)
         self.connections = set()
+        self._opening = {}          # connections to the port without a complete request yet, the oldest first
+        self._links = {}            # one-time codes of links to the page -> until when they are good (monotonic s)
+        self._told = {}             # agent id -> when its presence was told last (monotonic s)
+        self._sync_told = ""        # what was told of the exchange with the remote last
         self.log = logging.getLogger("thrum")
         self.stopping = None        # an event, set when the daemon is asked to stop
         self.last_seq = 0           # what readers can see; the journal may be one batch ahead
@@ -10544,8 +10714,8 @@ class Daemon:
 
     # ---- from start to end
 
-    async def run(self, listener, ready) -> None:
-        """Serve `listener` until SIGTERM, SIGINT or `daemon.stop`; calls `ready()` when it answers."""
+    async def run(self, listener, ports, ready) -> None:
+        """Serve `listener`, and HTTP on the sockets `ports`, until SIGTERM, SIGINT or `daemon.stop`; calls `ready()` when it answers."""
         self.loop = asyncio.get_running_loop()
         self.stopping = asyncio.Event()
         self.last_seq = self.ledger.journal.last
@@ -10559,9 +10729,17 @@ class Daemon:
             for _ in range(count):      # the slow ones connect when they are first asked
                 stores.put((0, None) if slow else (self.ledger.generation, Store(self.places.database, self.world)))
             self._pools[slow] = concurrent.futures.ThreadPoolExecutor(count, "thrum-slow" if slow else "thrum-reader"), stores
+        self.subscriptions.load(self.ledger.store)
         writer = threading.Thread(target=self._write_batches, name="thrum-writer")
         writer.start()
         self._server = await asyncio.start_unix_server(self._serve, sock=listener, backlog=BACKLOG)
+        web = [await asyncio.start_server(self._serve_web, sock=port, backlog=BACKLOG) for port in ports]
+        if ports:
+            self.port = self.ledger.facts["port"] = ports[0].getsockname()[1]
+            self.ledger.facts["link"] = self._link
+            self._hosts = {f"{name}:{self.port}" for name in LOOPBACK} | set(LOOPBACK if self.port == 80 else ())
+            atomic_write(self.places.var + "/ws.port", b"%d\n" % self.port)
+            await self._write(lambda context: context.store.set_meta(ws_port=self.port))
         chores = [self.loop.create_task(chore) for chore in (self._housekeeping(), self._look_after_claims())]
         self.log.info("started: version %s, pid %d, %d events, %d projected at start, %d damaged lines", __version__, os.getpid(),
                       self.ledger.journal.last, self.ledger.rebuilt, self.ledger.bad_lines.count)
@@ -10572,9 +10750,13 @@ class Daemon:
             chore.cancel()
         for task in filter(None, (self._looking, self._glancing)):
             task.cancel()
-        self._server.close()
+        for server in (self._server, *web):
+            server.close()
+        remove(self.places.var + "/ws.port")
         for connection in list(self.connections):
-            if connection.waiting or not connection.busy:
+            if connection.web and (connection.waiting or not connection.busy):
+                connection.close(1001)
+            elif connection.waiting or not connection.busy:
                 connection.task.cancel()
         tasks = [connection.task for connection in self.connections]
         if tasks:
@@ -10620,7 +10802,8 @@ class Daemon:
     async def _look_after(self) -> None:
         now = self.world.monotonic()
         for connection in list(self.connections):
-            if not connection.busy and now - connection.since > IDLE_S:
+            if not (connection.busy or connection.web) and now - connection.since > IDLE_S \
+                    and not self.subscriptions.any_of(connection.agents):
                 connection.task.cancel()
             elif connection.waiting and connection.reader and connection.has_left():
                 connection.task.cancel()    # it had only stopped to send when we looked last
@@ -10663,6 +10846,7 @@ class Daemon:
                 news = await self._read(conflict_news, {}, slow=ONE_BY_ONE)
                 if news:
                     await self._write(lambda context, news=news: tell_of_conflicts(context, news))
+                    self._tell("work", conflicts=True)
             except Exception as error:
                 problem = str(error)
             if problem and problem != self._look_problem:       # git may be too old: once is enough
@@ -10693,11 +10877,18 @@ class Daemon:
                 except Exception as error:      # whatever it is, nobody must wait for ever
                     self.log.exception("a batch failed")
                     outcomes, events = [InternalError(f"internal error: {error}")] * len(batch), []
-                self.loop.call_soon_threadsafe(self._committed, batch, outcomes, events)
+                self.loop.call_soon_threadsafe(self._committed, batch, outcomes, events, self._news(events))
         try:
             self.ledger.close()
         except Exception:       # the next start finds no mark of a clean end, and looks at everything
             self.log.exception("closing failed")
+
+    def _news(self, events: list) -> list:
+        try:
+            return self.subscriptions.news(self.ledger.store, events)
+        except Exception:       # it is stored, and who asks will find it
+            self.log.exception("subscribers were not told")
+            return []
 
     def _idle(self) -> None:
         try:
@@ -10705,11 +10896,15 @@ class Daemon:
         except Exception:       # whatever it is, the writer must go on
             self.log.exception("what can wait has failed")
 
-    def _committed(self, batch: list, outcomes: list, events: list) -> None:
+    def _committed(self, batch: list, outcomes: list, events: list, notes: list) -> None:
         """Tell everybody, listeners before senders."""
         if events:
             self.last_seq = events[-1][0]
+        self.audience.tell(notes)
         self.waiters.publish(events)
+        if self.ledger.export_problem != self._sync_told:
+            self._sync_told = self.ledger.export_problem
+            self._tell("sync", sync_state="error" if self._sync_told else "ok", problem=self._sync_told)
         for (_, future), outcome in zip(batch, outcomes):
             if future.done():       # who asked has gone, or was told that it takes too long
                 continue
@@ -10717,6 +10912,25 @@ class Daemon:
                 future.set_exception(outcome)
             else:
                 future.set_result(outcome)
+
+    def _tell(self, topic: str, **params) -> None:
+        """Push what is no event of the log to those who subscribed to a topic."""
+        agents = self.subscriptions.to_topic(topic)
+        if agents:
+            self.audience.tell([(notification(topic, encode(params)), [(agent_id, b"") for agent_id in agents])])
+
+    def _heard_of(self, agent_id: str, connection: Connection) -> None:
+        """Note that somebody calls: it is here, and what concerns it can be pushed over this connection."""
+        now = self.world.monotonic()
+        connection.agent = agent_id
+        self.ledger.seen[agent_id] = self.world.now_ns()
+        if connection.reader or connection.web:
+            self.audience.bind(connection, agent_id)
+        if now - self._told.get(agent_id, -PRESENCE_TELL_S) >= PRESENCE_TELL_S:
+            if len(self._told) >= SEEN_MAX:
+                self._told.clear()
+            self._told[agent_id] = now
+            self._tell("presence", agent_id=agent_id, last_seen_at=stamp_of(self.world.now_ns()))
 
     async def _write(self, request):
         """What a request to the ledger returns, or raises, once it is durable."""
@@ -10843,13 +11057,17 @@ class Daemon:
         method = METHODS.get(name)
         if not method:
             raise MethodNotFound("Method not found", f"method '{name}' is not registered")
-        if method.elsewhere:
+        web = connection is not None and connection.web
+        if method.elsewhere and not web:
             raise ThrumError(method.elsewhere)
+        if method.private and web:
+            raise MethodNotFound("Method not found", f"method '{name}' is not registered on the WebSocket")
         checked = check_params(method, params)
-        caller = checked.get("caller_agent_id")
-        if caller and len(self.ledger.seen) < SEEN_MAX:
-            connection.agent = caller
-            self.ledger.seen[caller] = self.world.now_ns()
+        if web and connection.person and "caller_agent_id" in method.params:
+            checked.setdefault("caller_agent_id", connection.person)
+        caller = checked.get("caller_agent_id") or (name == "session.start" and checked["agent_id"])
+        if caller and connection and len(self.ledger.seen) < SEEN_MAX:
+            self._heard_of(caller, connection)
             if not method.waits:
                 self._acted.add(caller)
         try:
@@ -10871,6 +11089,10 @@ class Daemon:
                 if self._works.get(work["worktree_path"]) != work:
                     self._works[work["worktree_path"]] = work
                     self.worktrees_changed()
+                    self._tell("work", worktree=work["worktree_path"])
+            if name == "user.register":
+                connection.person = done["user_id"]
+                self._heard_of(connection.person, connection)
             return done
         except (ThrumError, asyncio.CancelledError, ConnectionError):
             raise
@@ -10881,8 +11103,8 @@ class Daemon:
     # ---- connections
 
     async def _serve(self, reader, writer) -> None:
-        """One client, from its first byte to its last."""
-        connection = Connection(asyncio.current_task(), self.world.monotonic())
+        """A client of the Unix socket, from its first byte to its last."""
+        connection = Connection(asyncio.current_task(), self.world.monotonic(), writer)
         self.connections.add(connection)
         try:
             if not _same_user(writer.get_extra_info("socket")):
@@ -10901,8 +11123,13 @@ class Daemon:
         except Exception:
             self.log.exception("a connection failed")
         finally:
-            self.connections.discard(connection)
-            writer.close()
+            self._forget(connection)
+
+    def _forget(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+        self.audience.leave(connection)
+        connection.outbox.writer.close()
+        connection.ended()
 
     async def _serve_calls(self, connection: Connection, reader, writer, data: bytes) -> None:
         """JSON-RPC: one line after the other, each answered before the next is looked at."""
@@ -10912,12 +11139,12 @@ class Daemon:
             try:
                 complete = lines.feed(data)
             except InvalidRequest as error:
-                return await send_bytes(writer, encode_reply(Call(), error=error) + b"\n")
+                return await connection.outbox.send(encode_reply(Call(), error=error) + b"\n")
             for line in complete:
                 connection.busy = True
                 reply = await self._answer(line, connection)
                 if reply:
-                    await send_bytes(writer, reply + b"\n")
+                    await connection.outbox.send(reply + b"\n")
                 connection.busy = False
                 if self.stopping.is_set() or writer.transport.is_closing():
                     return
@@ -10925,6 +11152,174 @@ class Daemon:
                     await asyncio.sleep(0)      # who sends thousands of lines at once must not keep others waiting
             connection.since = self.world.monotonic()
             data, connection.ahead = connection.ahead or await reader.read(65536), b""
+
+    # ---- the port: HTTP and WebSocket
+
+    async def _serve_web(self, reader, writer) -> None:
+        """A client of the port, from its first byte to its last."""
+        connection = WebConnection(asyncio.current_task(), self.world.monotonic(), writer)
+        self.connections.add(connection)
+        try:
+            if not _same_user_behind(writer.get_extra_info("socket")):
+                return writer.transport.abort()     # somebody else's process learns nothing, not even why
+            if len(self.connections) > self.room - UNIX_RESERVED:
+                return self.log.warning("a client was turned away: %d connections are open", self.room - UNIX_RESERVED)
+            if len(self._opening) >= OPENING_MAX:
+                next(iter(self._opening)).outbox.writer.transport.abort()
+            self._opening[connection] = True
+            await self._serve_http(connection, reader)
+        except (ConnectionError, asyncio.CancelledError, asyncio.TimeoutError):
+            pass                # it went away, has to, or says nothing
+        except Exception:
+            self.log.exception("a connection failed")
+        finally:
+            self._opening.pop(connection, None)
+            self._forget(connection)
+
+    async def _serve_http(self, connection: WebConnection, reader) -> None:
+        """Requests, one after the other, until one asks for a WebSocket."""
+        buffer, keeps = bytearray(), True
+        while keeps and not self.stopping.is_set():
+            self._opening[connection] = True
+            head_only = False
+            try:
+                head = await asyncio.wait_for(_receive(reader, buffer, lambda: decode_head(buffer)), HANDSHAKE_S)
+                if not head:
+                    return
+                head_only, keeps = head.method == "HEAD", head.keeps
+                self._admit(head)
+                work = self._socket_at(head)
+                if work:
+                    limit, serve = work
+                    connection.outbox.write(accept_upgrade(head))
+                    self._opening.pop(connection, None)
+                    connection.upgrade(limit)
+                    return await self._serve_socket(connection, reader, bytes(buffer), serve(head))
+                body = await self._receive_body(connection, head, reader, buffer)
+                self._opening.pop(connection, None)
+                status, headers, body = await self._respond(head, body, connection)
+            except HttpError as error:      # what was not read of it would be taken for the next request
+                status, headers, body, keeps = error.http, {**error.headers, "Content-Type": TEXT_TYPE}, f"{error}\n".encode(), False
+            headers = {**SECURITY_HEADERS, **headers, "Connection": "keep-alive" if keeps else "close"}
+            await connection.outbox.send(encode_response(status, headers, body, head_only=head_only))
+
+    async def _receive_body(self, connection: WebConnection, head, reader, buffer: bytearray) -> bytes:
+        if head.length > BODY_MAX:
+            raise HttpError(413, "Content Too Large")
+        if head.headers.get("expect", "").lower() == "100-continue":
+            connection.outbox.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+        def take():
+            if len(buffer) < head.length:
+                return None
+            body = bytes(buffer[:head.length])
+            del buffer[:head.length]
+            return (body,)
+        found = await asyncio.wait_for(_receive(reader, buffer, take), HANDSHAKE_S)
+        if not found:
+            raise ConnectionError("the client has gone")
+        return found[0]
+
+    def _admit(self, head) -> None:
+        """Raise HttpError unless a request is from this machine's browser at our own page, from no browser, or has the token.
+
+        The name in `Host` must be a loopback one (another that leads here is DNS rebinding), `Origin` our own.  A cookie
+        stands for the token only where the page is ours: a browser sends it from other ports of localhost, too.
+        """
+        if head.headers.get("host", "").lower() not in self._hosts:
+            raise HttpError(403, "Forbidden")
+        authorization = head.headers.get("authorization", "")
+        given = head.query.get("token") or (authorization[7:].strip() if authorization[:7].lower() == "bearer " else "")
+        proven = bool(self.token) and hmac.compare_digest(given.encode(), self.token.encode())
+        origin, site = head.headers.get("origin"), head.headers.get("sec-fetch-site", "none").lower()
+        foreign = origin is not None and origin.lower() not in {"http://" + host for host in self._hosts}
+        visits = head.headers.get("sec-fetch-mode") == "navigate" and head.method == "GET" and head.path in self.pages
+        if (foreign or (site not in ("none", "same-origin") and not visits)) and not proven:
+            raise HttpError(403, "Forbidden")
+        if self.token and not proven and not (head.path == "/" and "link" in head.query):
+            if not hmac.compare_digest(_cookie(head, self._cookie_name()).encode(), self._cookie().encode()):
+                raise HttpError(401, "Unauthorized")
+
+    def _cookie_name(self) -> str:
+        return f"thrum_{self.port}"     # cookies are shared by the ports of a host
+
+    def _cookie(self) -> str:
+        """What the browser of somebody with a link gets in place of the token."""
+        return hmac.new(self.token.encode(), self.ledger.daemon_id.encode(), "sha256").hexdigest()
+
+    def _link(self) -> str:
+        """The address of the page; where there is a token, with a code that is good once, for LINK_S."""
+        if not self.token:
+            return f"http://localhost:{self.port}/"
+        now, code = self.world.monotonic(), self.world.random(16).hex()
+        self._links = {**{old: until for old, until in list(self._links.items())[-LIST_MAX:] if until > now}, code: now + LINK_S}
+        return f"http://localhost:{self.port}/?link={code}"
+
+    def _socket_at(self, head) -> tuple | None:
+        """For a request that asks for a WebSocket: its message limit, and what serves it; None for any other."""
+        if not head.upgrades and head.path != "/ws" and not head.path.startswith("/ws/"):
+            return None
+        found = {"/": (REQUEST_MAX, self._work_calls), "/ws": (REQUEST_MAX, self._work_calls)}.get(head.path)
+        if not found:
+            raise HttpError(404, "Not Found")
+        return found
+
+    async def _respond(self, head, body: bytes, connection: WebConnection) -> tuple:
+        """(status, headers, body) for a request."""
+        if head.path == "/health":
+            _only(head, "GET", "HEAD")
+            return _json_response({
+                "status": "healthy", "connections": sum(bool(one.web) for one in self.connections),
+                "timestamp": self.world.now_ns() // NS})
+        if head.path.startswith("/api/"):
+            raise HttpError(404, "Not Found")
+        _only(head, "GET", "HEAD")
+        if head.path == "/" and self.token and "link" in head.query:
+            if self._links.pop(head.query["link"], 0) < self.world.monotonic():
+                raise HttpError(401, "Unauthorized")
+            return 303, {"Location": "/", "Set-Cookie": f"{self._cookie_name()}={self._cookie()}; Path=/; HttpOnly; SameSite=Strict"}, b""
+        found = self.pages.get(head.path) or (None if head.path.startswith("/assets/") else self.pages.get("/"))
+        if not found:
+            raise HttpError(404, "Not Found")
+        kind, page, tag = found
+        headers = {"Content-Type": kind, "ETag": tag, "Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY}
+        if tag in head.headers.get("if-none-match", ""):
+            return 304, headers, b""
+        return 200, headers, page
+
+    async def _serve_socket(self, connection: WebConnection, reader, data: bytes, work) -> None:
+        """A WebSocket: reads what comes, while `work(connection, inbox)` answers one message after the other."""
+        inbox = asyncio.Queue(AHEAD_MAX)
+        working = self.loop.create_task(work(connection, inbox))
+        working.add_done_callback(lambda task: task.cancelled() or connection.close(1011 if task.exception() else 1000))
+        try:
+            while True:
+                for message in connection.feed(data) if data else ():
+                    connection.reading = not inbox.full()
+                    await inbox.put(message)
+                connection.reading = True
+                if connection.web.closed:
+                    return
+                data = await reader.read(65536)
+                if not data:
+                    return
+        finally:
+            working.cancel()
+            await asyncio.wait({working})
+
+    def _work_calls(self, head):
+        async def work(connection: WebConnection, inbox) -> None:
+            """JSON-RPC: one call, or a batch, in each message."""
+            while True:
+                _, message = await inbox.get()
+                connection.busy = True
+                reply = await self._answer(message, connection)
+                if reply:
+                    await connection.outbox.send(connection.framed(reply))
+                connection.busy = False
+                if self.stopping.is_set():
+                    connection.close(1001)
+        return work
 
     async def _answer(self, line: bytes, connection: Connection) -> bytes:
         calls, is_batch = decode_request(line)
@@ -11000,6 +11395,36 @@ class Daemon:
         await console.end(status)
 
 
+async def _receive(reader, buffer: bytearray, take):
+    """What `take()` finds in the buffer as more and more arrives; None when the client ends before."""
+    while True:
+        found = take()
+        if found is not None:
+            return found
+        data = await reader.read(65536)
+        if not data:
+            return None
+        buffer += data
+
+
+def _cookie(head, name: str) -> str:
+    """A cookie of a request, "" without it (RFC 6265, section 4.2)."""
+    for pair in head.headers.get("cookie", "").split(";"):
+        key, _, value = pair.strip().partition("=")
+        if key == name:
+            return value
+    return ""
+
+
+def _only(head, *methods) -> None:
+    if head.method not in methods:
+        raise HttpError(405, "Method Not Allowed", {"Allow": ", ".join(methods)})
+
+
+def _json_response(value, status: int = 200) -> tuple:
+    return status, {"Content-Type": "application/json", "Cache-Control": "no-store"}, encode(value) + b"\n"
+
+
 def _to_look_at(context: Context, params: dict) -> str | None:
     """The open session of an agent of this machine, if it is time to look at its work again."""
     session = context.store.open_session(params["agent_id"])
@@ -11018,6 +11443,86 @@ def _same_user(sock) -> bool:
     if sys.platform == "darwin":            # struct xucred: version, uid
         return struct.unpack("II", sock.getsockopt(0, 1, 8))[1] in (os.getuid(), 0)
     return True
+
+
+def _same_user_behind(sock) -> bool:
+    """Whether the process at the other end of a loopback connection runs as this user (or as root).  Linux only.
+
+    The kernel is asked for that one socket (sock_diag(7)); one that was closed has no owner any more, and counts as
+    somebody else's.
+    """
+    if sys.platform != "linux":
+        return True
+    (host, port), (own_host, own_port) = sock.getpeername()[:2], sock.getsockname()[:2]
+    pad = bytes(12 if sock.family == socket.AF_INET else 0)
+    ends = struct.pack(">HH", port, own_port) + b"".join(socket.inet_pton(sock.family, one) + pad for one in (host, own_host))
+    # struct inet_diag_req_v2: family, protocol, ext, pad, states, then the ends, interface and two words of no cookie
+    request = struct.pack("=BBBxI", sock.family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF) + ends + struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF)
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
+            kernel.setblocking(False)
+            kernel.send(struct.pack("=IHHII", 16 + len(request), SOCK_DIAG_BY_FAMILY, 1, 1, 0) + request)
+            answer = kernel.recv(4096)
+        if struct.unpack_from("=H", answer, 4)[0] == SOCK_DIAG_BY_FAMILY and len(answer) >= 88:
+            uid, inode = struct.unpack_from("=II", answer, 80)
+            return bool(inode) and uid in (os.getuid(), 0)
+        return False
+    except OSError:             # a container that forbids netlink
+        return _owner_in_proc(ends, sock.family) in (os.getuid(), 0)
+
+
+def _owner_in_proc(ends: bytes, family: int) -> int:
+    """The same from /proc/net/tcp, -1 when nobody owns it; reads through all connections of the machine."""
+    def shown(port: bytes, address: bytes) -> str:
+        size = 4 if family == socket.AF_INET else 16
+        words = struct.unpack(f"={size // 4}I", address[:size])
+        return "".join("%08X" % word for word in words) + ":%04X" % int.from_bytes(port, "big")
+
+    wanted = [shown(ends[:2], ends[4:20]), shown(ends[2:4], ends[20:36])]
+    try:
+        with open("/proc/net/tcp" + "6" * (family == socket.AF_INET6), encoding="ascii") as file:
+            for line in file:
+                fields = line.split()
+                if fields[1:3] == wanted:
+                    return int(fields[7]) if int(fields[9]) else -1
+    except (OSError, ValueError, IndexError):
+        pass
+    return -1
+
+
+def open_port(wanted: list) -> list:
+    """Listening sockets on one loopback port, the first of `wanted` that is free, else one above PORT_DEFAULT, else any."""
+    for port in (*wanted, *range(PORT_DEFAULT, PORT_DEFAULT + PORTS_TRIED), 0):
+        try:
+            return _listen(port)
+        except OSError:
+            pass                # somebody else has it
+    return []
+
+
+def _listen(port: int) -> list:
+    """Sockets on a port of 127.0.0.1 and ::1, where there is one: `localhost` is both, and nobody else shall have the other."""
+    made = []
+    try:
+        for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+            try:
+                one = socket.socket(family, socket.SOCK_STREAM)
+                made.append(one)
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                one.bind((host, port))
+                one.listen(BACKLOG)
+                port = one.getsockname()[1]
+            except OSError as error:
+                if family == socket.AF_INET or error.errno == errno.EADDRINUSE:
+                    raise
+                made.pop().close()      # no IPv6 here
+        return made
+    except OSError:
+        for one in made:
+            one.close()
+        raise
 
 
 def take_lock(path: str, wait_s: float) -> int:
@@ -11041,8 +11546,8 @@ def take_lock(path: str, wait_s: float) -> int:
         time.sleep(LOCK_RETRY_S)
 
 
-def daemon_process(places: Places, report) -> int:
-    """Be the daemon of a repository.
+def daemon_process(places: Places, report, pages: dict) -> int:
+    """Be the daemon of a repository, which serves `pages`.
 
     `report(text)` is called with "..." while a rebuild goes on, then once with "" when it answers or with what is wrong.
     """
@@ -11070,7 +11575,8 @@ def daemon_process(places: Places, report) -> int:
         git = Git(places.root)
         git.run("rev-parse", "--git-dir")
         ensure_branch(places)
-        daemon = Daemon(places, world)
+        config = load_config(places.thrum)
+        daemon = Daemon(places, world, pages, setting_in_effect(config, "daemon.ws_token", os.environ)[0])
         daemon.ledger.open(read_repo_id(git), lambda: report("..."))
         daemon.ledger.facts.update(started=world.monotonic())
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -11084,6 +11590,11 @@ def daemon_process(places: Places, report) -> int:
         listener.bind("thrum.sock")
         os.chmod("thrum.sock", 0o600)
         listener.listen(BACKLOG)
+        remove("ws.port")               # of one that was killed
+        asked = setting_in_effect(config, "daemon.ws_port", os.environ)[0]
+        ports = open_port([int(port) for port in (asked, daemon.ledger.store.meta("ws_port", 0)) if str(port).isdecimal() and int(port)])
+        if asked != "auto" and str(ports and ports[0].getsockname()[1]) != asked:
+            logging.getLogger("thrum").warning("port %s is taken; another one is used", asked)
         atomic_write(places.var + "/thrum.pid", (json.dumps({
             "pid": os.getpid(), "repo_path": places.root, "started_at": stamp_of(world.now_ns()),
             "socket_path": places.var + "/thrum.sock"}, indent=2) + "\n").encode())
@@ -11095,11 +11606,12 @@ def daemon_process(places: Places, report) -> int:
         report(f"internal error at start: {error!r}; see 'thrum daemon logs'")
         return 1
     try:
-        asyncio.run(daemon.run(listener, lambda: report("")))
+        asyncio.run(daemon.run(listener, ports, lambda: report("")))
     finally:
         if read_pid(places) == os.getpid():     # not another daemon's, in a .thrum that was made anew
             remove(places.var + "/thrum.sock")
             remove(places.var + "/thrum.pid")
+            remove(places.var + "/ws.port")
     daemon.log.info("stopped")
     return 0
 
@@ -12547,7 +13059,7 @@ async def daemon_run(console: Console, args: Args) -> int:
                 pass            # the starter did not wait; whoever comes next finds the daemon
             if problem != "...":
                 os.close(args.ready_fd)
-    return daemon_process(places, report)
+    return daemon_process(places, report, {})
 
 
 # ---- the guard
