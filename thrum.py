@@ -19,6 +19,8 @@ machines on a branch of its own.  Read from the top: a section uses only those a
    12  Routing       who is told what: waiting, subscriptions, notifications
    13  Sync          the branch that carries the log
    14  JSON-RPC      lines in, calls out (JSON-RPC 2.0)
+   15  HTTP          requests in, responses out (RFC 9112, as much as a browser needs)
+   16  WebSocket     bytes in, messages out (RFC 6455)
    18  Integrations  what is written into the user's tree: ignore files, git's hooks
    19  Operations    what is done to an installation: removal, migration
    20  Methods       what the daemon answers: one table
@@ -40,13 +42,14 @@ import time
 __version__ = "0.3.0"
 __all__ = [
     "main", "connect", "read_log", "World", "ThrumError", "InvalidParams", "Unreachable",
-    "decode_request", "Lines",
+    "decode_request", "Lines", "decode_head", "WebSocket",
 ]
 
 TYPE_CHECKING = False           # type checkers read this name as True
 if TYPE_CHECKING:
-    import asyncio, base64, bisect, calendar, collections, concurrent.futures, difflib, errno, fcntl, hashlib, hmac, json, logging  # noqa: E401
-    import queue, re, resource, select, shlex, shutil, signal, socket, sqlite3, struct, subprocess, threading, unicodedata  # noqa: E401
+    import asyncio, base64, bisect, calendar, codecs, collections, concurrent.futures, difflib, errno, fcntl, hashlib, hmac  # noqa: E401
+    import json, logging, queue, re, resource, select, shlex, shutil, signal, socket, sqlite3, struct, subprocess  # noqa: E401
+    import threading, unicodedata  # noqa: E401
 
 
 class _Lazy:
@@ -64,8 +67,8 @@ class _Lazy:
 
 
 LAZY_MODULES = (
-    "asyncio base64 bisect calendar collections concurrent difflib errno fcntl hashlib hmac json logging queue re resource select "
-    "shlex shutil signal socket sqlite3 struct subprocess threading unicodedata"
+    "asyncio base64 bisect calendar codecs collections concurrent difflib errno fcntl hashlib hmac json logging queue re resource "
+    "select shlex shutil signal socket sqlite3 struct subprocess threading unicodedata"
 ).split()
 globals().update((name, _Lazy(name)) for name in LAZY_MODULES)
 
@@ -5902,6 +5905,437 @@ class Lines:
         return complete
 
 
+# ================================================================== 15  HTTP
+#
+# Heads in, whole responses out (RFC 9112).  What two readers could understand in two ways is refused: a line that ends in a
+# bare LF, a folded one, a blank before a colon, two lengths.  A body comes with Content-Length; nobody needs another way here.
+
+HEAD_MAX = 16 << 10             # bytes of a head: twice what RFC 9112, section 3, asks for in the first line alone
+HEADERS_MAX = 100               # its lines but the first: browsers send twenty
+METHOD_MAX = 32                 # characters of a method: the longest that is registered has 17
+REASONS = {
+    100: "Continue", 101: "Switching Protocols", 200: "OK", 204: "No Content", 303: "See Other", 304: "Not Modified", 400: "Bad Request",
+    401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 411: "Length Required",
+    413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type", 426: "Upgrade Required", 429: "Too Many Requests",
+    431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable",
+    505: "HTTP Version Not Supported",
+}
+_TOKEN = rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+)"
+_FIELD = _TOKEN + rb":([\t -~\x80-\xff]*)"
+_REQUEST_LINE = _TOKEN + rb" ([!\"$-~]+) HTTP/([0-9])\.([0-9])"
+_STATUS_LINE = rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: [\t -~\x80-\xff]*)?"
+
+
+class HttpError(ThrumError):
+    """A request that is answered with the status `http` and its reason phrase, which says all that the client learns."""
+
+    def __init__(self, http: int, headers: dict | None = None):
+        super().__init__(REASONS[http])
+        self.http, self.headers = http, headers or {}
+
+
+class Head(Record):
+    """What stands before the body of a request or, with a `status`, of a response.  Names in `headers` are in lower case."""
+
+    method: str
+    target: str                 # a path and its query, or *
+    version: str                # 1.1 or 1.0
+    headers: dict
+    status: int = 0
+
+    @property
+    def path(self) -> str:
+        """The path of the target, percent-decoded."""
+        return unquote(self.target.partition("?")[0])
+
+    @property
+    def query(self) -> dict:
+        """The first value of each parameter, percent-decoded; `+` is a blank, as in forms."""
+        pairs = [part.partition("=") for part in self.target.partition("?")[2].replace("+", " ").split("&") if part]
+        return {unquote(name): unquote(value) for name, _, value in reversed(pairs)}
+
+    @property
+    def length(self) -> int:
+        """Bytes of the body."""
+        return int(self.headers.get("content-length", 0))
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the connection stays open for another request (RFC 9112, section 9.3)."""
+        return self.has_token("connection", "keep-alive") if self.version == "1.0" else not self.has_token("connection", "close")
+
+    @property
+    def upgrades(self) -> bool:
+        """Whether it asks for a WebSocket; `accept_upgrade` tells whether it does so properly."""
+        return self.has_token("upgrade", "websocket")
+
+    def has_token(self, name: str, token: str) -> bool:
+        """Whether `token` is an item in the list that a header holds, in any case of letters."""
+        return token in [item.strip(" \t").lower() for item in self.headers.get(name, "").split(",")]
+
+
+def unquote(text: str) -> str:
+    """`text` with the byte for each %XX of it; what then is not UTF-8 becomes U+FFFD."""
+    return re.sub(rb"%([0-9A-Fa-f]{2})", lambda match: bytes.fromhex(match[1].decode()), text.encode("latin-1")).decode(errors="replace")
+
+
+def decode_head(buffer: bytearray) -> Head | None:
+    """Take the head of a request off the front of `buffer`; None while it is incomplete.
+
+    >>> decode_head(bytearray(b"GET /health?a=1 HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n")).query
+    {'a': '1'}
+
+    Raises HttpError for one that is wrong or, as soon as this is certain, too long.
+    """
+    lines = _take_lines(buffer)
+    if lines is None:
+        return None
+    first = re.fullmatch(_REQUEST_LINE, lines[0])
+    if not first:
+        raise HttpError(400)
+    method, target, major, minor = (part.decode() for part in first.groups())
+    if major != "1":
+        raise HttpError(505)
+    if len(method) > METHOD_MAX:
+        raise HttpError(501)
+    headers = _decode_fields(lines[1:])
+    version = "1.1" if minor != "0" else "1.0"
+    if version == "1.1" and "host" not in headers:
+        raise HttpError(400)
+    if absolute := re.fullmatch("(?i:http)://([^/?@]+)(.*)", target):
+        headers["host"], target = absolute.groups()         # section 3.2.2: what Host says is to be ignored
+        target = target if target[:1] == "/" else "/" + target
+    if target[0] != "/" and (method, target) != ("OPTIONS", "*"):
+        raise HttpError(400)
+    if "transfer-encoding" in headers:
+        raise HttpError(400 if "content-length" in headers else 411)
+    if not re.fullmatch("[0-9]{1,18}", headers.get("content-length", "0")):
+        raise HttpError(400)
+    return Head(method, target, version, headers)
+
+
+def decode_response_head(buffer: bytearray) -> Head | None:
+    """Take the head of a response off the front of `buffer`, as `decode_head` does that of a request."""
+    lines = _take_lines(buffer)
+    if lines is None:
+        return None
+    first = re.fullmatch(_STATUS_LINE, lines[0])
+    if not first:
+        raise HttpError(400)
+    return Head("", "", "1.1" if first[1] != b"0" else "1.0", _decode_fields(lines[1:]), int(first[2]))
+
+
+def _take_lines(buffer: bytearray) -> list | None:
+    begin = 2 if buffer[:2] == b"\r\n" else 0               # section 2.2: an empty line before a request is ignored
+    end = buffer.find(b"\r\n\r\n", begin, begin + HEAD_MAX)
+    head = bytes(buffer[begin:end + 2 if end >= 0 else begin + HEAD_MAX])
+    lines = head.split(b"\r\n")
+    if len(lines) - 2 > HEADERS_MAX:
+        raise HttpError(431)
+    if end >= 0:
+        del buffer[:end + 4]
+        return lines[:-1]
+    if len(head) == HEAD_MAX:
+        raise HttpError(431 if len(lines) > 1 else 414)
+    if head.count(b"\n") >= len(lines):                     # who ends lines like this waits for an answer already
+        raise HttpError(400)
+    return None
+
+
+def _decode_fields(lines: list) -> dict:
+    headers = {}
+    for line in lines:
+        field = re.fullmatch(_FIELD, line)
+        if not field:
+            raise HttpError(400)
+        name, value = field[1].decode().lower(), field[2].strip(b" \t").decode("latin-1")
+        if name in headers and name == "host":
+            raise HttpError(400)
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value       # two lengths are no number then
+    return headers
+
+
+def encode_response(status: int, headers: dict, body: bytes = b"", *, head_only: bool = False) -> bytes:
+    """A response; `head_only` is for HEAD, which is told the length of what it does not get."""
+    bare = status < 200 or status in (204, 304)             # these have no body, and no length (RFC 9110, section 8.6)
+    lines = [f"HTTP/1.1 {status} {REASONS[status]}", *(f"{name}: {value}" for name, value in headers.items())]
+    if not bare:
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + (b"" if bare or head_only else body)
+
+
+# ================================================================== 16  WebSocket
+#
+# A frame (RFC 6455, section 5.2): FIN, three reserved bits, opcode in four; a bit for the mask, the length in seven, or 126
+# and two bytes, or 127 and eight; four bytes of mask, which every frame of a client has and none of a server; the payload.
+# Control frames are short and whole, and may stand between the frames of a message.  A side that is given what section 5
+# forbids sends a Close with 1002 (1007 for text that is not UTF-8, 1009 for a message that is too long) and reads no more.
+
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
+CONTROL_MAX = 125               # bytes of a control frame's payload (section 5.5)
+PONGS_MAX = 16                  # that wait to be sent: beyond, only the newest ping is answered (section 5.5.3)
+TRANSLATED_FROM = 4096          # bytes from which masking by tables is faster: 1 MiB in a third of the time, 100 bytes in the tenfold
+_ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"      # section 1.3
+
+
+class ProtocolError(ThrumError):
+    """What RFC 6455 forbids, and the code of the Close that answers it."""
+
+    def __init__(self, message: str, close: int = 1002):
+        super().__init__(message)
+        self.close = close
+
+
+def accept_upgrade(head: Head) -> bytes:
+    """The response that opens a WebSocket (section 4.2).  Raises HttpError."""
+    if head.method != "GET":
+        raise HttpError(405, {"Allow": "GET"})
+    if head.version != "1.1" or not head.upgrades or not head.has_token("connection", "upgrade") or head.length:
+        raise HttpError(400)
+    if head.headers.get("sec-websocket-version") != "13":
+        raise HttpError(426, {"Sec-WebSocket-Version": "13"})
+    key = head.headers.get("sec-websocket-key", "")
+    try:
+        if len(key) != 24 or len(base64.b64decode(key, validate=True)) != 16:
+            raise ValueError
+    except ValueError:
+        raise HttpError(400) from None
+    return encode_response(101, {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": _accept(key)})
+
+
+def request_upgrade(host: str, target: str, key: str, headers: dict | None = None) -> bytes:
+    """The request for a WebSocket; `key` is 16 random bytes in base64 (section 4.1)."""
+    fields = {"Host": host, "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Key": key, "Sec-WebSocket-Version": "13",
+              **(headers or {})}
+    return "\r\n".join([f"GET {target} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]).encode("latin-1")
+
+
+def check_upgrade(head: Head, key: str) -> None:
+    """Raises ProtocolError unless `head` accepts the upgrade that was asked for with `key`, and nothing else (section 4.1)."""
+    if head.status != 101:
+        raise ProtocolError(f"the server answers {head.status} instead of opening a WebSocket")
+    if not head.upgrades or not head.has_token("connection", "upgrade") or head.headers.get("sec-websocket-accept") != _accept(key):
+        raise ProtocolError("the server does not answer as a WebSocket does")
+    if head.headers.keys() & {"sec-websocket-extensions", "sec-websocket-protocol"}:
+        raise ProtocolError("the server chose an extension or a protocol that was not offered")
+
+
+def _accept(key: str) -> str:
+    return base64.b64encode(hashlib.sha1(key.encode() + _ACCEPT_GUID, usedforsecurity=False).digest()).decode()
+
+
+def masked(data: bytes, mask: bytes) -> bytes:
+    """`data` with each byte XORed with one of the four of `mask` in turn; twice gives `data` again."""
+    size = len(data)
+    if size < TRANSLATED_FROM:      # as two big integers: byte by byte, it takes ten times as long
+        return (int.from_bytes(data, "big") ^ int.from_bytes((mask * (size // 4 + 1))[:size], "big")).to_bytes(size, "big")
+    result = bytearray(data)
+    for i in range(4):
+        result[i::4] = result[i::4].translate(masked(bytes(range(256)), mask[i:i + 1] * 4))
+    return bytes(result)
+
+
+def encode_frame(opcode: int, payload: bytes, *, fin: bool = True, mask: bytes = b"") -> bytes:
+    """One frame; that of a client has a `mask`.
+
+    >>> encode_frame(TEXT, b"Hello").hex(" ")
+    '81 05 48 65 6c 6c 6f'
+    """
+    size, first, bit = len(payload), opcode | (0x80 if fin else 0), 0x80 if mask else 0
+    if size < 126:
+        head = bytes((first, bit | size))
+    elif size < 65_536:
+        head = bytes((first, bit | 126)) + size.to_bytes(2, "big")
+    else:
+        head = bytes((first, bit | 127)) + size.to_bytes(8, "big")
+    return head + mask + masked(payload, mask) if mask else head + payload
+
+
+def decode_header(data: bytes, at: int, client: bool) -> tuple | None:
+    """What stands before a payload: (opcode, fin, length, mask, where the payload begins); None while it is incomplete.
+
+    `client` says which side reads.  Raises ProtocolError as soon as it is certain.
+    """
+    size = len(data)
+    if at >= size:
+        return None
+    first = data[at]
+    opcode = first & 15
+    if first & 0x70:
+        raise ProtocolError("a reserved bit is set")
+    if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
+        raise ProtocolError("unknown opcode")
+    if opcode >= CLOSE and first < 0x80:
+        raise ProtocolError("a control frame is fragmented")
+    if at + 2 > size:
+        return None
+    length = data[at + 1]
+    if (length < 0x80) != client:
+        raise ProtocolError("a frame of a server is masked" if client else "a frame of a client is not masked")
+    length &= 0x7f
+    at += 2
+    if length > CONTROL_MAX:
+        if opcode >= CLOSE:
+            raise ProtocolError("a control frame is too long")
+        wide = 2 if length == 126 else 8
+        if at + wide > size:
+            return None
+        length = int.from_bytes(data[at:at + wide], "big")
+        if length < (126 if wide == 2 else 65_536) or length >> 63:
+            raise ProtocolError("a length is not in its shortest form, or negative")
+        at += wide
+    if client:
+        return opcode, first >= 0x80, length, b"", at
+    if at + 4 > size:
+        return None
+    return opcode, first >= 0x80, length, data[at:at + 4], at + 4
+
+
+class WebSocket:
+    """One side of a connection after the handshake.  `limit` is in bytes and counts all fragments of a message together.
+
+    >>> browser, daemon = WebSocket(1024, client=True), WebSocket(1024)
+    >>> browser.send(b"Hello")
+    >>> daemon.feed(browser.output())
+    >>> daemon.messages()
+    [(1, b'Hello')]
+    """
+
+    def __init__(self, limit: int, *, client: bool = False, random=os.urandom):
+        self.limit = limit
+        self.closing = False        # a Close was sent or received
+        self.closed = False         # nothing more may be sent or read, but what `output` still gives
+        self.close_code = 1006      # as received; 1005: none was in the Close; 1006: there was no Close
+        self.close_reason = ""
+        self.failure = None         # the ProtocolError that ended it
+        self.frames = 0             # that have come whole
+        self._client = client
+        self._random = random
+        self._rest = b""            # of a header or a control frame that is incomplete
+        self._opcode = CONTINUATION             # of the message that is coming in
+        self._message = bytearray()             # its payload so far
+        self._left = 0              # bytes of the present frame that are missing, and what is to be known of it
+        self._fin = True
+        self._mask = b""
+        self._character = b""       # the beginning of the character that its text breaks off in
+        self._messages = []
+        self._pongs = []
+        self._frames = []           # to be sent after the pongs
+
+    def feed(self, data: bytes) -> None:
+        """Take what has arrived; b"" is the end of the stream."""
+        if self.closed:
+            return
+        if not data:
+            self._end()
+            return
+        try:
+            self._read(self._rest + data)
+        except ProtocolError as failure:
+            self.failure = failure
+            self.close(failure.close, str(failure))
+            self._end()
+
+    def _end(self) -> None:
+        """Nothing more is read."""
+        self.closing = self.closed = True
+        self._rest, self._message = b"", bytearray()
+
+    def _read(self, data: bytes) -> None:
+        at, size = 0, len(data)
+        while not self.closed:
+            if not self._left:
+                header = decode_header(data, at, self._client)
+                if header is None:
+                    break
+                opcode, fin, length, mask, begin = header
+                if opcode >= CLOSE:
+                    if begin + length > size:
+                        break
+                    at = begin + length
+                    self.frames += 1
+                    self._control(opcode, masked(data[begin:at], mask) if mask else data[begin:at])
+                    continue
+                if (opcode == CONTINUATION) != (self._opcode != CONTINUATION):
+                    raise ProtocolError("a message begins within another" if opcode else "a message is continued that was not begun")
+                if len(self._message) + length > self.limit:
+                    raise ProtocolError(f"a message is longer than {self.limit:,} bytes", 1009)
+                self._opcode = self._opcode or opcode
+                self._left, self._fin, self._mask, at = length, fin, mask, begin
+            piece = data[at:at + self._left]
+            at += len(piece)
+            self._payload(piece)
+            if self._left:
+                break
+            self.frames += 1
+        self._rest = data[at:]
+
+    def _payload(self, piece: bytes) -> None:
+        """Take a piece of the present frame's payload."""
+        if self._mask:
+            turn = len(piece) & 3
+            piece, self._mask = masked(piece, self._mask), self._mask[turn:] + self._mask[:turn]
+        self._left -= len(piece)
+        ends = self._fin and not self._left
+        if self._opcode == TEXT and (self._character or not piece.isascii()):
+            text = self._character + piece
+            try:
+                self._character = text[codecs.utf_8_decode(text, "strict", ends)[1]:]
+            except UnicodeDecodeError:
+                raise ProtocolError("a text is not UTF-8", 1007) from None
+        if not ends:
+            self._message += piece
+            return
+        if self._message:
+            piece = bytes(self._message + piece)
+            self._message = bytearray()
+        self._messages.append((self._opcode, piece))
+        self._opcode = CONTINUATION
+
+    def _control(self, opcode: int, payload: bytes) -> None:
+        if opcode == PING and not self.closing:
+            del self._pongs[PONGS_MAX - 1:]
+            self._pongs.append(self._frame(PONG, payload))
+        elif opcode == CLOSE:
+            code = int.from_bytes(payload[:2], "big") if payload else 1005
+            if payload and not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):     # section 7.4 and IANA's list
+                raise ProtocolError("an invalid close code")
+            try:
+                self.close_reason = payload[2:].decode()
+            except UnicodeDecodeError:
+                raise ProtocolError("a reason is not UTF-8", 1007) from None
+            self.close_code = code
+            self.close(code)
+            self._end()
+
+    def messages(self) -> list:
+        """The messages that were completed since the last call: (TEXT or BINARY, payload).  A text is valid UTF-8."""
+        messages, self._messages = self._messages, []
+        return messages
+
+    def send(self, payload: bytes, opcode: int = TEXT) -> None:
+        """Queue a message, or nothing after a Close: who has hung up does not hear it."""
+        if not self.closing:
+            self._frames.append(self._frame(opcode, payload))
+
+    def ping(self, payload: bytes = b"") -> None:
+        self.send(payload, PING)
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Queue a Close, once; 1005 sends one without a code.  `reason` is cut to what fits."""
+        text = reason.encode()[:CONTROL_MAX - 2].decode(errors="ignore")
+        self.send(b"" if code == 1005 else code.to_bytes(2, "big") + text.encode(), CLOSE)
+        self.closing = True
+
+    def output(self) -> bytes:
+        """What is to be sent now."""
+        frames, self._pongs, self._frames = self._pongs + self._frames, [], []
+        return b"".join(frames)
+
+    def _frame(self, opcode: int, payload: bytes) -> bytes:
+        return encode_frame(opcode, payload, mask=self._random(4) if self._client else b"")
+
+
 # ================================================================== 18  Integrations
 
 # The programs that agents run in; `all` and `amp` are accepted beside them.
@@ -11205,7 +11639,7 @@ class Daemon:
 
     async def _receive_body(self, connection: WebConnection, head, reader, buffer: bytearray) -> bytes:
         if head.length > BODY_MAX:
-            raise HttpError(413, "Content Too Large")
+            raise HttpError(413)
         if head.headers.get("expect", "").lower() == "100-continue":
             connection.outbox.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -11227,7 +11661,7 @@ class Daemon:
         stands for the token only where the page is ours: a browser sends it from other ports of localhost, too.
         """
         if head.headers.get("host", "").lower() not in self._hosts:
-            raise HttpError(403, "Forbidden")
+            raise HttpError(403)
         authorization = head.headers.get("authorization", "")
         given = head.query.get("token") or (authorization[7:].strip() if authorization[:7].lower() == "bearer " else "")
         proven = bool(self.token) and hmac.compare_digest(given.encode(), self.token.encode())
@@ -11235,10 +11669,10 @@ class Daemon:
         foreign = origin is not None and origin.lower() not in {"http://" + host for host in self._hosts}
         visits = head.headers.get("sec-fetch-mode") == "navigate" and head.method == "GET" and head.path in self.pages
         if (foreign or (site not in ("none", "same-origin") and not visits)) and not proven:
-            raise HttpError(403, "Forbidden")
+            raise HttpError(403)
         if self.token and not proven and not (head.path == "/" and "link" in head.query):
             if not hmac.compare_digest(_cookie(head, self._cookie_name()).encode(), self._cookie().encode()):
-                raise HttpError(401, "Unauthorized")
+                raise HttpError(401)
 
     def _cookie_name(self) -> str:
         return f"thrum_{self.port}"     # cookies are shared by the ports of a host
@@ -11261,7 +11695,7 @@ class Daemon:
             return None
         found = {"/": (REQUEST_MAX, self._work_calls), "/ws": (REQUEST_MAX, self._work_calls)}.get(head.path)
         if not found:
-            raise HttpError(404, "Not Found")
+            raise HttpError(404)
         return found
 
     async def _respond(self, head, body: bytes, connection: WebConnection) -> tuple:
@@ -11272,15 +11706,15 @@ class Daemon:
                 "status": "healthy", "connections": sum(bool(one.web) for one in self.connections),
                 "timestamp": self.world.now_ns() // NS})
         if head.path.startswith("/api/"):
-            raise HttpError(404, "Not Found")
+            raise HttpError(404)
         _only(head, "GET", "HEAD")
         if head.path == "/" and self.token and "link" in head.query:
             if self._links.pop(head.query["link"], 0) < self.world.monotonic():
-                raise HttpError(401, "Unauthorized")
+                raise HttpError(401)
             return 303, {"Location": "/", "Set-Cookie": f"{self._cookie_name()}={self._cookie()}; Path=/; HttpOnly; SameSite=Strict"}, b""
         found = self.pages.get(head.path) or (None if head.path.startswith("/assets/") else self.pages.get("/"))
         if not found:
-            raise HttpError(404, "Not Found")
+            raise HttpError(404)
         kind, page, tag = found
         headers = {"Content-Type": kind, "ETag": tag, "Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY}
         if tag in head.headers.get("if-none-match", ""):
@@ -11418,7 +11852,7 @@ def _cookie(head, name: str) -> str:
 
 def _only(head, *methods) -> None:
     if head.method not in methods:
-        raise HttpError(405, "Method Not Allowed", {"Allow": ", ".join(methods)})
+        raise HttpError(405, {"Allow": ", ".join(methods)})
 
 
 def _json_response(value, status: int = 200) -> tuple:
