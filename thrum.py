@@ -671,7 +671,7 @@ EVENTS = {
     "session.update": EventType({
         "session_id": str, "agent_id": str, "intent?": str, "current_task?": str, "scopes?": list, "refs?": list},
         shared=False, empty=True),
-    # What a session wants to be told of; `topics` are keys of TOPICS, `scopes` holds at most one pair.
+    # What a session wants to be told of; `topics` are keys of SUBSCRIPTION_TOPICS, `scopes` holds at most one pair.
     "subscription.add": EventType({
         "subscription_id": int, "session_id": str, "agent_id": str, "scopes?": list, "mention?": str, "all?": bool, "topics?": list},
         shared=False),
@@ -2041,7 +2041,7 @@ create index claims_fence on claims(grant_event);
 create table claim_lapses(claim_id text, renewal text, primary key(claim_id, renewal)) without rowid;
 create table subscriptions(
     id integer primary key, session_id text not null, agent integer not null, scope_type text, scope_value text, mention_role text,
-    everything integer not null, topics text not null, created_at integer not null);
+    everything integer not null, topics text not null, created_at integer not null, removed integer not null);
 create index subscriptions_of on subscriptions(session_id);
 create table replies(id integer primary key, key text not null unique, reply text not null);
 create table pending(parent text, event_id text, line text, primary key(parent, event_id)) without rowid;
@@ -3053,7 +3053,7 @@ class Store:
     def subscriptions(self, session_id: str = "") -> list:
         """The subscriptions of a session, or of all, the oldest first: with the id and the present role of the agent."""
         return self.rows("select s.*, a.agent_id, a.role from subscriptions s join agents a using(agent) where ? in ('', s.session_id) "
-                         "order by s.id", session_id)
+                         "and not s.removed order by s.id", session_id)
 
     def thread_facts(self, thread_id: str) -> tuple:
         """How many messages of a thread are not deleted, and the newest of them (None: there is none)."""
@@ -3477,16 +3477,21 @@ class Store:
             self._drop_session(event["session_id"])
 
     def _subscription_add(self, event: dict, seq: int, ns: int) -> None:
-        session = self.session(event["session_id"])
-        if session and not session["ended_at"]:
-            scope = (pairs_of(event.get("scopes")) or [(None, None)])[0]
-            self.db.execute("insert or ignore into subscriptions values(?, ?, ?, ?, ?, ?, ?, ?, ?)", (
-                event["subscription_id"], event["session_id"], session["agent"], *scope, event.get("mention"),
-                event.get("all", False), ",".join(event.get("topics", ())), ns))
+        scope = (pairs_of(event.get("scopes")) or [(None, None)])[0]
+        self._subscription(event, *scope, event.get("mention"), event.get("all", False), ",".join(event.get("topics", ())), ns, 0)
 
     def _subscription_remove(self, event: dict, seq: int, ns: int) -> None:
-        # Events of this machine only come in the order of its journal, so there is nothing to wait for.
-        self.db.execute("delete from subscriptions where id = ? and session_id = ?", (event["subscription_id"], event["session_id"]))
+        self._subscription(event, None, None, None, False, "", ns, 1)
+
+    def _subscription(self, event: dict, *values) -> None:
+        """Note that there is a subscription, or that there is none any more, until its session ends."""
+        session = self.session(event["session_id"])
+        if not session:
+            return self._wait_for(event["session_id"], event)
+        if not session["ended_at"]:
+            what = "replace" if values[-1] else "ignore"
+            self.db.execute(f"insert or {what} into subscriptions values(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                            (event["subscription_id"], event["session_id"], session["agent"], *values))
 
     def _session_update(self, event: dict, seq: int, ns: int) -> None:
         if not self.session(event["session_id"]):
@@ -5378,10 +5383,10 @@ class Conflicts:
 # is behind is closed and comes again with the last `seq` that it has seen: the journal is the queue.
 
 AGENTS_MAX = 64                 # agents that are reached over one connection: a page that acts for all of a team
-PREVIEW = 100                   # characters of a message in a notification, as in the reference
+PREVIEW_TOLD = 100              # characters of a message in a notification, as in the reference
 RECEIPTS_TOLD = 200             # message ids in one notification: some 10 KiB
 THREADS_TOLD = 100              # threads of one batch whose counts are told: who has read more at once, asks
-TOPICS = {                      # what one can subscribe to beside messages, and the events that are told as they are
+SUBSCRIPTION_TOPICS = {                      # what one can subscribe to beside messages, and the events that are told as they are
     "agents": ("agent.register", "agent.cleanup", "agent.session.start", "agent.session.end", "session.update", "agent.update"),
     "messages": ("message.delete", "message.remove", "purge.executed", "thread.create"),
     "receipts": ("message.receipt", "message.route"),
@@ -5389,7 +5394,7 @@ TOPICS = {                      # what one can subscribe to beside messages, and
     "groups": ("group.create", "group.update", "group.delete", "group.member.add", "group.member.remove"),
     "presence": (), "work": (), "sync": (),     # no events: `notification.presence` and so on
 }
-TOPIC_OF = {kind: topic for topic, kinds in TOPICS.items() for kind in kinds}
+TOPIC_OF = {kind: topic for topic, kinds in SUBSCRIPTION_TOPICS.items() for kind in kinds}
 SUBSCRIPTION_CHANGES = frozenset((
     "subscription.add", "subscription.remove", "agent.session.end", "agent.register", "agent.cleanup", "purge.executed"))
 EVERYTHING = object()           # what a subscription with `all` is found by
@@ -5563,7 +5568,7 @@ class Subscriptions:
         if not found:
             return []
         author = store.agent(row["agent_id"]) or {}
-        preview, scopes = row["content"][:PREVIEW], pair_dicts(stored_pairs(row)[1])
+        preview, scopes = row["content"][:PREVIEW_TOLD], pair_dicts(stored_pairs(row)[1])
         params = {
             "seq": seq, "message_id": row["message_id"], "thread_id": row["thread_id"] or "", "agent_id": row["agent_id"],
             "author": {"agent_id": row["agent_id"], "name": row["agent_id"], "role": author.get("role") or "",
@@ -5589,7 +5594,7 @@ class Subscriptions:
         length, newest = store.thread_facts(thread_id)
         params = {"seq": seq, "thread_id": thread_id, "message_count": length,
                   "last_activity": stamp_of(newest["at"]) if newest else "", "last_sender": newest["agent_id"] if newest else "",
-                  "preview": newest["content"][:PREVIEW] if newest else None, "timestamp": stamp_of(store.world.now_ns())}
+                  "preview": newest["content"][:PREVIEW_TOLD] if newest else None, "timestamp": stamp_of(store.world.now_ns())}
         head = notification("thread.updated", encode(params)[:-1] + b',"unread_count":')[:-1]
         return [(head, [(agent_id, b"%d}}" % store.unread_in(thread_id, agent_id, length)) for agent_id in agents])]
 
@@ -8086,13 +8091,13 @@ def message_wait(context: Context, params: dict) -> dict | None:
 
 # ---- subscriptions
 
-def _subscriber(context: Context, params: dict) -> dict:
-    """The open session of the caller, which subscriptions hang on."""
+def _subscriber(context: Context, params: dict) -> tuple:
+    """The caller and its open session, which subscriptions hang on."""
     agent_id = caller_of(context, params)
     session = context.store.open_session(agent_id)
     if not session:
         raise ThrumError(f"get current session: no active session found for agent {agent_id}")
-    return session
+    return agent_id, session
 
 
 def subscribe(context: Context, params: dict) -> dict:
@@ -8100,17 +8105,17 @@ def subscribe(context: Context, params: dict) -> dict:
     scope, mention = params.get("scope"), params.get("mention_role", "").lstrip("@")
     everything, topics = params.get("all", False), list(dict.fromkeys(params.get("topics", ())))
     if topics == ["*"]:
-        topics = list(TOPICS)
+        topics = list(SUBSCRIPTION_TOPICS)
     for topic in topics:
-        if topic not in TOPICS:
-            raise InvalidParams(f"no topic {topic[:PAIR_MAX]!r}; there are {', '.join(TOPICS)}, or * alone for all")
+        if topic not in SUBSCRIPTION_TOPICS:
+            raise InvalidParams(f"no topic {topic[:PAIR_MAX]!r}; there are {', '.join(SUBSCRIPTION_TOPICS)}, or * alone for all")
     if mention and not is_label(mention):
         raise InvalidParams("invalid params: mention_role must be the name of an agent or a role")
     if everything:
         scope, mention = None, ""
     if not (scope or mention or everything or topics):
         raise ThrumError("at least one of scope, mention_role, or all must be specified")
-    session = _subscriber(context, params)
+    agent_id, session = _subscriber(context, params)
     wanted = {"scope_type": (scope or {}).get("type"), "scope_value": (scope or {}).get("value"), "mention_role": mention or None,
               "everything": int(everything), "topics": ",".join(topics)}
     present = context.store.subscriptions(session["session_id"])
@@ -8120,7 +8125,7 @@ def subscribe(context: Context, params: dict) -> dict:
         raise ThrumError(f"subscribe: this session has {SUBSCRIPTIONS_MAX} subscriptions; 'thrum unsubscribe' ends one")
     number = context.next_seq()         # it stays what it is, and is never used again
     event = context.append("subscription.add", after=session["started_at"], subscription_id=number, session_id=session["session_id"],
-                           agent_id=session["agent_id"], scopes=[scope] if scope else [], mention=mention, all=everything,
+                           agent_id=agent_id, scopes=[scope] if scope else [], mention=mention, all=everything,
                            topics=topics)
     return {"subscription_id": number, "session_id": session["session_id"], "created_at": event["timestamp"], "after_seq": number,
             "epoch": context.ledger.journal.epoch}
@@ -8130,7 +8135,7 @@ def unsubscribe(context: Context, params: dict) -> dict:
     number = params.get("subscription_id")
     if not number:
         raise ThrumError("subscription_id is required")
-    session = _subscriber(context, params)
+    _, session = _subscriber(context, params)
     removed = any(row["id"] == number for row in context.store.subscriptions(session["session_id"]))
     if removed:
         context.append("subscription.remove", subscription_id=number, session_id=session["session_id"])
@@ -8138,7 +8143,7 @@ def unsubscribe(context: Context, params: dict) -> dict:
 
 
 def subscriptions_list(context: Context, params: dict) -> dict:
-    rows = context.store.subscriptions(_subscriber(context, params)["session_id"])
+    rows = context.store.subscriptions(_subscriber(context, params)[1]["session_id"])
     return {"subscriptions": [
         {"id": row["id"], **compact(scope_type=row["scope_type"], scope_value=row["scope_value"], mention_role=row["mention_role"],
                                     all=bool(row["everything"]) or None, topics=row["topics"].split(",") if row["topics"] else []),
@@ -8577,7 +8582,7 @@ CONTEXT = {"agent_name": str, "repo_path": str, "text": bool, **CALLER}
 PAGING = {"page_size": int, "page": int}
 METHODS = {
     "health": Method(health, {}, "Whether the daemon is well, and how much it holds."),
-    "daemon.stop": Method(stop, {}, "Stop the daemon after what is in flight."),
+    "daemon.stop": Method(stop, {}, "Stop the daemon after what is in flight.", private=True),
     "agent.register": Method(
         agent_register, {"role!": str, "module!": str, "name": str, "display": str, "force": bool, "re_register": bool,
                          "worktree": str, "dry_run": bool}, "Register an agent, or report who holds its role and module.", writes=True,
@@ -8601,11 +8606,11 @@ METHODS = {
     "conflict.list": Method(conflict_list, {"agents": [str], "all": bool},
                             "Which worktrees of active agents would not merge, with each other or with the base branch.", slow=ONE_BY_ONE),
     # These write files of the caller's worktree, not events, so they are no changes to the ledger.
-    "context.save": Method(context_save, {"content": str, **CONTEXT}, "Save what an agent wants its successor to know."),
+    "context.save": Method(context_save, {"content": str, **CONTEXT}, "Save what an agent wants its successor to know.", private=True),
     "context.show": Method(context_show, {"include_preamble": bool, "no_preamble": bool, **CONTEXT}, "What an agent has saved."),
-    "context.clear": Method(context_clear, CONTEXT, "Remove what an agent has saved; its preamble stays."),
+    "context.clear": Method(context_clear, CONTEXT, "Remove what an agent has saved; its preamble stays.", private=True),
     "context.preamble.show": Method(context_preamble_show, CONTEXT, "What stands before an agent's context."),
-    "context.preamble.save": Method(context_preamble_save, {"content": str, **CONTEXT}, "Replace what stands before it."),
+    "context.preamble.save": Method(context_preamble_save, {"content": str, **CONTEXT}, "Replace what stands before it.", private=True),
     "session.start": Method(session_start, {"agent_id!": str, "scopes": [PAIR], "refs": [PAIR]},
                             "Start a session; ends what a crash left open.", writes=True, prepare=look_at_session),
     "session.end": Method(session_end, {"session_id!": str, "reason": str}, "End a session.", writes=True,
@@ -8656,7 +8661,7 @@ METHODS = {
     "message.markShown": Method(message_mark_shown, {"message_ids!": [str], "route": str, "pushed": bool, **CALLER},
                                 "Note that messages were pushed or shown to the caller.", writes=True),
     "purge.execute": Method(purge_execute, {"before!": str, "dry_run": bool}, "Remove everything from before a time.", writes=True,
-                            preview="dry_run"),
+                            preview="dry_run", private=True),
     # Decision 16: `mentions` goes by the agent's id, so the roles that the reference wants to know have no effect.
     "message.list": Method(
         message_list, {"scope": PAIR, "ref": PAIR, "thread_id": str, "author_id": str, "mentions": bool, "mention_role": str,
