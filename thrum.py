@@ -5394,6 +5394,7 @@ SUBSCRIPTION_TOPICS = {                      # what one can subscribe to beside 
     "groups": ("group.create", "group.update", "group.delete", "group.member.add", "group.member.remove"),
     "presence": (), "work": (), "sync": (),     # no events: `notification.presence` and so on
 }
+INTERNAL_FIELDS = frozenset(("event_id", "v", "origin_daemon", "sequence"))     # of an event, which are nothing to a listener
 TOPIC_OF = {kind: topic for topic, kinds in SUBSCRIPTION_TOPICS.items() for kind in kinds}
 SUBSCRIPTION_CHANGES = frozenset((
     "subscription.add", "subscription.remove", "agent.session.end", "agent.register", "agent.cleanup", "purge.executed"))
@@ -5609,7 +5610,8 @@ class Subscriptions:
 
 def _plain_note(seq: int, event: dict, agents: list) -> tuple:
     """The note that tells some agents of an event as it stands in the log."""
-    return notification(event["type"], encode({"seq": seq, **event})), [(one, b"") for one in agents]
+    told = {field: value for field, value in event.items() if field not in INTERNAL_FIELDS}
+    return notification(event["type"], encode({"seq": seq, **told})), [(one, b"") for one in agents]
 
 
 class Audience:
