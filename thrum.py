@@ -795,6 +795,7 @@ ENVIRONMENT = {
     "THRUM_LOCAL": "of the daemon: 1 or 0; beats daemon.local_only",
     "THRUM_SYNC_INTERVAL": "of the daemon: seconds; beats daemon.sync_interval",
     "THRUM_WS_PORT": "of the daemon: a port or auto; beats daemon.ws_port",
+    "THRUM_WS_ECHO": "of the daemon: 1 opens /ws/echo, for suites that test WebSocket servers",
     "NO_COLOR": "* any value: no colour",
     "COLUMNS": "* the width of the output where it is not a terminal",
 }
@@ -6931,7 +6932,14 @@ def health(context: Context, params: dict) -> dict:
         "status": "ok", "uptime_ms": int((context.world.monotonic() - ledger.facts["started"]) * 1000), "version": __version__,
         "repo_id": ledger.repo_id, "sync_state": "error" if ledger.export_problem else "ok", "pid": os.getpid(),
         "epoch": ledger.journal.epoch, "last_seq": context.store.reached()[0], "bad_lines": ledger.bad_lines.count,
-        "rebuilt_events": ledger.rebuilt, **context.store.counts()}
+        "rebuilt_events": ledger.rebuilt, **context.store.counts(), **compact(ws_port=ledger.facts.get("port"))}
+
+
+def page_link(context: Context, params: dict) -> dict:
+    """The address of the page; where clients need a token, with a code that a browser can use once."""
+    if not context.ledger.facts.get("port"):
+        raise ThrumError("the daemon has no port for the page; see 'thrum daemon logs'")
+    return {"url": context.ledger.facts["link"]()}
 
 
 def stop(context: Context, params: dict) -> dict:
@@ -7793,9 +7801,10 @@ def message_list(context: Context, params: dict) -> dict:
         raise ThrumError(f"invalid sort_order: {order} (must be 'asc' or 'desc')")
     size, page = _paging(params)
     caller, receiver = params.get("caller_agent_id", ""), params.get("for_agent", "")
-    if params.get("exclude_self") or params.get("unread") or params.get("mentions"):
+    after, unread = _from_where(store, params, params.get("unread", False), bool(caller))
+    if params.get("exclude_self") or unread or params.get("mentions"):
         caller = caller_of(context, params)
-    unread_for = params.get("unread_for_agent") or (caller if params.get("unread") else "")
+    unread_for = params.get("unread_for_agent") or (caller if unread else "")
     mention = params.get("mention_role", "")
     if params.get("mentions") and not mention:
         mention = caller        # decision 16: mail that names the caller itself
@@ -7804,12 +7813,22 @@ def message_list(context: Context, params: dict) -> dict:
         receiver=unread_for or receiver, unread=bool(unread_for), reader=unread_for or caller or receiver,
         author=params.get("author_id", ""), not_author=caller if params.get("exclude_self") else "",
         scope=_pair(params.get("scope")), ref=_pair(params.get("ref")), mention=mention.lstrip("@"),
-        thread_id=params.get("thread_id", ""), after_ns=after_ns, after_seq=params.get("after_seq", -1),
+        thread_id=params.get("thread_id", ""), after_ns=after_ns, after_seq=after,
         by_update=sort_by == "updated_at", ascending=order == "asc", limit=size, offset=(page - 1) * size)
     return {"messages": [_summary(row) for row in found["messages"]], "total": found["total"], "unread": found["unread"],
             "page": page, "page_size": size, "total_pages": -(-found["total"] // size),
             "last_seq": store.reached()[0], "epoch": store.meta("epoch", ""),
             **compact(overdue=len({row["message_id"] for row in _overdue(context, receiver)}) or None if receiver == caller else None)}
+
+
+def _from_where(store: Store, params: dict, unread: bool, fallback: bool) -> tuple:
+    """The number in the journal after which to begin (-1: at the first), and whether with what is unread.
+
+    Numbers of another journal mean nothing here: who has one begins at the oldest unread.
+    """
+    if params.get("epoch", store.meta("epoch")) != store.meta("epoch"):
+        return -1, fallback
+    return params.get("after_seq", -1), unread
 
 
 def _created_after(params: dict) -> int:
@@ -8076,9 +8095,7 @@ def message_wait(context: Context, params: dict) -> dict | None:
     """The messages after a point, oldest first, or None while there are none."""
     store, (limit, _) = context.store, _paging(params)
     agent_id = "" if params.get("all") else caller_of(context, params)
-    after, unread = params.get("after_seq", -1), params.get("unread", False)
-    if params.get("epoch", store.meta("epoch")) != store.meta("epoch"):
-        after, unread = -1, not params.get("all")      # numbers of another journal: begin at the oldest unread
+    after, unread = _from_where(store, params, params.get("unread", False), not params.get("all"))
     after_ns = _created_after(params)
     found = store.page(
         receiver=agent_id, reader=params.get("caller_agent_id", ""), unread=unread, author=params.get("from", "").lstrip("@"),
@@ -8584,6 +8601,7 @@ CONTEXT = {"agent_name": str, "repo_path": str, "text": bool, **CALLER}
 PAGING = {"page_size": int, "page": int}
 METHODS = {
     "health": Method(health, {}, "Whether the daemon is well, and how much it holds."),
+    "page.link": Method(page_link, {}, "The address of the page, to be opened by a person's browser.", private=True),
     "daemon.stop": Method(stop, {}, "Stop the daemon after what is in flight.", private=True),
     "agent.register": Method(
         agent_register, {"role!": str, "module!": str, "name": str, "display": str, "force": bool, "re_register": bool,
@@ -8668,7 +8686,7 @@ METHODS = {
     "message.list": Method(
         message_list, {"scope": PAIR, "ref": PAIR, "thread_id": str, "author_id": str, "mentions": bool, "mention_role": str,
                        "caller_mention_role": str, "unread": bool, "unread_for_agent": str, "exclude_self": bool,
-                       "for_agent": str, "for_agent_role": str, "created_after": str, "after_seq": int, "sort_by": str,
+                       "for_agent": str, "for_agent_role": str, "created_after": str, "after_seq": int, "epoch": str, "sort_by": str,
                        "sort_order": str, **PAGING, **CALLER}, "Messages, newest first."),
     "message.outbox": Method(message_outbox, {"to": str, "unread": bool, "overdue": bool, **PAGING, **CALLER},
                              "What the caller sent, with each recipient's state."),
@@ -9257,7 +9275,7 @@ async def _standing(console: Console) -> dict:
         counts = await console.call("message.list", for_agent=me, caller_agent_id=me, page_size=1)
         report["inbox"] = {"total": counts["total"], "unread": counts["unread"], **compact(overdue=counts.get("overdue"))}
         report.update(compact(claims=await _own_claims(console, me)))
-    return report
+    return {**report, **compact(websocket_port=report["health"].get("ws_port"))}
 
 
 def _standing_text(report: dict, console: Console, nobody: str) -> str:
@@ -10747,6 +10765,7 @@ SECURITY_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin"}
 PAGE_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; font-src 'self'; "
                "manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+ECHO_MAX = 64 << 20             # bytes of one message at the echo endpoint: four times what the suites send
 LINK_S = 300                    # seconds for which a link to the page with its one-time code is good
 PRESENCE_TELL_S = 30            # seconds between two notices of one agent's presence
 ANSWERS_MAX = 16 << 20          # bytes of answers after which the rest of a batch is refused
@@ -11693,14 +11712,18 @@ class Daemon:
         if not self.token:
             return f"http://localhost:{self.port}/"
         now, code = self.world.monotonic(), self.world.random(16).hex()
-        self._links = {**{old: until for old, until in list(self._links.items())[-LIST_MAX:] if until > now}, code: now + LINK_S}
+        for old, until in list(self._links.items()):
+            if until < now or len(self._links) > LIST_MAX:
+                self._links.pop(old, None)
+        self._links[code] = now + LINK_S
         return f"http://localhost:{self.port}/?link={code}"
 
     def _socket_at(self, head) -> tuple | None:
         """For a request that asks for a WebSocket: its message limit, and what serves it; None for any other."""
         if not head.upgrades and head.path != "/ws" and not head.path.startswith("/ws/"):
             return None
-        found = {"/": (REQUEST_MAX, self._work_calls), "/ws": (REQUEST_MAX, self._work_calls)}.get(head.path)
+        found = {"/": (REQUEST_MAX, self._work_calls), "/ws": (REQUEST_MAX, self._work_calls),
+                 "/ws/echo": os.environ.get("THRUM_WS_ECHO") == "1" and (ECHO_MAX, self._work_echo)}.get(head.path)
         if not found:
             raise HttpError(404)
         return found
@@ -11760,6 +11783,14 @@ class Daemon:
                 connection.busy = False
                 if self.stopping.is_set():
                     connection.close(1001)
+        return work
+
+    def _work_echo(self, head):
+        async def work(connection: WebConnection, inbox) -> None:
+            """Gives back every message: what suites that test a WebSocket server want."""
+            while True:
+                kind, message = await inbox.get()
+                await connection.outbox.send(encode_frame(kind, message))
         return work
 
     async def _answer(self, line: bytes, connection: Connection) -> bytes:
@@ -13457,9 +13488,12 @@ async def daemon_status(console: Console, args: Args) -> int:
     report = {"running": True, "status": "running", "pid": state["pid"], "repo_path": places.root, "uptime": uptime,
               "version": state["version"], "sync_state": state["sync_state"], "events": state["last_seq"],
               "bad_lines": state["bad_lines"]}
+    if "ws_port" in state:
+        report.update(ws_port=state["ws_port"], page=(await console.call("page.link"))["url"])
     await console.answer(report, f"Daemon:   running (PID {state['pid']})\nUptime:   {uptime}\nVersion:  {state['version']}\n"
                          f"Repo:     {places.root}\nStore:    {state['messages']} messages of {state['agents']} agents, "
                          f"{state['last_seq']} events\nSync:     {state['sync_state']}\n"
+                         f"Page:     {report.get('page', 'no port was free')}\n"
                          + (f"Damaged:  {state['bad_lines']} lines, see {places.bad_lines}\n" if state["bad_lines"] else ""))
     return 0
 
