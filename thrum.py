@@ -5722,9 +5722,9 @@ def decode_head(buffer: bytearray) -> Head | None:
     version = "1.1" if minor != "0" else "1.0"
     if version == "1.1" and "host" not in headers:
         raise HttpError(400)
-    if absolute := re.fullmatch("(?i:http)://([^/?@]+)(.*)", target):
-        headers["host"], target = absolute.groups()         # section 3.2.2: what Host says is to be ignored
-        target = target if target[:1] == "/" else "/" + target
+    if absolute := re.fullmatch("(?i:http)://([^/?@]+)([/?].*)?", target):
+        headers["host"], target = absolute.groups("/")      # section 3.2.2: what Host says is to be ignored
+        target = target if target[0] == "/" else "/" + target
     if target[0] != "/" and (method, target) != ("OPTIONS", "*"):
         raise HttpError(400)
     if "transfer-encoding" in headers:
@@ -5845,8 +5845,10 @@ def _accept(key: str) -> str:
 
 
 def masked(data: bytes, mask: bytes) -> bytes:
-    """`data` with each byte XORed with one of the four of `mask` in turn; twice gives `data` again."""
+    """`data` with each byte XORed with one of the four of `mask` in turn, which is undone by the same; without a mask as it is."""
     size = len(data)
+    if not mask:
+        return data
     if size < TRANSLATED_FROM:      # as two big integers: byte by byte, it takes ten times as long
         return (int.from_bytes(data, "big") ^ int.from_bytes((mask * (size // 4 + 1))[:size], "big")).to_bytes(size, "big")
     result = bytearray(data)
@@ -5868,10 +5870,10 @@ def encode_frame(opcode: int, payload: bytes, *, fin: bool = True, mask: bytes =
         head = bytes((first, bit | 126)) + size.to_bytes(2, "big")
     else:
         head = bytes((first, bit | 127)) + size.to_bytes(8, "big")
-    return head + mask + masked(payload, mask) if mask else head + payload
+    return head + mask + masked(payload, mask)
 
 
-def decode_header(data: bytes, at: int, client: bool) -> tuple | None:
+def _decode_header(data: bytes, at: int, client: bool) -> tuple | None:
     """What stands before a payload: (opcode, fin, length, mask, where the payload begins); None while it is incomplete.
 
     `client` says which side reads.  Raises ProtocolError as soon as it is certain.
@@ -5881,10 +5883,8 @@ def decode_header(data: bytes, at: int, client: bool) -> tuple | None:
         return None
     first = data[at]
     opcode = first & 15
-    if first & 0x70:
-        raise ProtocolError("a reserved bit is set")
-    if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
-        raise ProtocolError("unknown opcode")
+    if first & 0x70 or opcode & 7 > 2:
+        raise ProtocolError("a reserved bit or opcode")
     if opcode >= CLOSE and first < 0x80:
         raise ProtocolError("a control frame is fragmented")
     if at + 2 > size:
@@ -5938,14 +5938,17 @@ class WebSocket:
         self._mask = b""
         self._character = b""       # the beginning of the character that its text breaks off in
         self._messages = []
-        self._pongs = []
-        self._frames = []           # to be sent after the pongs
+        self._pongs = []            # these are sent first
+        self._frames = []
+        self._close = b""           # and this last
+        self._silent = False        # once the Close has left, or the peer
 
     def feed(self, data: bytes) -> None:
         """Take what has arrived; b"" is the end of the stream."""
         if self.closed:
             return
         if not data:
+            self._silent = True
             self._end()
             return
         try:
@@ -5964,7 +5967,7 @@ class WebSocket:
         at, size = 0, len(data)
         while not self.closed:
             if not self._left:
-                header = decode_header(data, at, self._client)
+                header = _decode_header(data, at, self._client)
                 if header is None:
                     break
                 opcode, fin, length, mask, begin = header
@@ -5972,7 +5975,7 @@ class WebSocket:
                     if begin + length > size:
                         break
                     at = begin + length
-                    self._control(opcode, masked(data[begin:at], mask) if mask else data[begin:at])
+                    self._control(opcode, masked(data[begin:at], mask))
                     continue
                 if (opcode == CONTINUATION) != (self._opcode != CONTINUATION):
                     raise ProtocolError("a message begins within another" if opcode else "a message is continued that was not begun")
@@ -5989,10 +5992,10 @@ class WebSocket:
 
     def _payload(self, piece: bytes) -> None:
         """Take a piece of the present frame's payload."""
-        if self._mask:
+        piece, self._left = masked(piece, self._mask), self._left - len(piece)
+        if self._left:
             turn = len(piece) & 3
-            piece, self._mask = masked(piece, self._mask), self._mask[turn:] + self._mask[:turn]
-        self._left -= len(piece)
+            self._mask = self._mask[turn:] + self._mask[:turn]
         ends = self._fin and not self._left
         if self._opcode == TEXT and (self._character or not piece.isascii()):
             text = self._character + piece
@@ -6010,7 +6013,7 @@ class WebSocket:
         self._opcode = CONTINUATION
 
     def _control(self, opcode: int, payload: bytes) -> None:
-        if opcode == PING and not self.closing:
+        if opcode == PING:
             del self._pongs[PONGS_MAX - 1:]
             self._pongs.append(self._frame(PONG, payload))
         elif opcode == CLOSE:
@@ -6031,22 +6034,27 @@ class WebSocket:
         return messages
 
     def send(self, payload: bytes, opcode: int = TEXT) -> None:
-        """Queue a message, or nothing after a Close: who has hung up does not hear it."""
-        if not self.closing:
+        """Queue a message: before a Close that still waits, so that who hangs up after a question is answered, else not at all."""
+        if not self._silent:
             self._frames.append(self._frame(opcode, payload))
 
     def ping(self, payload: bytes = b"") -> None:
+        """Queue a ping of at most 125 bytes."""
         self.send(payload, PING)
 
     def close(self, code: int = 1000, reason: str = "") -> None:
-        """Queue a Close, once; 1005 sends one without a code.  `reason` is cut to what fits."""
-        text = reason.encode()[:CONTROL_MAX - 2].decode(errors="ignore")
-        self.send(b"" if code == 1005 else code.to_bytes(2, "big") + text.encode(), CLOSE)
-        self.closing = True
+        """Queue a Close, if there was none; 1005 is one without a code.  `reason` is cut to what fits."""
+        if not self.closing:
+            text = reason.encode()[:CONTROL_MAX - 2].decode(errors="ignore")
+            self._close = self._frame(CLOSE, b"" if code == 1005 else code.to_bytes(2, "big") + text.encode())
+            self.closing = True
 
     def output(self) -> bytes:
         """What is to be sent now."""
-        frames, self._pongs, self._frames = self._pongs + self._frames, [], []
+        if self._silent:
+            return b""
+        frames, self._pongs, self._frames = [*self._pongs, *self._frames, self._close], [], []
+        self._silent = self.closing
         return b"".join(frames)
 
     def _frame(self, opcode: int, payload: bytes) -> bytes:
