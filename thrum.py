@@ -5984,7 +5984,7 @@ class Head(Record):
 
 def unquote(text: str) -> str:
     """`text` with the byte for each %XX of it; what then is not UTF-8 becomes U+FFFD."""
-    return re.sub(rb"%([0-9A-Fa-f]{2})", lambda match: bytes.fromhex(match[1].decode()), text.encode("latin-1")).decode(errors="replace")
+    return re.sub(rb"%([0-9A-Fa-f]{2})", lambda match: bytes.fromhex(match[1].decode()), text.encode()).decode(errors="replace")
 
 
 def decode_head(buffer: bytearray) -> Head | None:
@@ -6010,9 +6010,9 @@ def decode_head(buffer: bytearray) -> Head | None:
     version = "1.1" if minor != "0" else "1.0"
     if version == "1.1" and "host" not in headers:
         raise HttpError(400)
-    if absolute := re.fullmatch("(?i:http)://([^/?@]+)(.*)", target):
-        headers["host"], target = absolute.groups()         # section 3.2.2: what Host says is to be ignored
-        target = target if target[:1] == "/" else "/" + target
+    if absolute := re.fullmatch("(?i:http)://([^/?@]+)([/?].*)?", target):
+        headers["host"], target = absolute.groups("/")      # section 3.2.2: what Host says is to be ignored
+        target = target if target[0] == "/" else "/" + target
     if target[0] != "/" and (method, target) != ("OPTIONS", "*"):
         raise HttpError(400)
     if "transfer-encoding" in headers:
@@ -6083,6 +6083,7 @@ CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 CONTROL_MAX = 125               # bytes of a control frame's payload (section 5.5)
 PONGS_MAX = 16                  # that wait to be sent: beyond, only the newest ping is answered (section 5.5.3)
 TRANSLATED_FROM = 4096          # bytes from which masking by tables is faster: 1 MiB in a third of the time, 100 bytes in the tenfold
+_STARTS = ({}, {})              # what `_decode_start` says to a server and to a client, of the 1,146 pairs that are valid
 _ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"      # section 1.3
 
 
@@ -6101,7 +6102,7 @@ def accept_upgrade(head: Head) -> bytes:
     if head.version != "1.1" or not head.upgrades or not head.has_token("connection", "upgrade") or head.length:
         raise HttpError(400)
     if head.headers.get("sec-websocket-version") != "13":
-        raise HttpError(426, {"Sec-WebSocket-Version": "13"})
+        raise HttpError(426, {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"})
     key = head.headers.get("sec-websocket-key", "")
     try:
         if len(key) != 24 or len(base64.b64decode(key, validate=True)) != 16:
@@ -6133,8 +6134,10 @@ def _accept(key: str) -> str:
 
 
 def masked(data: bytes, mask: bytes) -> bytes:
-    """`data` with each byte XORed with one of the four of `mask` in turn; twice gives `data` again."""
+    """`data` with each byte XORed with one of the four of `mask` in turn, which is undone by the same; without a mask as it is."""
     size = len(data)
+    if not mask:
+        return data
     if size < TRANSLATED_FROM:      # as two big integers: byte by byte, it takes ten times as long
         return (int.from_bytes(data, "big") ^ int.from_bytes((mask * (size // 4 + 1))[:size], "big")).to_bytes(size, "big")
     result = bytearray(data)
@@ -6156,47 +6159,20 @@ def encode_frame(opcode: int, payload: bytes, *, fin: bool = True, mask: bytes =
         head = bytes((first, bit | 126)) + size.to_bytes(2, "big")
     else:
         head = bytes((first, bit | 127)) + size.to_bytes(8, "big")
-    return head + mask + masked(payload, mask) if mask else head + payload
+    return head + mask + masked(payload, mask)
 
 
-def decode_header(data: bytes, at: int, client: bool) -> tuple | None:
-    """What stands before a payload: (opcode, fin, length, mask, where the payload begins); None while it is incomplete.
-
-    `client` says which side reads.  Raises ProtocolError as soon as it is certain.
-    """
-    size = len(data)
-    if at >= size:
-        return None
-    first = data[at]
-    opcode = first & 15
-    if first & 0x70:
-        raise ProtocolError("a reserved bit is set")
-    if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
-        raise ProtocolError("unknown opcode")
-    if opcode >= CLOSE and first < 0x80:
-        raise ProtocolError("a control frame is fragmented")
-    if at + 2 > size:
-        return None
-    length = data[at + 1]
-    if (length < 0x80) != client:
+def _decode_start(start: bytes, client: bool) -> tuple:
+    """What the first two bytes of a frame say to a side: (opcode, fin, length, bytes of a longer length, bytes of the whole header)."""
+    opcode, fin, length = start[0] & 15, start[0] >= 0x80, start[1] & 0x7f
+    if start[0] & 0x70 or opcode & 7 > 2:
+        raise ProtocolError("a reserved bit or opcode")
+    if (start[1] < 0x80) != client:
         raise ProtocolError("a frame of a server is masked" if client else "a frame of a client is not masked")
-    length &= 0x7f
-    at += 2
-    if length > CONTROL_MAX:
-        if opcode >= CLOSE:
-            raise ProtocolError("a control frame is too long")
-        wide = 2 if length == 126 else 8
-        if at + wide > size:
-            return None
-        length = int.from_bytes(data[at:at + wide], "big")
-        if length < (126 if wide == 2 else 65_536) or length >> 63:
-            raise ProtocolError("a length is not in its shortest form, or negative")
-        at += wide
-    if client:
-        return opcode, first >= 0x80, length, b"", at
-    if at + 4 > size:
-        return None
-    return opcode, first >= 0x80, length, data[at:at + 4], at + 4
+    if opcode >= CLOSE and not (fin and length <= CONTROL_MAX):
+        raise ProtocolError("a control frame is fragmented or too long")
+    wide = {126: 2, 127: 8}.get(length, 0)
+    return opcode, fin, length, wide, 2 + wide + (0 if client else 4)
 
 
 class WebSocket:
@@ -6219,22 +6195,24 @@ class WebSocket:
         self.frames = 0             # that have come whole
         self._client = client
         self._random = random
+        self._starts = _STARTS[client]
         self._rest = b""            # of a header or a control frame that is incomplete
         self._opcode = CONTINUATION             # of the message that is coming in
         self._message = bytearray()             # its payload so far
-        self._left = 0              # bytes of the present frame that are missing, and what is to be known of it
-        self._fin = True
-        self._mask = b""
+        self._frame = True, 0, b""  # of its present frame: whether it is the last, how many bytes are missing, the mask for them
         self._character = b""       # the beginning of the character that its text breaks off in
         self._messages = []
-        self._pongs = []
-        self._frames = []           # to be sent after the pongs
+        self._pongs = []            # these are sent first
+        self._frames = []
+        self._close = b""           # and this last
+        self._silent = False        # once the Close has left, or the peer
 
     def feed(self, data: bytes) -> None:
         """Take what has arrived; b"" is the end of the stream."""
         if self.closed:
             return
         if not data:
+            self._silent = True
             self._end()
             return
         try:
@@ -6250,60 +6228,67 @@ class WebSocket:
         self._rest, self._message = b"", bytearray()
 
     def _read(self, data: bytes) -> None:
-        at, size = 0, len(data)
-        while not self.closed:
-            if not self._left:
-                header = decode_header(data, at, self._client)
-                if header is None:
+        at, size, (fin, left, mask) = 0, len(data), self._frame
+        while True:
+            if not left:
+                start = data[at:at + 2]
+                if start not in self._starts:
+                    if len(start) < 2:
+                        break
+                    self._starts[start] = _decode_start(start, self._client)
+                opcode, fin, length, wide, header = self._starts[start]
+                begin = at + header
+                if begin > size:
                     break
-                opcode, fin, length, mask, begin = header
+                if wide:
+                    length = int.from_bytes(data[at + 2:at + 2 + wide], "big")
+                    if not (126 if wide == 2 else 65_536) <= length < 1 << 63:
+                        raise ProtocolError("a length is not in its shortest form, or negative")
+                mask = data[begin - 4:begin] if not self._client else b""
                 if opcode >= CLOSE:
                     if begin + length > size:
                         break
                     at = begin + length
                     self.frames += 1
-                    self._control(opcode, masked(data[begin:at], mask) if mask else data[begin:at])
+                    self._control(opcode, masked(data[begin:at], mask))
+                    if self.closed:
+                        return
                     continue
-                if (opcode == CONTINUATION) != (self._opcode != CONTINUATION):
+                if (opcode == CONTINUATION) == (self._opcode == CONTINUATION):
                     raise ProtocolError("a message begins within another" if opcode else "a message is continued that was not begun")
                 if len(self._message) + length > self.limit:
                     raise ProtocolError(f"a message is longer than {self.limit:,} bytes", 1009)
-                self._opcode = self._opcode or opcode
-                self._left, self._fin, self._mask, at = length, fin, mask, begin
-            piece = data[at:at + self._left]
+                self._opcode, left, at = self._opcode or opcode, length, begin
+            piece = masked(data[at:at + left], mask)
             at += len(piece)
-            self._payload(piece)
-            if self._left:
+            left -= len(piece)
+            ends = fin and not left
+            if self._opcode == TEXT and (self._character or not piece.isascii()):
+                self._check_text(piece, ends)
+            if self._message or not ends:
+                self._message += piece
+            if ends:
+                self._messages.append((self._opcode, bytes(self._message) or piece))
+                self._opcode = CONTINUATION
+                self._message.clear()
+            elif left:
+                turn = len(piece) & 3
+                mask = mask[turn:] + mask[:turn]
                 break
             self.frames += 1
-        self._rest = data[at:]
+        self._rest, self._frame = data[at:], (fin, left, mask)
 
-    def _payload(self, piece: bytes) -> None:
-        """Take a piece of the present frame's payload."""
-        if self._mask:
-            turn = len(piece) & 3
-            piece, self._mask = masked(piece, self._mask), self._mask[turn:] + self._mask[:turn]
-        self._left -= len(piece)
-        ends = self._fin and not self._left
-        if self._opcode == TEXT and (self._character or not piece.isascii()):
-            text = self._character + piece
-            try:
-                self._character = text[codecs.utf_8_decode(text, "strict", ends)[1]:]
-            except UnicodeDecodeError:
-                raise ProtocolError("a text is not UTF-8", 1007) from None
-        if not ends:
-            self._message += piece
-            return
-        if self._message:
-            piece = bytes(self._message + piece)
-            self._message = bytearray()
-        self._messages.append((self._opcode, piece))
-        self._opcode = CONTINUATION
+    def _check_text(self, piece: bytes, ends: bool) -> None:
+        text = self._character + piece
+        try:
+            self._character = text[codecs.utf_8_decode(text, "strict", ends)[1]:]
+        except UnicodeDecodeError:
+            raise ProtocolError("a text is not UTF-8", 1007) from None
 
     def _control(self, opcode: int, payload: bytes) -> None:
-        if opcode == PING and not self.closing:
+        if opcode == PING:
             del self._pongs[PONGS_MAX - 1:]
-            self._pongs.append(self._frame(PONG, payload))
+            self._pongs.append(self._encode(PONG, payload))
         elif opcode == CLOSE:
             code = int.from_bytes(payload[:2], "big") if payload else 1005
             if payload and not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):     # section 7.4 and IANA's list
@@ -6322,25 +6307,30 @@ class WebSocket:
         return messages
 
     def send(self, payload: bytes, opcode: int = TEXT) -> None:
-        """Queue a message, or nothing after a Close: who has hung up does not hear it."""
-        if not self.closing:
-            self._frames.append(self._frame(opcode, payload))
+        """Queue a message: before a Close that still waits, so that who hangs up after a question is answered, else not at all."""
+        if not self._silent:
+            self._frames.append(self._encode(opcode, payload))
 
     def ping(self, payload: bytes = b"") -> None:
+        """Queue a ping of at most 125 bytes."""
         self.send(payload, PING)
 
     def close(self, code: int = 1000, reason: str = "") -> None:
-        """Queue a Close, once; 1005 sends one without a code.  `reason` is cut to what fits."""
-        text = reason.encode()[:CONTROL_MAX - 2].decode(errors="ignore")
-        self.send(b"" if code == 1005 else code.to_bytes(2, "big") + text.encode(), CLOSE)
-        self.closing = True
+        """Queue a Close, if there was none; 1005 is one without a code.  `reason` is cut to what fits."""
+        if not self.closing:
+            text = reason.encode()[:CONTROL_MAX - 2].decode(errors="ignore")
+            self._close = self._encode(CLOSE, b"" if code == 1005 else code.to_bytes(2, "big") + text.encode())
+            self.closing = True
 
     def output(self) -> bytes:
         """What is to be sent now."""
-        frames, self._pongs, self._frames = self._pongs + self._frames, [], []
+        if self._silent:
+            return b""
+        frames, self._pongs, self._frames = [*self._pongs, *self._frames, self._close], [], []
+        self._silent = self.closing
         return b"".join(frames)
 
-    def _frame(self, opcode: int, payload: bytes) -> bytes:
+    def _encode(self, opcode: int, payload: bytes) -> bytes:
         return encode_frame(opcode, payload, mask=self._random(4) if self._client else b"")
 
 
