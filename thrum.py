@@ -10747,14 +10747,15 @@ OPENING_MAX = 512               # connections without a complete request yet; th
 UNIX_RESERVED = 200             # places that WebSockets cannot take: commands always get in
 BODY_MAX = 128 << 10            # bytes of a request's body: twice the largest event
 PORT_DEFAULT, PORTS_TRIED = 9999, 100   # the first port of the page, and how many above it are tried
+NO_PAGES = ("/ws", "/api/", "/health")  # what a link on another page does not lead to
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20      # linux/netlink.h, linux/sock_diag.h
 TEXT_TYPE = "text/plain; charset=utf-8"
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY",
     "Cross-Origin-Resource-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin"}
-PAGE_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; font-src 'self'; "
-               "manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+PAGE_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self' ws://{}; "
+               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 ECHO_MAX = 64 << 20             # bytes of one message at the echo endpoint: four times what the suites send
 LINK_S = 300                    # seconds for which a link to the page with its one-time code is good
 PRESENCE_TELL_S = 30            # seconds between two notices of one agent's presence
@@ -11683,7 +11684,7 @@ class Daemon:
         proven = bool(self.token) and hmac.compare_digest(given.encode(), self.token.encode())
         origin, site = head.headers.get("origin"), head.headers.get("sec-fetch-site", "none").lower()
         foreign = origin is not None and origin.lower() not in {"http://" + host for host in self._hosts}
-        visits = head.headers.get("sec-fetch-mode") == "navigate" and head.method == "GET" and head.path in self.pages
+        visits = head.headers.get("sec-fetch-mode") == "navigate" and head.method == "GET" and not head.path.startswith(NO_PAGES)
         if (foreign or (site not in ("none", "same-origin") and not visits)) and not proven:
             raise HttpError(403)
         if self.token and not proven and not (head.path == "/" and "link" in head.query):
@@ -11736,7 +11737,8 @@ class Daemon:
         if not found:
             raise HttpError(404)
         kind, page, tag = found
-        headers = {"Content-Type": kind, "ETag": tag, "Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY}
+        headers = {"Content-Type": kind, "ETag": tag, "Cache-Control": "no-cache",
+                   "Content-Security-Policy": PAGE_POLICY.format(head.headers["host"])}
         if tag in head.headers.get("if-none-match", ""):
             return 304, headers, b""
         return 200, headers, page
