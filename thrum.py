@@ -28,6 +28,7 @@ machines on a branch of its own.  Read from the top: a section uses only those a
    22  Commands      what the shell accepts and the daemon runs: one table
    23  Daemon        sockets and threads: the only asyncio
    24  Client        one command, sent to the daemon
+   25  Pages         the web page, generated from web/
    26  Main          what the shell accepts and this process runs
 
 The numbers are those of the design; the missing ones belong to parts still to come.
@@ -49,7 +50,7 @@ TYPE_CHECKING = False           # type checkers read this name as True
 if TYPE_CHECKING:
     import asyncio, base64, bisect, calendar, codecs, collections, concurrent.futures, difflib, errno, fcntl, hashlib, hmac  # noqa: E401
     import json, logging, queue, re, resource, select, shlex, shutil, signal, socket, sqlite3, struct, subprocess  # noqa: E401
-    import threading, unicodedata  # noqa: E401
+    import threading, unicodedata, zlib  # noqa: E401
 
 
 class _Lazy:
@@ -68,7 +69,7 @@ class _Lazy:
 
 LAZY_MODULES = (
     "asyncio base64 bisect calendar codecs collections concurrent difflib errno fcntl hashlib hmac json logging queue re resource "
-    "select shlex shutil signal socket sqlite3 struct subprocess threading unicodedata"
+    "select shlex shutil signal socket sqlite3 struct subprocess threading unicodedata zlib"
 ).split()
 globals().update((name, _Lazy(name)) for name in LAZY_MODULES)
 
@@ -12470,6 +12471,136 @@ def run_now(coroutine):
     raise RuntimeError("a command that runs here has waited")
 
 
+# ================================================================== 25  Pages
+#
+# The web page, one file, too: the table below is written by `python3 web/embed.py` from the files in web/.  Edit those,
+# never this; a test fails when it is stale.  Only the daemon decodes it.  Every start of this script compiles it: 200 KB
+# of page cost 0.6 ms in this form and 1.4 ms as plain text, which would make this file a quarter longer.  Base64, because
+# b85decode() is Python and would take the daemon's start 10 ms to save 6 % of the size.
+
+PAGE_FILES = {
+    "app.css": ("text/css; charset=utf-8", '"728afa2a68177b39"', """
+eNq9WW1v47gR/p5fwSYIEOcsRZItv6LFAbtX4FDcFuhe++VwHyiJsthIoiBKcXyL/PfOkKLebDlZtOgtLrFGYw5n5plnhszTI/k1YaSgB0ZETKqkrDObkE8iFXUpCS0Z
+yWnGIhKLkhwTWoEKOxFJT3uS8kNSEZpHJKLlM2ikqTjieyJPsmKwzuPTza4UoiLfbgixrEMp6jzakbt4GfvxZg+iguYsRUkc4yPPn+HB3bqh5+FzVlcMv+DT1WKtJCnP
+GQiYy5aMooCGIcsrEC0CP4iCvbYkBH7NCdZ0wVDrSDnqbMCu46AgoKgAZnzP3zffsKSIUYt5sa8Xx68ZaRzFbrRuvtsJ2YqttNFK4NaW3j3qyIRG4rgjDnGLV+LB/+Uh
+ePAc4vlk6ZAnsrqfzeEtvtmcv13ez/SimcjFjtRcfZAFDdmc3H79K/kFHm/h4ycqQxpxagS/sDwVc0hgLkVKJWh8Zv+m/6rJV5pLo9SuhTZigeFzHef+ybX9JndWzefE
+okWRMktL0Cw7CEb++TOs8A8RiArs3H6BX2ptEEr4ZUlW8tisa0n+B8QkTGlWPLh+8TonLnr8A7E97+U4Jx48zfZE//f0SFyfwOu6ILAqJSktKlGAloNSAN/yb4ipt5sf
+AZLg80NRspiV0goBr6Ulw4RlYA7hOFOY69A3wJ/DXNdd9fHnrt1AQ05DkK0ZjZ0+BLcb6gWLHgS9tRctNgMIbl26jpXzPRD6bhhv3B4IYy/YLqIOhHG8oRs6BqHrLhw3
+HoNw4XvUdUYgXAQudSNjVsNwtRrAMAchKrxB8B7JNxKIV8wNzw87+FxGrLRAtIf3vyU8ilj+OyhFXBYpPelvkz/xrBBlRfMK1QIRnUAlo+WB5wDzPcl4biUMOUGh6SXZ
+k4CGzyboL7R8MCmAjKuMGSnEHETihZUxUIh1LGmxA2I5HRNWMrSWuHOSeHMCWBDpnNTp0HRBo0i54qByq5FyCYGrTilrAgAvd7EIa2m9cMmDlIGSqCudUMQl1AyPmk3p
+rOK+tIYl4liySinuTdBKqL1aQtUXKnihiHBNXVL21mNZsxhW3OxqQPSCO0UX/W2g6dlle63btuODJXsBP3EXdp1LxnLYSCEkr7iAKNEAFgUo78mRR1Wi7OxJmy98MPHf
+EQ0BSFLKCygRVOewZPXgO8BL0Ad4BbSABIKBxXQps/KZFxNGU4ZItf0Sdwg1vSPWUn3+A5IfsdcdWfT9QT3iKoXzkKmaHUOozVazD51n2I0y1hh+u7lJGIU4Kkro9ikr
+Hj6fmo05vU0BI7RFEKcMgkSh6+UW+J9BFtAkK/fkgHi1V8pG5wQ+A0pfH9CROfGdlyOxoD/AkyL3ac/aiqwqkU1BAiq5cYZnB3DU5NVea2fb3BoBllEDzoaXXdvVr1JW
+gSMqpWrvlu24+it3GQJ6EGrFiDNd8I1RZwIU55Cq2GtldWKWAsQkl8qUrGjFVGp0bVsaNbSuxPfkYemPEqGchHxo+aiSFMqG7coETImOTRhXvnMeJ1V4IyQiXV8s9ZbH
+Ve60t7tdwGC00jEGJ5A3bm/bIrWHqbQvegBFOTQX1mUJK6lddYH9LaIVtdTHP99++vuXLz99+vWnz7e/j9OLTegyVZnuNJtY9PPPX6+sCw3r4rKmkelVcwG1qEEwyjj+
+bFqDBtcVCCxUwjcjHPj+d1dkL2cfrsqbO/C7znLZb6GHkkPLx58WbBhkUCyN2g4rSe1qqbblObgfI3RgZIrLWeOZp1wCuam8zaqRNM2wqZbWadf2WjIlS8MD3pAHmkh9
+BO8rReBYxFUJ4x5gF0JRFwUrQyrZfoIpdDmbyDVMCUwdQqwrsxdjeelcsOycWzUt/a5iNINFNB4kS2NkdFrCnDJB8cumkDCOprZCmoYPam4BSPhKoT+TnAwPybCEg05A
+S5OBKuG52kbM4Jz07WxcaHuPDXmvTlNs2mbM63c/5bNyrIN4f1KIqEzY9VGho/8bO2NZAPPyBWDSfpds9IZVeBXBGJsRYpt4qZUdk/OLNTuuUHvdcPJ7HfKj05IJgZp6
+m4lY6+snVbbGaTumYYUhUq5qDyErcCiz3P2wavSqF9P5HnmZsKxHIbe56gIfMb8dfxWOWTK5TLs9LYDvZEu/4N15aQ6as204xYazmGQ5cvd39OpFz4hpvpvpqE5Nnsb2
+/66dGnzZfouwcVttrdp4TJloo2O13g6vtWw7AJ4LE0ONMc14etoNDxMDLDSjf8QqylPZHo8sPf5umiTJOgP5JAfBLiRKC8F1ksbEfZ4tA8I7oDssPtJyx8A/zdX9+jPs
+jROmlPTAJllp1eFcKf53tNSV3ng82LS0+3+nHqAc7VYDVM92B0g1z+PFdWhGsYDPIRuX23lvn27isI8GHolMH/Ruk5rNyMq5bzaPlwyz0Th3XRkIzFW3WkOmZYOTy/jg
+ctHpcxBu2saFl5XjeUJ5C+/wtHROTtfHygDigYntUNOaUsvZgK+JYjIqFVdbunCkeZ+Cvc5V0OIUfud1xkoewtxBgzqFMQQEcpoZMcsY4v5rICRLKwxIwh3Plms/TPak
+zjlea1gBj/gOwYXc8Fq1q9upyA/KwW6YctWYeH76y6h8tngGRbwjGFbY/gHzCiB9uHMcB0zez4kCZUHL9kAP23yWH0jdoKcMfLvQZ660mcYk3mW0N0vDbvHR8ncbtAQ1
+MGiuSlxfDvEcugGvpm4xLnHnd9HO+AzcPxGNaf7G7G+XYMrU9aBabfKGRaHqB2K8ej/WZ0dyfSJvm0eqLmW6BAepCJ+7Y41SV2TuXLsRQiaFZottk+YAs+YWqiz5CwM6
+WUnCoJ4tmNBR98dndopLIAxpVIA4SpG953+fyh31b9Fc4K9WZLsl3sIHsvM8vCp7I+eX1SWL6pBF0Mb1/vTzDMw+Djd+du2qCoNPvNQHEytgCX3huG0Vr8GtrToDADk7
+YEexNEw7KEaZ28m8jRF6nXDZChedcNN+fdkJ3aVjpH5PutpoTqzZqifdekZ33duA20o3PemitbbtSVetrtvzy9u2m3B7ri0Wqhe0Oemxna+uAVSJ9g7w10/sw5miOWv3
+cb7V5xl1rFk0aIf1mxNr/3gKOQ+HJ1IzIYE+nEg0Pj/GgM1M3v5V5ZgIwiXB+XMOzEMQOoeU4sCs/l4HNVOhAtQyxW4MtQhowivkx6ee+W606xz0/LaS2wft6LWRrP1x
+RlxeFyRjtZkSLo3pAz082My7R32Qmg/WgXPdX8guF9WDPizNxn/l0Et2k2bP03WPQYeH2sFXzoaazWioMbP4281/AC6CjMo=
+"""),
+    "app.js": ("text/javascript; charset=utf-8", '"762e1f36c382dea3"', """
+eNqtXG1z20aS/u5fMUb5soBNQVJerq7IyDqvo01859ipyFtOynEkiBiSiECAAUArXJlV++l+wH2++3P5JddP98xgBqSclzrX1oYAZnp6+r17enR4qF4ttFplc63qmeoW
+zXo5VjeLWhWtWuhGj1RW5fQi6+ij3qg226iuVjqbLlRNb5qRKot3Or13eEj/Uy8rrV7rq/N6eq27VKkns043MnpaV5WeMhhZry3mVauKaqTa9VU7bYor3cpydVVuMK5S
+WXvdqlndCAZFp8psek2j2pq+05uKcCiqOZaeZWXZqivd3WhdTVSmVut2AXxbGdrWS82D1SJrCZul2RvwabOlVj+vddsVdaWuGhpFmGEDl9N109bNJeiBkdV6eUU7Kios
+iRd5ppd19ZdW/VSvmyor1XoFAt0sCtqz2+t1Vd+0ijBUS9229KadqEu9qqeLS1XR4gLcgpCt8UqCqZo19RI0Vq/xiQnfqpum7jTtGCMIgP4F9MjpJ7ZlKKN02RJ37hH1
+20598+TLM3WiPjuaqD3/CLzFTtEqs6JpO6EROMBMjOoy101kwD198urpVxd//4ZAHh/twPTBFRUxVROs9kY345Bw9U1FMrQsOgP1/KuXr19cfP3kO8Z0CNaHeq1XHUAz
+uHq6XuqqA+VL4lN9VeckrtOmZrEgsYFMzLMViVAzJxYSkSuh9JWeFxWopm8MCt+evfr2+4uvz2VjRyP74sl38vITenk0MYO/Ovv2TF5/ph6qfz2i/8OkicMXksfYLHTW
+5NCzmwLMkdW7gvhrtM1AfHX25Ot+9T10pWnLmgaCpmVdXytRT5KBbKl8wGPoDCvR3NH31dl3ry6ev3zxJeB/ht09f/bi7Ny9+reJFZerzbOc3sRFnqiTx47E6Vx3Z6XG
+z7/SCHymKYcPH6onFcmbFjbQFong0zJrRSCnxJe8gWpCUlsjt57Ypurh4b3ZupqyEi6zax132XzE+kFYRNFIpWlqwSTq9p5Sgqdd86RHcdrorNMGS8AhFJUqZioGuMRO
+SRm/F7ICvmCU/ZatVrrKY2/RdFaUZNDimF8wUfiXun9C09ek3h995L2JooSXbXRHim3hTu5tLYHbRd10ZnVL5SJPG70iO6fjwx/XLanL4QiQDIlhrtuf11mjDYkrYnjR
+FWQ2rjbG7EAsOg25X+l6RdqQrbKmmxC1SrIwELZKv2MV0GJrYYpD8s+wPjAClUvdwWguCMsj7AfmIJYd0CdYeJJpDDaDYv7vQ/XJsXpkRqRTYvE3dVF1T7r4KEnU48eP
+BdiQhcz4qF1lFTH8EnioxVo/uGWY/6KOP95ejtQbYoojHvB8++borTo9VdFplAQ8bIrsqyLPyZcQP7pmraM7OOK2ns3reNn68rUsqnVH9uZEfZ11i3RGKtfQEHVI2k7/
+fB7boZ+rY0XYkNmP1Nh7S+bhVF0+uDVvtvh0GYw4/vRTM8ZfzHzGislWLTDlrhEAQGPyS0/Qnj5/+fQ/IeL6Rj2rujL9grTjFRmIv9XNMuvidZXrWVHpfKRuFyQjYxV9
+fJAXZDSICQLae7VNrO374sn3vxNqnm0IAjk13RRTAK2rbkFvmIv0/EdWff3Vy+dnv3vdTp93mxKQZqShBBmG0b5a6rxYLxl2LwEY8HIWt122XPlyAFhmWaxoBtwtxIAT
+jdhyxZibdvUXjA4CjJi0/cQDlgy/nhqujUHlJJ3J3gAnCUQ8N5unZRkh/1tXdCU+MMUCEHdoAWKMA/rHtsGEbEQSkiM25E8phDlrGoQDv3RkHFslT7db45l6z05BVYEw
+xMx8Tv7qgzPJUU3rdcmRCzkHeC2dW/ktiZu0jduWA8sx21ryDARqrI5HCnaaiDZman6dreKEuNwUuh2rI+F3w7/yNfH8aOvzutXdeWeYSWTZ61XgB8kkYUDk/IhH/oyA
+pPyZzb4HKeCSN8wMmgRD4AqfklrIom7AFnyB6UdwzYS40mV9w6SmiILisYnSy1W3MY61I9ljt3+TbUKjTpQtyKyT7YQ/MCZONiefosT6nqfG4/WDJ7tjF9aw3uchaamr
+ebcIremUJCZG5F2TNtKwbAk7eruVxY0Egm3fUIhbtDqOG93W5TuKzhv9E0kfO0WhJcgOAqQiBqeEbJZvzh3h+8zj5TdnLxILXeDEWMRJIe/CCrjOjaNWTN/UiFNK/JL1
+IGhkSwaYbf05ghJNoYjhP85fviBGQ4+L2Sa+/amtq2Y1hS1Lj8gYFPlYObiPHpGtC+izFWQA3qdko6eaUq0c+psF7kniYSIrL0xAiIw8yMqqGZHKOo4wYOSsIIjhdy/+
+kBHTDAj8kEogMrILpoKuZwBvMopEKOk4CelI8aJbgoPFAZ1z0gDSwMEQH3ENniUWPhjvWOpMUjg4NU/WVrban818dBPoeV12A3Ib2YgNpUuK3WFl67WRCbYq/V740QZI
+zqhET1++eHH29NWzF19GHp1EWCyZ3BO242Q4vrxpx4eHD27LWuifLkh4t4c37aWsSlNqoqBGiE7Jb0tyuWrqKzImHC0zHiKUddWLSEyRXyVK5QSKX6VOYtwsgKcpWbup
+pir2FNGti4BKlKBrNuajguUpTFoVGx2xVIJRtlTCvx1KnX0RmSlbsh0dRbOxYb6F3m+SP1D4S6aymmqKQXsnQ7EXAq9AFNyasr9pWZOe2MWgcMHm+fPe3Xvh762xBAiA
+A5F+l5Vr3cZJcof16V0rJXBtt9/+sNBZDHtKffHsfIdYvf7ZKJXip9jlsQ/Vx4o8SM8DWB0/qU1oSIxwnec2lLDVS9rzofrUR8wKOeFidcFsZMRrJxOboXLF4B3cbiYV
+kGW2gUvbsOzQniuXgxfksyRk6BciR03LIBxKKYQmRB4x/IlzA/eNCFK+JdLW6BklSzko7mlBV1/rKjIEzDavxQLEZoSY2Yn1r68XGoUVP4aRqk+jpQqWVYRqphio2xiy
+KXIlXV2iTrbh7TglJsUsSp2zGxZB8sy5QZilqlcfY5tj2dZMkwrE0SE5+rJbkO+4nWbTBSLXqj5ou7rRFLsmHFWsWw4oPz065m0Z7QmAsplwMUUfA+1ShucxoT1jZ8D0
+diybZ0Xlwt2rddfVlQl4o1e0I6Q/5C9KPRtkdp4tpKCP4x2jYTx4EApdvkCRACSi1UzWs8x+iSny499kxso4doJz4AkORBhFlIQyoja9nIiSM95pt1lxYcHg3X+A8hfT
+a/pmpFvs7Wx/OhkUZmyBkCswUxJv1Km4dNZqApb34oIYF/GLyigpzw21neieOOFNbNgWJMZC4kVhVWconM26UkiieA5ybzuHS7wuRGexAYsi1tgM2nedRp7TvGtxi+n7
+98DDKUxea9mglPpSy/6RkNbwnTgeeyJAK1xL2ECGhRI63ZD5jEUgPGcLZWcuFO1TG7iRoTfgyNqzvXTzDdSEMDiWLN3o+Xkxr8K6s6lyQtek0nyTtZSAtu1+1TWezQvB
+FgULqugsqinPjOezWqxzjjKW2n+Nch29ntGXRZxMhlU+ypuIbuCLZ5GErlxRZZUG4ihok0BRxsRlPuUF+kBMdj7Yg0XSFXhQ9KfAHBUnFMLIwsxRECdW50VL8SDS9y/5
+zRYR4Mju+c3bSWC/BI5skIP/CCApqCNdpmhYVH+/b+e06k6fnuB4gvIeHiEm3aKwqxrf12uFGpkY71b9+s//4e38+s//HYNIpiJf1Vz1S9W3d+jLX+acl1azYq54H1yN
+BPhGofYU/QXKM5LTiobysiwnmX8rNtYnC+fnO1RpSJJaklcY9p7yRMLUPnnkx2vzsP3TVITC+vDF1Air/wiFLz9I4Qe3QeS1TS+FJn+MDndLYGIJLBnpEtlo6DOIqWbW
+BW+Ttk2vLGxMJw17QganbQtx9O2CtpOjiopzmi67ahHVkZcndasrMRFEz4YzHJRYuYohNVTk5KSohHNbS/k1u0JRPuPig3eqdcPkkpiCXQEZtz4tAAbOFTrrFBvEL0xi
+JNSLq+xdMc8oBEgpQ7huyRIO3hBV+UwrFqN/AJU/KMBAXggWk3/EQZUaHN9rMBw6wOWZKQ1zLAzzwZTpc5GJmlh59DMDs4bPfwcXvKc3Y04qSKPqVTFtx+pN9DB6u/2N
+nAAyf5iVXA9Q+heSpfaQBIL2PkgGXeq7LsuJN9miT2Jy/5CsQkabfqeteNwBa0dbVLgzmZwybN7dnGTzAtm/kHDrkqOeen1GtfVrP0/4ODNV6tUCaQkJpjsFE7lC0Qey
+CFczMucAfPBD8iwxCctmpq7WDYla0bKY2jNPkVAKxusml3J+1jQFeVEnpDuFJC4cwFnaskUfM7ILZbtikCTLwi5wimq9VzXgCGPvDFMTiMRcDT825ArfAapJyACb4wsT
+NBh/i0FmOcs1on6Lc4I3O6/fUhjNwhU3elU3nbGwe1BcrRtUGX7R0zWXju5cH94g3gd2H1AKAnSFspqEBXxW+HJm0beiY4mdIji4aLWuLrIBzMMfYx793sjf+2mZFcvk
+h/T9jzd1c/3ACDOWTsxiEqjmcbJbA7ZiZiux2BriBKTKi/qmCmqud58oqyJXBxTem8cRH/lBwvkQfMwuRY7apWRbd1mJXzRiUTfFP+pKxqg7Dq5xQE74Il9DKVxklA/A
+C4nk6OfEdBGQ6OMUm4M8aBUUhswYuIWfFI9XmtYFsca2LOlqRv4uaV1fiXyDbxsUMrMrc+I2R3iMw2jAl5RrbIo39+CSSNO/MA6Ekc+4f4J9DHwGjrBRLvAq8+KFiq5v
+ZkBRUU7bof441WblNclN3NFrqzjmWKPm4jqol2LTKYIZGWdqO/YLn7CSMRCBNhmbtWLGsmIAqw7vyNd4Lz4xQqzzgjTIGeV3dZHLYr4y8Yv1CqcWu8q8T7tkCUFaaOxn
+rnY7rlTp1bCGS1v3Mpjh0mhv2zyEUfn7StYWxo8YvnVf+0wM08kmBwFjWv0zimU47GSIrHCutPSWcuBVHFuV2jLG1kLS1JAtO3sTJFn9KHQI0Hf1o2AfOHIlhGRVwOcg
+Rf9M+fZxkoys28Zu1VgAOhPo7dQeYpNc6r543Y6Q0XDZmb1PabpgOC7Dro0Ic0xiwQbEmlEamA9iS0uNsuAw8hYFm4u2+AfFaWiF2QbFM+dQLQwKk0sdM1wrca2vEYJY
+UKSz4agM3nOc4s8X2p8I5vLkfTV2w3429v5nb4QxjG6IXTbNuvjgODk1TRA5eQg+Go8GuMf7NiXZtABkKzxg3ROvh8mYJ1v0mEhHwuWqWVf6cuSsLdPJVNBMcYAy2TmM
+1ZJz1ytyY0ocfk7As4p7eAKWW9HkFWHrKsJwqv3S97pyj6FkLF1x/Vx3lgOIWSlCIH0YWgFpIIrdxz7K/P2CxmiCXWNlMCZedhccXZEjy1ocgXvSaDup+ogQJswTDD7f
+8qSGwiKPR+qx1zX1yEFLAuW3WjMJd4Piw64I2UaX297UioG574k+8S72TfHEN5csYb4iCYdOByuRqWAUkp6pDo5faPfwgIEYaCV4nGZ57qPTG+ieyyHNBnu2x5cmkmfZ
+PvGmn+7XM1hF7GKPmg5V2VUuA8PKKwWMv8+0SnyN5J+C+COhmMHXO8CwNUSeG/guEwsPPMm13rAfscw2HUj3QUzwFjwNmSq4xL/Txh6jNN0bEYukbKUplrFnW0TNjZu3
+jUeeJ+8lDljdIWJvPDEZU8i5fZvsLMGxn/MdMAOSutsISBbCBkbCU0E9rwdmAAWk6kPeeahCoYP2bPPjk8CeJwNB/BOOTWzL2G9XEnQP+TOOU463v6Gu/x8GYSA9f9Jh
+ba1JHvCHEyfDvI8+MjD5TOZzX9EvVn/ExwWOcdfRhJ4F5Hf9Ib3XHzmr+sZUvTxLZhMiL4VP7hAtb7/+EbpHYcmjcFBB2aIdEJiSMJ/O+6UGlmEX+FsHh/Gi2Hftgt7t
+UHQqbpbYBTIapnwOKJ7S/lx6cEYL1JkMPsL8IuWJJq56TQFHjBe/A1eoOudGJ8y3lPubTYcox2f+2jwCxtwfACkr2ucZFGHvgNTttS8SmSX9gpMRZ/7igcTzhyDgM/7P
+rHheXJXIat35OiFUVK1uur+yTjBdpEkqkAjnZj3KMk25Ues5wMCTRizDkUdY8TrImHckbTvwQYGD4l7UF/qmlddB1sPCV+Stb4/nko8e7ahOkUujaTvwbr2KkEqcWgFh
+0A5DBvoo0CnTduJChR59DL7L+x4wqEFU/Le6oeUlUSf/gqN4HAiYs+MGx9/VZqTWVUmE6xvCKThGybKQYLixIa/4xv0ekA3f5ydBvMdt/RQRSrf79xTZFFWlm690MV90
+Ye77QbsVxL/DNb0Qcy/5DTU/qBfpnvBs/4SQfdt9Sc8b/3mkPrxw71nepgjF4+TN8dsdl9Cz2eOv+cRvbUm7F4cTqVX56R9KZAc8a+dUQuacyn8JwvOa/Hnf8jl2Pk8g
+yW0Lr9Fuhyl7ludewA9OsqoVjh+mqtGLur8vwykad3RucLFn71GZHC2jA05FC1L5Wg7HIOWZnJkijE4jS9utu2hgLCCOPrKRupL6ROaHA+zqg/hAZRx4P6bXEoAH4x8H
+o23z/Nc26eBElVSuoOx1nRcovE5M2U1yVjYXLhXFG25iqNfdvgNhiZia+iZoGw8DN1tIpPiN0tCu1DlPCIs4LqoKwzyyLdEoyIFMaGXUuWZ1loBmVlQ5AaS9t3W1NY1e
++L3/UNV22gGGPdHA71QmeQdDFryJA6V3QBbw2k/QZE1jShTGzd44JJaB/DPtvUfQd28Y8XLm3ItHTJza8WUUSxM7XMr5b+1iaOoYKW/JWNo8gNpVQwnwlExEhP4wFGQ3
+xGb0iV3++4Pb/j4Bz062l8G5GCNgXBqJ16fSoy9v2xLH7Ucj9UmS/lQXpDsk98mWax52jJl5oD7ZqiW5Z7Twy5d+xrB11ovpPFJk627B6WRPCrzwzgim3jGoDIG7Se1r
+F1ub9guJL0ShV9wkQm8iB4apgFdpXmDZiNarvfloQnbz8+IdIOCdMxL22Bjb5dNHS2hBPElGcjQcDKYlRury1//6b6LgHtEg7oxso/6ukfe1Y5k111xG7U+PVuXmoqsh
+BPw7UnK4YAdIFmrMTCRF6uEYQZ0GXW0gCTdN0RGtcNrmS9Ke0YS5gOI9U/LoBrXTetWLs1M0yK+IMksyXyyaN/V6Fd0p8ySYPAsH8fL6sk9I/1qTscoqj0IciwwYiCsZ
+xMMRM95ZCSMRvRr0l8ko/rBf21VZdHH0QxUl/cj+klmYQ0n31R1NZOfktVAMtrGJfN3XueW+oUXr7BcSopztRcRpmy19QogHYS5aEQfg+/6v8BjANKyt2ZOHoLp6PicX
+EEDr0Q1iAMw/9bYGaeAHxIbRYOpgNyZSuE8wbGhkMId+mwtrMtW1SHAWCB1w8bg/2NN6HiS37GQ8Sxd+SuUiUE+8ZgWnr0lgKGVcWfAoc/47kgtlRt9HjIFYOwT86woH
+mRLyS4dWtpG2ODnVMlc85TIL92SY2GbFmRL77GVWlO5mb3ha7dKPMN82vjNrPTtpSxHeZQeauKe5JCgZknQfm2td4YctV53ty0vm1BjtjO6lHFz6JgMIDS16wprMX3xD
+3vud46MjsitWS90tSCFTYgn8aAdz7njONq9A2Xjgfvr3TC4H1N4pMkBp3/GDW3nYJnKFnC0c/4p2T5Rx4mwDP76wKqfJS833ncdk/PwrO7jeqnM+CvbOf0zLnB+Oy8Cg
+a9iL7w10jjC9OhqfftsiWkFqv871RT2boelQGlFQwjSTPXAUH3MVMcwCn/NVXJyxjSiYnGrpqbRHWQvWuNZe/jWXfE3K507ggwyDux7fvw8arvecTAZ3DzwcDZX2nZBu
+R30x+jMcuHskfOQuIAedtN5mbXMCYg3vllx/4MI9sCcB6W1gamVaPJV94gDNZYVcA5d54RmG16ggzWQY0vdC+Ffg7uSUfROgbPp9dlD+jWBXpqHiZ4Tmj0C470Pw03Np
+whkkQ45Sn1Nq4x5O1cExKdtxcP5oYe67zCXfJAfmdSSIEHyfEluTAJTZ1n5Y5uPvBgZtuyMxNmgZe3o6eOZ2d1sxQaEkyJJx0S24jWbx8uvo/dADNmA7GJD1DudtLU8v
+vXy1v5/u9hhbQe2dipHFHfE89a80GOWS61rDoagFPKtmuNq98SPtRvdw9wgiyom80uf2zxL0k22H0fCONQM97TuQhMCguetJ6gfZb7JDWtkiybeduccFnyK5n4yr1Lyb
+LW5VX/pd//hLCCeDWAG7sqGC2aPzgPtShJ18YmfSYEJDkS/H8DzsuqjE7nAPKueE0uvJV7ZlDGagucGSwttCXsuZ4ge4cWo/FiJl3ITKL6brpgGS6LJxZR/x3XzkDPrs
+CdEEDjpieViQ5VQb/isCnV62IzQvyWGevDjtNWu3k/fBLY9xYv/gFrO34WsT40StJEKUUCi5huvhQIzr2t+iyBvfcl81WTXdxUpe95ySZ7viiDdrmU0WVl+YmxY0FY98
+R9Ebwg1w+Mg/osRPvWRAXZGmA3m/lrDKimZP5IugH7hd8g9bTPJDOBOlY36KjwnXEnYSMDU250NcMQftXIR+B/t5kETo/DOIuzEnjLY4tmTNRfWnw6WQNrhQioDAb6Vl
+v/uhFvy7L6PsXLr0Q0kEFnG/xE582leo/VQgDE2967/mNpK7oTnZ0xDoauxYm6JKdPqjdRF/m4fiP6AX1liHSd/+pk5zerwTU7ktUU55huuUyAp1RWOjd0VbXBWUEW9E
+SiMJamnS7ti6Ym/rRuzehxnQDibFXCORqGZk/yaFJUT0Cf6UAuxv5P5W0KcT1ftTuWjfE/Pe/wGWRsHx
+"""),
+    "icon.svg": ("image/svg+xml; charset=utf-8", '"e0be07126f94f680"', """
+eNpdz8EOgjAMANC7X9HUs2xjRIlhHLz7EQhjW5xAxtz4fEdUEk3apH1p2rSag4LlYYdZoPZ+OhMSY8wiz0anSE4pJWkCIRgZL+MikAIFnqfAunKy9RBN57XABKClUdq/
+a5dmS4TeWCtwX+RHLm9I6krB7N14lwn7vsdPd/hu2cCaQbbNJNCNz6FLx6bGa+gEXktgPBzXXRsxnnEoA/vTMjsBY4HRH84LYEUoViMqZfqv3r0AcbRNSw==
+"""),
+    "index.html": ("text/html; charset=utf-8", '"88c098d9a528bd41"', """
+eNqNVL1u3DAM3vMUrDo2d0YyZbBvSYMiBZoUyC0ddRbvrEY/hiT74i0P0r5cnqS0JPuctEU72SQ/Uh8/kSrffby/3n77egNN0GpzVo4fUNwcKoaGjQ7kYnMGUGoMHOqG
+O4+hYl3Yr67YKWC4xor1Eo+tdYFBbU1AQ8CjFKGpBPayxlU0zkEaGSRXK19zhdXFb2Vqq6yjaIMaF6WUPDQBBHePKSPIoHATGtfpskjG6FbSPIJDVTFJqQwah/uKFaOx
+9v2BQRhaOkRqfsCCHB+etGJvMn0YFPoGMcz5vG3XtfcJ6Wsn25AraSs6RUS9qzPuO8HKIoFIwyKJWO6sGGI6Cam493TOo2ynE97vEQXbPJALgoXQIGj0nlj6suAxb6yD
+bvwlQ+pDPvLUGlekE4MkOru8oto4qhb/c15zMWlGf8nlW25ACmoFI3Eyc6SNbh94oAadpeuKRucZXUTgqxip2PX93d3N9fb27hPbnP7Loo20ixPvUsg+ljQ20ES8rdlI
+IdAQBYJFuLFZRWKSNUPdhoFtto300JI6QF8lewRuBBjS0MNn3vOHmLeGWwMcAjotDVfn8PL8I3ZPQ7izTy/PP8E39uhhsJ0DzaVaj6zLYj54SZoGs9PGT0p6rIO0SbmA
+XJP+TvKV4jtUCsVuSO5VnM2cNF7A5Zwxhbb0v7iGGKptZ8ZNSl0na7ockvRyrtepmMSJTI9zgka9QxcHsVMzVtCWSeVTwpEPs+QZMHbVac3dMEMmjvf7PS0IEoMEWKRk
+BjYh/kGhyByyiEVWMZt0BUmDuA0Q+E4agU8VW138Qd4R9Bd5l6EveY8WEsfwf0uc1iBN3us5PI1sO6OtysuUTh1L2lP/uy6EPDRW0VpMD1LyzwUfaCwhAhbPQMJMyo1a
+pQWb1iXxNHj0M83OeKSn/PWiJbpUL75I1Gp8/X8B0vbsJw==
+"""),
+}
+
+
+def pages() -> dict:
+    """What the daemon serves: path -> (content type, bytes, ETag).  `/` is index.html."""
+    found = {"/" + name: (kind, zlib.decompress(base64.b64decode(text)), tag) for name, (kind, tag, text) in PAGE_FILES.items()}
+    return {"/": found["/index.html"], **found}
+
+
 # ================================================================== 26  Main
 
 REPOSITORY_URL = "https://github.com/leonletto/thrum"
@@ -13500,7 +13631,7 @@ async def daemon_run(console: Console, args: Args) -> int:
                 pass            # the starter did not wait; whoever comes next finds the daemon
             if problem != "...":
                 os.close(args.ready_fd)
-    return daemon_process(places, report, {})
+    return daemon_process(places, report, pages())
 
 
 # ---- the guard
