@@ -189,7 +189,10 @@ async function subscribe(userId) {
 function notified(what, params) {
   if (what === "message") feed.came(params);
   else if (what === "message.delete" || what === "message.remove") {
-    feed.again(() => feed.remove(params.message_ids ?? [params.message_id])).catch(report);
+    feed.again(() => {
+      feed.remove(params.message_ids ?? [params.message_id]);
+      return feed.recount();
+    }).catch(report);
   } else if (what === "purge.executed") feed.again(() => feed.reload()).catch(report);
   else if (what === "presence") team.heardOf(params.agent_id, params.last_seen_at);
   else if (/^(agent|session|claim)\.|^work$/.test(what)) team.changed();
@@ -200,7 +203,7 @@ function notified(what, params) {
 
 const feed = {
   shown: new Map(),                 // message id -> {message, node}
-  epoch: "", cursor: 0, total: 0,
+  epoch: "", cursor: 0,
   horizon: "",                      // from this time on nothing is missing; what is older was pushed, or loaded, alone
   work: Promise.resolve(),          // one question at a time, so that a cursor never goes back
   waiting: false,
@@ -247,19 +250,15 @@ const feed = {
     while (remaining) {
       const found = await call("message.list", {after_seq: after, sort_order: "asc", page_size: CATCH_UP});
       if (found.epoch !== this.epoch || found.total > SHOWN_MAX + CATCH_UP) return this.reload();
-      const fresh = found.messages.filter(({message_id}) => !this.shown.has(message_id));
-      this.show(await whole(prune ? found.messages : fresh), announce);
+      this.show(await whole(prune ? found.messages : found.messages.filter(({message_id}) => !this.shown.has(message_id))), announce);
       for (const {message_id} of found.messages) met.add(message_id);
       remaining = found.total > found.messages.length;
       after = remaining ? found.messages.at(-1).seq : found.last_seq;
       this.cursor = Math.max(this.cursor, after);
-      if (!prune) this.count(this.total + fresh.length);
     }
-    if (prune) {
-      this.remove([...this.shown.keys()].filter((id) => !met.has(id)));
-      this.count((await call("message.list", {page_size: 1})).total);
-    }
+    if (prune) this.remove([...this.shown.keys()].filter((id) => !met.has(id)));
     this.trim();
+    await this.recount();
   },
 
   async update(id) {
@@ -304,12 +303,10 @@ const feed = {
   },
 
   remove(ids) {
-    let gone = 0;
     for (const id of ids) {
       this.shown.get(id)?.node.remove();
-      gone += this.shown.delete(id);
+      this.shown.delete(id);
     }
-    if (gone) this.count(this.total - gone);
   },
 
   /** Forget the oldest when there are many, unless somebody is reading there. */
@@ -321,11 +318,13 @@ const feed = {
       list.lastElementChild.remove();
     }
     this.horizon = [this.horizon, list.lastElementChild.message.created_at].sort()[1];
-    this.count(this.total);
+  },
+
+  async recount() {
+    this.count((await call("message.list", {page_size: 1})).total);
   },
 
   count(total) {
-    this.total = total;
     byId("feed-count").textContent = total ? total.toLocaleString() : "";
     byId("older").hidden = this.shown.size >= total;
     byId("empty").hidden = this.shown.size > 0;
