@@ -6841,6 +6841,10 @@ class Method(Record):
     private: bool = False       # it is for the Unix socket only
     slow: object = False        # it asks git, or ONE_BY_ONE: threads of their own, so that it keeps no quick question waiting
 
+    def takes_long(self) -> bool:
+        """Whether what comes after it should not wait for it."""
+        return bool(self.waits or self.queues or self.slow)
+
 
 def check_params(method: Method, params) -> dict:
     """The parameters of a call as its row wants them; raises InvalidParams naming the field."""
@@ -7806,7 +7810,9 @@ def message_list(context: Context, params: dict) -> dict:
         scope=_pair(params.get("scope")), ref=_pair(params.get("ref")), mention=mention.lstrip("@"),
         thread_id=params.get("thread_id", ""), after_ns=after_ns, after_seq=after,
         by_update=sort_by == "updated_at", ascending=order == "asc", limit=size, offset=(page - 1) * size)
-    return {"messages": [_summary(row) for row in found["messages"]], "total": found["total"], "unread": found["unread"],
+    return {"messages": [_summary(row, **compact(audiences=_audiences(row) if params.get("audiences") else None))
+                         for row in found["messages"]],
+            "total": found["total"], "unread": found["unread"],
             "page": page, "page_size": size, "total_pages": -(-found["total"] // size),
             "last_seq": store.reached()[0], "epoch": store.meta("epoch", ""),
             **compact(overdue=len({row["message_id"] for row in _overdue(context, receiver)}) or None if receiver == caller else None)}
@@ -8678,7 +8684,7 @@ METHODS = {
         message_list, {"scope": PAIR, "ref": PAIR, "thread_id": str, "author_id": str, "mentions": bool, "mention_role": str,
                        "caller_mention_role": str, "unread": bool, "unread_for_agent": str, "exclude_self": bool,
                        "for_agent": str, "for_agent_role": str, "created_after": str, "after_seq": int, "epoch": str, "sort_by": str,
-                       "sort_order": str, **PAGING, **CALLER}, "Messages, newest first."),
+                       "sort_order": str, "audiences": bool, **PAGING, **CALLER}, "Messages, newest first."),
     "message.outbox": Method(message_outbox, {"to": str, "unread": bool, "overdue": bool, **PAGING, **CALLER},
                              "What the caller sent, with each recipient's state."),
     "message.edit": Method(message_edit, {"message_id!": str, "content": str, "structured": dict, **CALLER},
@@ -10740,6 +10746,7 @@ OWN_FILES = 40                  # descriptors that the daemon needs itself: data
 BACKLOG = 512                   # of the listen queue
 QUEUE_MAX = 256                 # frames on their way to a client; one that is so far behind is closed, and comes again where it was
 QUEUE_BYTES = 4 << 20           # bytes of them
+ASIDE_MAX = 16                  # calls of a WebSocket that wait or ask git, while later ones are answered
 AHEAD_MAX = 64                  # messages of a WebSocket that wait for their turn: then nothing more is read
 HANDSHAKE_S = 10                # seconds for the head of a request, and for its body
 PING_S, DEAD_S = 54, 60         # seconds without a frame from a WebSocket until it is pinged, and until it is given up
@@ -11259,8 +11266,10 @@ class Daemon:
                 connection.task.cancel()
             elif connection.waiting and connection.reader and connection.has_left():
                 connection.task.cancel()    # it had only stopped to send when we looked last
-            elif connection.busy and connection.agent:      # whoever waits is here
+            elif (connection.busy or connection.waiting) and connection.agent:      # whoever waits is here
                 self.ledger.seen[connection.agent] = self.world.now_ns()
+            elif connection.person:         # and who has the page open
+                self._heard_of(connection.person, connection)
         if not os.path.exists(self.places.var + "/thrum.pid") or read_pid(self.places) not in (0, os.getpid()):
             self.log.warning("%s is gone, or another daemon's: stopping", self.places.var)
             self.stopping.set()
@@ -11594,7 +11603,7 @@ class Daemon:
                 return await connection.outbox.send(encode_reply(Call(), error=error) + b"\n")
             for line in complete:
                 connection.busy = True
-                reply = await self._answer(line, connection)
+                reply = await self._answer(decode_request(line), connection)
                 if reply:
                     await connection.outbox.send(reply + b"\n")
                 connection.busy = False
@@ -11766,16 +11775,31 @@ class Daemon:
 
     def _work_calls(self, head):
         async def work(connection: WebConnection, inbox) -> None:
-            """JSON-RPC: one call, or a batch, in each message."""
-            while True:
-                _, message = await inbox.get()
-                connection.busy = True
-                reply = await self._answer(message, connection)
+            """JSON-RPC: one call, or a batch, in each message.  What waits, or asks git, is answered when it is done."""
+            aside = set()
+
+            async def answer(calls):
+                reply = await self._answer(calls, connection)
                 if reply:
                     await connection.outbox.send(connection.framed(reply))
-                connection.busy = False
-                if self.stopping.is_set():
-                    connection.close(1001)
+            try:
+                while True:
+                    _, message = await inbox.get()
+                    connection.busy = True
+                    calls = decode_request(message)
+                    if len(aside) < ASIDE_MAX and any(call.method in METHODS and METHODS[call.method].takes_long() for call in calls[0]):
+                        aside.add(self.loop.create_task(answer(calls)))
+                    else:
+                        await answer(calls)
+                    for task in [task for task in aside if task.done()]:
+                        aside.remove(task)
+                        task.result()       # it raises what has ended it: the client has gone
+                    connection.busy = False
+                    if self.stopping.is_set():
+                        connection.close(1001)
+            finally:
+                for task in aside:
+                    task.cancel()
         return work
 
     def _work_echo(self, head):
@@ -11786,9 +11810,9 @@ class Daemon:
                 await connection.outbox.send(encode_frame(kind, message))
         return work
 
-    async def _answer(self, line: bytes, connection: Connection) -> bytes:
-        calls, is_batch = decode_request(line)
-        replies, size = [], 0
+    async def _answer(self, request: tuple, connection: Connection) -> bytes:
+        """The answer to what `decode_request` gives."""
+        (calls, is_batch), replies, size = request, [], 0
         for call in calls:
             try:
                 if call.error:
