@@ -273,6 +273,10 @@ class Unreachable(ThrumError):
     """The daemon does not answer."""
 
 
+class NotFound(ThrumError):
+    """What was asked for by its id is not there."""
+
+
 class GitError(ThrumError):
     """git failed, was missing, or took too long."""
 
@@ -1939,6 +1943,8 @@ class Branch:
 # list may lack, 0 for one that goes exactly to the list.
 # A claim is `open` until it is released or its session ends: 1, or 2 when its time has passed here and its own machine
 # has not said so.  `expires_at` is this machine's: it counts from when it has learned of the grant or renewal.
+# What is of this machine alone is no event, is not rebuilt, and may be lost with the database: signs of life, what git says, how far
+# clients of thread streams have acknowledged, and what was reported of tasks and processes.
 # Page and counts of an inbox cost the same at a thousand and at a million messages: the rows of one agent lie
 # together, an index holds only the unread, and the counts are kept with the agent.
 
@@ -1956,6 +1962,15 @@ WORK_ENDED_S = 7 * 24 * 3600    # seconds for which the work of a session is kep
 # What git says of somebody's work, and when it was asked.
 WORK_FACTS = ("branch", "worktree_path", "unmerged_commits", "uncommitted_files", "changed_files", "file_changes", "git_updated_at")
 SEARCH_TOTAL_MAX = 1_000        # hits that are counted and ranked, the newest: who gets more asks again with more words
+ASKS = """instr(refs, '"type":"ask"')"""        # SQL: whether a message is a question, see `kind_of`
+STREAM_ACKS_MAX = 10_000        # acknowledgements kept, the youngest: of clients that do not come again nobody tells us
+TASKS_MAX = 1_000               # tasks that are known, the last reported ones
+TASK_EVENTS_MAX = 1_000         # events kept of a task, the last: as many as a replay gives
+TASK_ROWS_MAX = 50_000          # events kept of all tasks: some 100 MB if all of them hold what a tool has said
+REPORTS_S = 7 * 24 * 3600       # seconds after its last report for which a task or a process is known
+TELEMETRY_SLOT_S = 30           # seconds of which one report of a process is kept, the last
+TELEMETRY_SLOTS = 120           # of them: an hour, as the page draws it
+TELEMETRY_MAX = 20_000          # reports that are kept of all processes, the last
 
 SCHEMA = """
 create table schema_version(version integer not null, applied_at text not null);
@@ -1997,6 +2012,8 @@ create table messages(
 create index messages_at on messages(at);
 create index messages_author on messages(author, at, unread_by);
 create index messages_thread on messages(thread_id, at) where thread_id is not null;
+create index messages_stream on messages(thread_id, seq, deleted_at) where thread_id is not null;
+create index messages_asks on messages(thread_id, seq) where instr(refs, '"type":"ask"');
 create index messages_deleted on messages(author) where deleted_at is not null;
 create index messages_reply on messages(reply_to) where reply_to is not null;
 create table removed(number integer primary key, id text not null unique);
@@ -2046,6 +2063,20 @@ create table subscriptions(
     everything integer not null, topics text not null, created_at integer not null, removed integer not null);
 create index subscriptions_of on subscriptions(session_id);
 create table replies(id integer primary key, key text not null unique, reply text not null);
+create table stream_acks(
+    instance_id text, thread_id text, seq integer not null, at integer not null, primary key(instance_id, thread_id)) without rowid;
+create index stream_acks_at on stream_acks(at);
+create table tasks(
+    task_id text primary key, thread_id text, agent_id text, workspace text, directive text, source_type text, status text,
+    tool_name text, turns integer not null, tokens_in integer not null, tokens_out integer not null, cost real not null,
+    duration_sec integer not null, events integer not null, started_at integer not null, updated_at integer not null);
+create index tasks_updated on tasks(updated_at);
+create table task_events(
+    id integer primary key, task_id text not null, event_seq integer not null, at integer not null, turn_num integer,
+    stream_type text not null, data text not null, unique(task_id, event_seq));
+create table telemetry(
+    instance_id text, slot integer, at integer not null, data text not null, primary key(instance_id, slot)) without rowid;
+create index telemetry_at on telemetry(at);
 create table pending(parent text, event_id text, line text, primary key(parent, event_id)) without rowid;
 """
 
@@ -2098,6 +2129,18 @@ def audience_of(refs: list, scopes: list) -> tuple:
     return [value for kind, value in refs if kind == "mention"], groups
 
 
+def kind_of(author: str, refs: list, asker: str) -> str:
+    """What a message is for thread streams.  `asker` wrote the question that it replies to, "" when that is none.
+
+    A question has a reference of type `ask`; an answer is what somebody else replies to it.
+    """
+    if any(kind == "ask" for kind, _ in refs):
+        return "question"
+    if asker not in ("", author):
+        return "result"
+    return "directive" if author.startswith("user:") else "status"
+
+
 def stored_pairs(row: dict) -> tuple:
     """The references and the scopes in a row of `messages`, as `pairs_of` gives them."""
     return pairs_of(json.loads(row["refs"] or "[]")), pairs_of(json.loads(row["scopes"] or "[]"))
@@ -2128,6 +2171,7 @@ class Store:
         self.untidy = False     # whether something was removed whose bytes are still to be freed
         self.watch()
         self._late = FAR        # the earliest change of roster or groups that came after younger messages
+        self.joined = set()     # threads that were one and the other, and are one now, since the ledger has cleared it
         self.forget()
 
     def watch(self) -> None:
@@ -3072,6 +3116,185 @@ class Store:
         return self.value(f"select count(*) from {tables} where d.agent = ? and d.at = m.at and d.seq = m.seq and d.read_at is null "
                           "and not d.hidden and m.thread_id = ?", key, thread_id)
 
+    # ---- threads as their streams show them
+
+    def _thread_rows(self, thread_id: str) -> tuple | None:
+        """The id that a thread goes by, and the condition for its messages with its value; None when there is no such thread.
+
+        A lone message has a thread of its own, and one that has only been given a title holds nothing yet.
+        """
+        thread = self.thread(thread_id)
+        if self.value("select 1 from messages where thread_id = ? limit 1", thread):
+            return thread, "thread_id = ?", thread
+        lone = self.value("select seq from messages where message_id = ? and thread_id is null", "msg_" + thread.partition("_")[2])
+        if lone or self.value("select 1 from threads where thread_id = ? and created_at >= ?", thread, self.meta("purge_cutoff", 0)):
+            return thread, "seq = ?", lone or 0
+        return None
+
+    def thread_named(self, thread_id: str) -> str:
+        """The id that a thread goes by, "" when there is no such thread."""
+        return (self._thread_rows(thread_id) or ("",))[0]
+
+    def thread_title(self, thread_id: str) -> str:
+        """The title of a thread that goes by that id."""
+        return self.value("select title from threads where thread_id = ?", thread_id, default="")
+
+    def thread_state(self, thread_id: str) -> dict | None:
+        """Status, title and the time of the last change (ns) of a thread; None when there is no such thread."""
+        rows = self._thread_rows(thread_id)
+        if not rows:
+            return None
+        thread, where, value = rows
+        asked, answered = self.db.execute(
+            "select count(*), total(exists(select 1 from messages a where a.reply_to = m.message_id and a.author != m.author and "
+            f"a.deleted_at is null)) from messages m where {where} and {ASKS} and deleted_at is null", (value,)).fetchone()
+        newest = self.value(f"select max(at) from messages where {where}", value) or self.value(
+            "select created_at from threads where thread_id = ?", thread)
+        return {"status": "resolved" if asked and asked == answered else "active", "title": self.thread_title(thread),
+                "updated_at": newest}
+
+    def thread_place(self, thread_id: str, after: int, offset: int) -> tuple:
+        """Where one gets to in a thread, so many messages after the one with a sequence, or before it: that sequence and how many.
+
+        No further than to the last message, and to 0 before the first.
+        """
+        _, where, value = self._thread_rows(thread_id) or ("", "0 = ?", 1)
+        if offset <= 0:
+            return self.value(f"select seq from messages where {where} and seq <= ? order by seq desc limit 1 offset ?",
+                              value, after, -offset, default=0), offset
+        moved = self.value(f"select count(*) from (select 1 from messages where {where} and seq > ? limit ?)", value, after, offset)
+        return self.value(f"select seq from messages where {where} and seq > ? order by seq limit 1 offset ?", value, after, moved - 1) \
+            if moved else after, moved
+
+    def thread_count(self, thread_id: str, up_to: int = FAR) -> int:
+        """How many messages a thread has, deleted ones too."""
+        _, where, value = self._thread_rows(thread_id) or ("", "0 = ?", 1)
+        return self.value(f"select count(*) from messages where {where} and seq <= ?", value, up_to)
+
+    def thread_page(self, thread_id: str, after: int, limit: int, size: int) -> dict | None:
+        """The messages of a thread after a sequence that were not deleted, at most `limit` and some `size` characters; None without it.
+
+        `rows` are pairs of a place (1 is the first after that sequence, deleted ones count) and a row, `passed` says to
+        which place that leads, `after` to which sequence, `left` how many messages follow, `more` whether one is not deleted.
+        """
+        rows = self._thread_rows(thread_id)
+        if not rows:
+            return None
+        _, where, value = rows
+        places, found, passed, more, end = {}, [], 0, False, after
+        cursor = self.db.execute(f"select seq, deleted_at from messages where {where} and seq > ? order by seq", (value, after))
+        for seq, deleted_at in cursor:      # from the index alone
+            if not deleted_at:
+                more = len(places) == limit
+                if more:
+                    break
+                places[seq] = passed + 1
+            passed, end = passed + 1, seq
+        cursor.close()          # one that is not at its end would keep its snapshot
+        cursor = self.db.execute(f"{_MESSAGES} m.seq in ({_text(places)}) order by m.seq")
+        names = [c[0] for c in cursor.description]
+        for values in cursor:
+            row = dict(zip(names, values))
+            size -= len(row["content"])
+            if found and size < 0:
+                more, passed, end = True, found[-1][0], found[-1][1]["seq"]
+                break
+            found.append((places[row["seq"]], row))
+        cursor.close()
+        left = self.value(f"select count(*) from messages where {where} and seq > ?", value, end) if more else 0
+        return {"rows": found, "passed": passed, "after": end, "left": left, "more": more}
+
+    def messages_at(self, seqs: list) -> list:
+        """Those of some journal sequences that are messages, in order."""
+        self.flush()
+        return self.rows(f"{_MESSAGES} m.seq in ({_text(seqs)}) order by m.seq")
+
+    def askers(self, message_ids: list) -> dict:
+        """Who asked: message id -> author, of those that are questions."""
+        marks = ", ".join("?" * len(message_ids))
+        return dict(self.db.execute(f"select m.message_id, a.agent_id from messages m join agents a on a.agent = m.author where "
+                                    f"m.message_id in ({marks}) and {ASKS}", message_ids)) if message_ids else {}
+
+    def readers(self, message: dict) -> list:
+        """The ids of those who got a message."""
+        return self.agent_ids(_keys(message["delivered"]))
+
+    def stream_ack(self, instance_id: str, thread_id: str) -> int | None:
+        """The sequence up to which a client has acknowledged a thread; None when it never followed it, or long ago."""
+        return self.value("select seq from stream_acks where instance_id = ? and thread_id = ?", instance_id, thread_id)
+
+    def note_stream_ack(self, instance_id: str, thread_id: str, seq: int) -> None:
+        """Note that a client has acknowledged a thread so far; never less than before.  Of this machine only, like `touch`."""
+        now = self.world.now_ns()
+        if not self.db.execute("update stream_acks set seq = max(seq, ?), at = ? where instance_id = ? and thread_id = ?",
+                               (seq, now, instance_id, thread_id)).rowcount:
+            self.db.execute("insert into stream_acks values(?, ?, ?, ?)", (instance_id, thread_id, seq, now))
+            self.db.execute("delete from stream_acks where at < (select at from stream_acks order by at desc limit 1 offset ?)",
+                            (STREAM_ACKS_MAX - 1,))
+
+    # ---- what was reported of tasks and processes: of this machine only, like `touch`
+
+    def add_task_event(self, data: dict, ns: int) -> int:
+        """Keep an event of a task (`TASK_FIELDS`); its number in the task, from 1."""
+        task_id, kind = data["task_id"], data["stream_type"]
+        task = self.task(task_id)
+        if not task:
+            late = self._too_old("tasks", "updated_at", TASKS_MAX, ns)
+            self.db.execute("delete from task_events where task_id in (select task_id from tasks where updated_at <= ?)", (late,))
+            self.db.execute("delete from tasks where updated_at <= ?", (late,))
+            task = {"task_id": task_id, "tool_name": "", "turns": 0, "tokens_in": 0, "tokens_out": 0, "cost": 0, "duration_sec": 0,
+                    "events": 0, "started_at": ns, "updated_at": 0}
+        said = ["thread_id", "agent_id", "workspace", "directive", "source_type"]
+        if kind == "status":    # it carries the totals
+            said += ["status", "tokens_in", "tokens_out", "cost", "duration_sec"]
+        task.update((field, data[field]) for field in said if field in data)
+        if kind == "turn_start":
+            task["status"] = "running"
+        if kind in ("tool_use", "tool_result", "turn_end", "status"):
+            task["tool_name"] = data.get("tool_name", "") if kind == "tool_use" else ""
+        task.update(turns=max(task["turns"], data.get("turn_num", 0)), events=task["events"] + 1, updated_at=max(task["updated_at"], ns))
+        self.db.execute(f"insert or replace into tasks({', '.join(task)}) values({', '.join('?' * len(task))})", tuple(task.values()))
+        self.db.execute("insert into task_events(task_id, event_seq, at, turn_num, stream_type, data) values(?, ?, ?, ?, ?, ?)",
+                        (task_id, task["events"], ns, data.get("turn_num"), kind, encode(data).decode()))
+        self.db.execute("delete from task_events where id <= last_insert_rowid() - ?", (TASK_ROWS_MAX,))
+        self.db.execute("delete from task_events where task_id = ? and event_seq <= ?", (task_id, task["events"] - TASK_EVENTS_MAX))
+        return task["events"]
+
+    def task(self, task_id: str) -> dict | None:
+        """What is known of a task in all."""
+        return self.row("select * from tasks where task_id = ?", task_id)
+
+    def tasks(self, limit: int) -> list:
+        """The tasks, the last reported first."""
+        return self.rows("select * from tasks order by updated_at desc, task_id limit ?", limit)
+
+    def task_events(self, task_id: str, limit: int, turn: int = 0, kind: str = "") -> list:
+        """The last events of a task, of one turn and type or all, the oldest first: {event_seq, at, stream_type, data}."""
+        return self.rows("select event_seq, at, stream_type, data from task_events where task_id = ? and (? = 0 or turn_num = ?) and "
+                         "(? = '' or stream_type = ?) order by event_seq desc limit ?", task_id, turn, turn, kind, kind, limit)[::-1]
+
+    def add_telemetry(self, data: dict, ns: int) -> None:
+        """Keep what a process reports of itself, in the place of what it has said in the same half minute."""
+        instance_id, slot = data["instance_id"], ns // (TELEMETRY_SLOT_S * NS)
+        if not self.value("select 1 from telemetry where instance_id = ? limit 1", instance_id):
+            self.db.execute("delete from telemetry where at <= ?", (self._too_old("telemetry", "at", TELEMETRY_MAX, ns),))
+        self.db.execute("insert or replace into telemetry values(?, ?, ?, ?)", (instance_id, slot, ns, encode(data).decode()))
+        self.db.execute("delete from telemetry where instance_id = ? and slot <= ?", (instance_id, slot - TELEMETRY_SLOTS))
+
+    def telemetry(self, limit: int) -> dict:
+        """What processes have reported, the last reported first: instance id -> [(ns, data)], the oldest report first."""
+        found = {}
+        for instance_id, at, data in self.db.execute(
+                "select t.instance_id, t.at, t.data from (select instance_id, max(at) last from telemetry group by instance_id "
+                "order by last desc, instance_id limit ?) l join telemetry t using(instance_id) order by l.last desc, t.instance_id, t.at",
+                (limit,)):
+            found.setdefault(instance_id, []).append((at, json.loads(data)))
+        return found
+
+    def _too_old(self, table: str, at: str, most: int, ns: int) -> int:
+        """The time up to which rows have to go: so that there is room for one more, and because nobody has reported since."""
+        return max(ns - REPORTS_S * NS, self.value(f"select {at} from {table} order by {at} desc limit 1 offset ?", most - 1, default=0))
+
     # ---- the projection
 
     def create(self) -> None:
@@ -3268,18 +3491,22 @@ class Store:
         thread = min(given, key=lambda label: (not given[label], label))
         for other in given:
             if other != thread:
-                self.db.execute("update messages set thread_id = ? where thread_id = ?", (thread, other))
+                if self.db.execute("update messages set thread_id = ? where thread_id = ?", (thread, other)).rowcount:
+                    self.joined.update((thread, other))
                 self.db.execute("update thread_aliases set into_id = ? where into_id = ?", (thread, other))
         self.db.executemany("insert into thread_aliases values(?, ?, ?) on conflict(thread_id) do update set "
                             "into_id = excluded.into_id, given = max(given, excluded.given)",
                             [(label, thread, is_given) for label, is_given in labels.items()])
         named = {reply_to, "msg_" + thread_id[4:] if thread_id else None} - {None, ""}
-        self.db.executemany("update messages set thread_id = ? where message_id = ? and thread_id is null",
-                            [(thread, name) for name in sorted(named)])
+        for name in sorted(named):
+            if self.db.execute("update messages set thread_id = ? where message_id = ? and thread_id is null", (thread, name)).rowcount \
+                    and self.value("select count(*) from (select 1 from messages where thread_id = ? limit 2)", thread) > 1:
+                self.joined.update((thread, thread_of(name)))
         return thread
 
     def _rethread(self, threads) -> None:
         """Work out threads again, some of whose messages were removed: those that are left may no longer belong together."""
+        joined = set(self.joined)       # what is put together again here was so before
         for thread in sorted(set(threads) - {None}):
             left = self.db.execute("select seq, message_id, given_thread, reply_to from messages where thread_id = ? order by seq",
                                    (thread,)).fetchall()
@@ -3292,6 +3519,7 @@ class Store:
             for seq, message_id, given, reply_to in left:       # the others, once all labels are known
                 if not given and not reply_to:
                     self.db.execute("update messages set thread_id = ? where seq = ?", (self._thread_for(message_id, None, None), seq))
+        self.joined = joined
 
     def _message_create(self, event: dict, seq: int, ns: int) -> None:
         db, message_id = self.db, event["message_id"]
@@ -3582,6 +3810,9 @@ class Store:
             return
         self.set_meta(purge_cutoff=cutoff)
         self._cutoff = cutoff
+        for table, at in (("tasks", "updated_at"), ("task_events", "at"), ("telemetry", "at")):
+            if self.db.execute(f"delete from {table} where {at} < ?", (cutoff,)).rowcount:
+                self._note_untidy()
         self.flush()
         for key, total, unread in self.db.execute("select agent, count(*), sum(read_at is null) from deliveries where at < ? and "
                                                   "not hidden group by agent", (cutoff,)).fetchall():
@@ -4084,6 +4315,7 @@ class Ledger:
         batch carried out `again`.
         """
         self.batch, self.afterwards, self._indexed_all, outcomes = [], [], None, []
+        self.store.joined = set()
         for path, size in self.appended.items() if careful or again else ():
             os.truncate(path, size)     # what the requests have appended when they were carried out before
         self.appended = {}
@@ -5654,6 +5886,641 @@ class Audience:
                         connection.push(head + tail)
 
 
+# ---- thread streams
+#
+# What /ws/stream tells clients that follow threads: JSON objects of `type`, `timestamp` (ms) and `data`.  Where a client is in
+# a thread, its cursor, is a sequence of the journal, which nothing can renumber.  What it sees are numbers from 1: the next
+# message has the next number, whatever is purged from the thread meanwhile, and a new subscription counts anew.  The
+# cursor moves when an event is on its way.  What does not fit the client's queue, its rate or its lag stays in the
+# database and is read when there is room; who has everything gets new messages as they are written, without a query.
+
+STREAM_BATCH = 50               # messages in one event
+STREAM_BYTES = 256 << 10        # characters in one event, if it has two messages: so much may wait for each of a thousand clients
+STREAM_RATE = 100               # messages to one connection at once, and each second on average
+RATE_SPAN_S = 10                # seconds within which the average holds, too
+STREAM_LAG, STREAM_RESUME = 1_000, 500          # messages without acknowledgement that pause a thread, and that let it go on
+STREAM_RESERVE = 16             # places of the queue to the client that are kept for answers to it
+STREAM_RETRY_S = 5              # seconds after a query that failed
+FOLLOWED_MAX = 256              # threads that one connection follows: more than a page shows
+INBOX_TITLE = 50                # characters of the first line of a message
+TASK_FIELDS = {                 # of an event of a task, as they are told; `!` as in METHODS
+    "task_id!": str, "thread_id": str, "stream_type!": str, "turn_num": int, "text": str, "tool_name": str, "tool_input": str,
+    "tool_output": str, "error_msg": str, "status": str, "tokens_in": int, "tokens_out": int, "cost": float, "duration_sec": int,
+    "workspace": str, "directive": str, "directive_full": str, "agent_id": str, "source_type": str}
+TASK_CUT = {"text": 2_000, "tool_output": 2_000, "tool_input": 1_000}       # characters that are told live
+TEXTS_RATE = 10                 # texts of a task that are told live in any second; all are stored
+TEXTS_MAX = 1_000               # tasks whose texts are counted, the last ones
+
+
+class Rate:
+    """How many messages may go out now: a bucket of STREAM_RATE, as many again each second, and no more than that on average
+    within RATE_SPAN_S.  Times in ns; a clock that was set only lets more out.
+    """
+
+    def __init__(self, now: int):
+        self._at = now
+        self._tokens = STREAM_RATE * NS         # as many of NS for one message
+        self._spent = []        # [tenth of a second, messages], of RATE_SPAN_S
+        self._sum = 0
+
+    def room(self, now: int) -> int:
+        """How many messages may go out."""
+        self._tokens = min(STREAM_RATE * NS, self._tokens + max(0, now - self._at) * STREAM_RATE)
+        self._at = now
+        while self._spent and not 0 <= now * 10 // NS - self._spent[0][0] <= RATE_SPAN_S * 10:
+            self._sum -= self._spent.pop(0)[1]
+        return min(self._tokens // NS, STREAM_RATE * RATE_SPAN_S - self._sum)
+
+    def spend(self, count: int, now: int) -> None:
+        """Let messages out."""
+        self._tokens -= count * NS
+        self._sum += count
+        if self._spent and self._spent[-1][0] == now * 10 // NS:
+            self._spent[-1][1] += count
+        else:
+            self._spent.append([now * 10 // NS, count])
+
+    def wait(self, count: int, now: int) -> float:
+        """Seconds until so many may go out, at most STREAM_RATE of them."""
+        free, until = STREAM_RATE * RATE_SPAN_S - self._sum, now - (self._tokens - count * NS) // STREAM_RATE
+        for tenth, spent in self._spent:
+            if free >= count:
+                break
+            free += spent
+            until = max(until, (tenth + RATE_SPAN_S * 10 + 1) * NS // 10)
+        return max(0, until - now) / NS
+
+
+def stream_event(kind: str, now: int, data: dict | None = None) -> bytes:
+    """An event for clients of thread streams, at a time (ns)."""
+    return encode({"type": kind, "timestamp": now // 1_000_000, **({} if data is None else {"data": data})})
+
+
+def stream_message(store: Store, row: dict, title: str, asker: str) -> dict:
+    """A message (a row) as it is told; `thread_id` and `message_seq` are each client's own.  `asker` as in `kind_of`."""
+    refs, scopes = stored_pairs(row)
+    readers = store.readers(row) if row["delivered"].isdigit() else []
+    try:
+        structured = decode(row["structured"] or "null")
+    except ValueError:          # of another program
+        structured = row["structured"]
+    metadata = {"refs": pair_dicts(refs), "scopes": pair_dicts(scopes), "structured": structured}
+    metadata = {name: value for name, value in metadata.items() if value}
+
+    def side(agent_id):
+        return "human" if agent_id.startswith("user:") else "agent"
+    return {"id": row["message_id"], "thread_id": "", "message_seq": 0, "created_at": row["at"] // 1_000_000,
+            "from_type": side(row["agent_id"]), "from_id": row["agent_id"],
+            "to_type": side(readers[0]) if readers else "broadcast", "to_id": readers[0] if readers else "broadcast",
+            "kind": kind_of(row["agent_id"], refs, asker), **({"subject": title} if title else {}), "content": row["content"],
+            **({"metadata_json": canonical(metadata).decode()} if metadata else {})}
+
+
+# What a stream asks for.  The first three are requests to the ledger, the last a question.
+
+def stream_subscribe(context: Context, params: dict) -> dict:
+    """Where a client begins that follows a thread: behind the message of a number, or with -1 behind what it has acknowledged."""
+    store, thread, instance = context.store, params["thread_id"], params["instance_id"]
+    goes_by = store.thread_named(thread)
+    if not goes_by:
+        raise NotFound(f"thread not found: {thread}")
+    note_stream_acks(context, [(instance, thread, after, offset) for after, offset in params["acks"]])
+    store.note_stream_ack(instance, thread, 0)
+    if params["from_seq"] == -1:
+        after = store.stream_ack(instance, thread)
+        number = store.thread_count(thread, after)
+    else:
+        after, number = store.thread_place(thread, 0, max(0, params["from_seq"]))
+    return {"thread": goes_by, "after": after, "number": number, "left": store.thread_count(thread) - number}
+
+
+def stream_ack(context: Context, params: dict) -> None:
+    """Note what a client acknowledges of a thread that it followed over another connection."""
+    store, thread, instance = context.store, params["thread_id"], params["instance_id"]
+    if store.stream_ack(instance, thread) is None:
+        raise NotFound(f"subscription not found: instance={instance} thread={thread}")
+    store.note_stream_ack(instance, thread, store.thread_place(thread, 0, max(0, params["ack_seq"]))[0])
+
+
+def note_stream_acks(context: Context, acks: list) -> None:
+    """Keep what `Streams.take_acks` gives."""
+    for instance, thread, after, offset in acks:
+        context.store.note_stream_ack(instance, thread, context.store.thread_place(thread, after, offset)[0])
+
+
+def stream_rows(context: Context, params: dict) -> dict | None:
+    """The messages of a thread after a sequence, without the first few, and if asked for its state; None when it is gone."""
+    store, thread, after, skipped = context.store, params["thread_id"], params["after"], 0
+    goes_by = store.thread_named(thread)
+    if not goes_by:
+        return None
+    if params["skip"]:
+        after, skipped = store.thread_place(thread, after, params["skip"])
+    page = store.thread_page(thread, after, params["limit"], STREAM_BYTES)
+    askers = store.askers([row["reply_to"] for _, row in page["rows"] if row["reply_to"]])
+    title = store.thread_title(goes_by)
+    rows = [(place, stream_message(store, row, title, askers.get(row["reply_to"], ""))) for place, row in page["rows"]]
+    return {**page, "rows": rows, "thread": goes_by, "skipped": skipped, "reached": store.reached()[0],
+            "state": store.thread_state(thread) if params["state"] else None}
+
+
+class StreamNews(Record):
+    """What a batch of events means for thread streams; worked out where it was written."""
+
+    rows: list                  # (sequence, ids of its thread, the message or None when it was taken back at once)
+    mail: list                  # (author, readers, `inbox_message` without `to_inbox`)
+    stale: set                  # threads whose status or title may have changed
+    joined: set                 # threads that were put together
+    gone: str                   # "archived" or "deleted" when messages were removed for good
+
+
+def stream_news(store: Store, events: list) -> StreamNews:
+    """What to tell streams of (sequence, event) pairs that were just committed."""
+    rows, mail, stale, gone = [], [], set(), ""
+    created = {seq: event for seq, event in events if event["type"] == "message.create"}
+    found = store.messages_at(created) if created else []
+    askers = store.askers([row["reply_to"] for row in found if row["reply_to"]])
+    for row in found:
+        asker, deleted = askers.get(row["reply_to"], ""), bool(row["deleted_at"])
+        message = stream_message(store, row, store.thread_title(row["thread_id"]) if row["thread_id"] else "", asker)
+        # The thread may go by another id since this message; whoever follows it under the one before is found by these.
+        threads = {row["thread_id"], created[row["seq"]].get("thread_id"), row["reply_to"] and thread_of(row["reply_to"])} - {None}
+        rows.append((row["seq"], threads, None if deleted else message))
+        if message["kind"] in ("question", "result"):
+            stale |= threads
+        if not deleted:
+            mail.append((row["agent_id"], frozenset(store.readers(row)), _inbox_message(row, message)))
+    for _, event in events:
+        if event["type"] == "thread.create":
+            stale |= {event["thread_id"], store.thread(event["thread_id"])}
+        elif event["type"] == "message.delete":
+            message = store.message(event["message_id"])
+            if message and message["thread_id"]:
+                stale.add(message["thread_id"])
+        elif event["type"] in TOMBSTONES:
+            gone = "archived" if event.get("reason") == "archived" else "deleted"
+    return StreamNews(rows, mail, stale, set(store.joined), gone)
+
+
+def _inbox_message(row: dict, message: dict) -> dict:
+    content = row["content"]
+    return {"id": row["message_id"], "message_id": row["message_id"], "correlation_id": row["thread_id"] or thread_of(row["message_id"]),
+            "from_agent": row["agent_id"], "to_inbox": message["to_id"],
+            "message_type": {"question": "request", "result": "response"}.get(message["kind"], "notification"),
+            "title": content.strip().partition("\n")[0][:INBOX_TITLE], **({"payload": content} if content else {}),
+            "status": "unread", "created_at": message["created_at"]}
+
+
+class Ask(Record):
+    """What a stream has to ask: `handler(context, params)`, and for whom."""
+
+    handler: object
+    params: dict
+    followed: object = None
+
+
+class Followed:
+    """Where one client is in one thread."""
+
+    def __init__(self, stream, thread_id: str, place: dict):
+        self.stream = stream
+        self.thread_id = thread_id      # as the client calls it
+        self.goes_by = place["thread"]
+        self.start = place["after"], place["number"]
+        self.left = place["left"]       # messages that it has not got, as far as is known
+        self.confirmed = False          # whether the answer to its `subscribe` is on its way
+        self.asked = None               # the Ask that is out
+        self.failing = False            # the last one failed
+        self.not_before = 0             # and the next is not before this time
+        self.stale = False              # its state may have changed
+        self.told = None                # the status and title that it knows
+        self.gone = ""                  # how messages were last removed
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Begin anew where it began."""
+        self.cursor, self.number = self.start   # of the last message that it got or that was deleted before it did
+        self.sent = self.acked = self.number    # the numbers of the last that it got, and acknowledged
+        self.ahead = 0                          # it has acknowledged up to here what it did not get
+        self.paused, self.asked = False, None
+        self.reached = self.latest = 0          # all is known up to this sequence; there is something with that one
+
+    def lag(self) -> int:
+        """How many messages it was sent and has not acknowledged."""
+        return self.number - self.acked if self.acked < self.sent else 0
+
+    def wants(self) -> bool:
+        """Whether there is something to ask for it."""
+        return not self.asked and (self.stale or not self.confirmed or bool((self.left or self.ahead) and not self.paused))
+
+
+class ThreadStream:
+    """One connection's threads: takes what the client says, says what to ask next, and sends what comes of it.
+
+    `send(payload, spare)` sends unless fewer than `spare` places would be left in the queue to the client, and says whether
+    it did; `close(code)` ends the connection; `wake()` is called when `due` has something.  Times are in ns.
+    """
+
+    def __init__(self, streams: Streams, instance_id: str, now: int, send, close, wake):
+        self.streams = streams
+        self.instance_id = instance_id or "user"
+        if not is_label(self.instance_id):
+            raise InvalidParams(f"instance_id must be a text of at most {PAIR_MAX} printable characters")
+        self.followed = {}      # thread id, as the client calls it -> Followed
+        self.dropped = 0        # events that it may miss and did
+        self._send, self._close, self._wake = send, close, wake
+        self._rate = Rate(now)
+        self._turns = {}        # the Followed for which there is something to ask, in turn
+
+    # ---- what the client says
+
+    def take(self, payload: bytes, now: int) -> Ask | None:
+        """A message of the client, and what to ask the ledger about it; the next one has to wait for the answer."""
+        try:
+            event = decode(payload)
+        except ValueError:
+            return self._error("PARSE_ERROR", "this is not JSON", now)
+        if not isinstance(event, (dict, type(None))):
+            return self._error("PARSE_ERROR", "an event is an object", now)
+        kind = (event or {}).get("type")
+        if kind == "ping":
+            return self._answer(stream_event("pong", now))
+        if kind == "pong":
+            return None
+        if kind not in ("subscribe", "unsubscribe", "ack"):
+            return self._error("UNKNOWN_EVENT", "an event is subscribe, unsubscribe, ack or ping", now)
+        data, field = event.get("data"), "ack_seq" if kind == "ack" else "from_seq"
+        given = {"thread_id": "", field: 0}             # what is missing or null
+        if type(data) is dict:
+            given.update((name, data[name]) for name in given if data.get(name) is not None)
+        thread_id, seq = given.values()
+        if type(data) is not dict or type(thread_id) is not str or type(seq) is not int:
+            return self._error("INVALID_ACK" if kind == "ack" else "INVALID_SUBSCRIBE",
+                               f"the data of {kind} is an object of thread_id, a text, and {field}, an integer", now)
+        followed, seq = self.followed.get(thread_id), min(seq, FAR)
+        if kind == "unsubscribe":
+            return self._leave(followed) if followed else None
+        if kind == "ack" and followed:
+            return self._ack(followed, seq)
+        named = printable(thread_id[:PAIR_MAX])
+        if kind == "ack" and not is_label(thread_id):
+            return self._error("ACK_FAILED", f"subscription not found: instance={self.instance_id} thread={named}", now)
+        if kind == "ack":
+            return Ask(stream_ack, {"instance_id": self.instance_id, "thread_id": thread_id, "ack_seq": seq})
+        if not is_label(thread_id):
+            return self._error("SUBSCRIBE_FAILED", f"thread not found: {named}", now)
+        if not followed and len(self.followed) >= FOLLOWED_MAX:
+            return self._error("SUBSCRIBE_FAILED", f"a connection follows at most {FOLLOWED_MAX} threads; unsubscribe from one", now)
+        return Ask(stream_subscribe, {"instance_id": self.instance_id, "thread_id": thread_id, "from_seq": seq,
+                                      "acks": self.streams.acks_of(self.instance_id, thread_id)})
+
+    def _ack(self, followed: Followed, number: int) -> None:
+        if number > followed.number and followed.left:
+            followed.ahead, followed.paused = max(followed.ahead, number), False       # what lies between is skipped in its turn
+            return self._queue(followed)
+        if number >= followed.sent:
+            number = followed.number        # it has everything, and what was deleted behind that it cannot know
+        if number > followed.acked:
+            followed.acked = number
+            self.streams.note_ack(followed)
+            self._resume(followed)
+
+    def _resume(self, followed: Followed) -> None:
+        """End a pause when what is next would be one of few without acknowledgement."""
+        if followed.paused and followed.lag() + bool(followed.left) <= STREAM_RESUME:
+            followed.paused = False
+        self._queue(followed)
+
+    # ---- what is asked
+
+    def due(self, now: int):
+        """What to ask next, an Ask; or the seconds until there may be something, None when only `wake` tells."""
+        room, wait = self._rate.room(now), None
+        ready = [followed for followed in self._turns if followed.not_before <= now]
+        if len(ready) < len(self._turns):
+            wait = (min(followed.not_before for followed in self._turns if followed.not_before > now) - now) / NS
+        for followed in ready:
+            if followed.confirmed and followed.stale:
+                return self._ask(followed, 0)           # a state costs nothing
+        if not ready:
+            return wait
+        followed = ready[0]
+        free = STREAM_LAG if followed.ahead else STREAM_LAG - followed.lag()
+        if free <= 0:
+            return self._pause(followed, now)
+        wanted = min(STREAM_BATCH, free, max(followed.left, int(followed.confirmed)))
+        if room >= wanted:
+            return self._ask(followed, min(STREAM_BATCH, free, room))
+        return min(self._rate.wait(wanted, now), FAR if wait is None else wait)
+
+    def _ask(self, followed: Followed, limit: int) -> Ask:
+        del self._turns[followed]
+        followed.asked = Ask(stream_rows, {
+            "thread_id": followed.thread_id, "after": followed.cursor, "skip": max(0, followed.ahead - followed.number) if limit else 0,
+            "limit": limit, "state": followed.stale or not followed.confirmed}, followed)
+        return followed.asked
+
+    def _pause(self, followed: Followed, now: int) -> Ask:
+        followed.paused = followed.stale = True
+        followed.told = None                            # it is told once, changed or not
+        self._error("LAG_EXCEEDED", f"thread {followed.thread_id} is paused: {followed.lag() + 1:,} messages are not acknowledged, "
+                    f"the limit is {STREAM_LAG:,}; it goes on at {STREAM_RESUME}", now)
+        return self._ask(followed, 0)
+
+    def answered(self, ask: Ask, reply, now: int) -> None:
+        """What came of an Ask: what its handler returned, or the exception that it raised."""
+        followed = ask.followed
+        if followed:
+            if followed.asked is ask and self.followed.get(followed.thread_id) is followed:    # else it was left or begins anew
+                followed.asked = None
+                self._take_rows(followed, ask.params, reply, now)
+        elif isinstance(reply, Exception):
+            self._error("ACK_FAILED" if ask.handler is stream_ack else "SUBSCRIBE_FAILED", _told(reply), now)
+        elif ask.handler is stream_subscribe:
+            thread_id = ask.params["thread_id"]
+            if thread_id in self.followed:
+                self._leave(self.followed[thread_id])
+            followed = self.followed[thread_id] = Followed(self, thread_id, reply)
+            self.streams.find_by(followed)
+            self._queue(followed)
+
+    def _take_rows(self, followed: Followed, params: dict, reply, now: int) -> None:
+        if isinstance(reply, Exception):
+            if not followed.failing:
+                self._error("FETCH_FAILED", _told(reply), now)
+            followed.failing, followed.not_before = True, now + STREAM_RETRY_S * NS
+        elif reply is None:
+            return self._lose(followed, now)
+        else:
+            followed.failing, followed.not_before = False, 0
+            if reply["thread"] != followed.goes_by:
+                self.streams.lose_by(followed)
+                followed.goes_by = reply["thread"]
+                self.streams.find_by(followed)
+            at = followed.number + reply["skipped"]
+            if followed.confirmed and not params["limit"]:      # only its state was asked for
+                followed.reached, followed.left = reply["reached"], reply["passed"] + reply["left"] + (followed.latest > reply["reached"])
+            elif self._give(followed, [(at + place, message) for place, message in reply["rows"]], reply["after"], at + reply["passed"],
+                            reply["left"], reply["reached"], reply["more"], now) and followed.ahead:
+                self._skipped(followed, at if params["skip"] else followed.ahead)
+            if reply["state"] and followed.confirmed:
+                self._tell_state(followed, reply["state"], now)
+        self._queue(followed)
+
+    def _skipped(self, followed: Followed, number: int) -> None:
+        """It was brought to the number that it has acknowledged, or to the last that there is."""
+        if number <= followed.number:
+            followed.sent, followed.ahead = max(followed.sent, number), 0
+            self._ack(followed, number)
+
+    # ---- what is sent
+
+    def _give(self, followed: Followed, rows: list, after: int, number: int, left: int, reached: int, more: bool, now: int,
+              encoded: dict | None = None) -> bool:
+        """Send messages, pairs of (number, message), and move to a sequence and number; False, and nothing, when there is no room.
+
+        `encoded` holds the events that others were sent of the same news.
+        """
+        if rows or not followed.confirmed:
+            key = followed.thread_id, followed.number, after, len(rows)
+            payload = encoded.get(key) if encoded else None
+            if not payload:
+                told = [{**message, "thread_id": followed.thread_id, "message_seq": n} for n, message in rows]
+                payload = stream_event("message", now, told[0]) if followed.confirmed and len(told) == 1 else stream_event(
+                    "batch", now, {"thread_id": followed.thread_id, "messages": told, "has_more": more})
+                if encoded is not None:
+                    encoded[key] = payload
+            if not (self._send(payload, STREAM_RESERVE) if followed.confirmed else self._answer(payload)):
+                return False
+            self._rate.spend(len(rows), now)
+            followed.confirmed = True
+        followed.cursor, followed.number, followed.reached = after, number, reached
+        followed.left = left + (followed.latest > reached)
+        followed.sent = rows[-1][0] if rows else followed.sent
+        return True
+
+    def came(self, followed: Followed, rows: list, now: int, encoded: dict) -> None:
+        """Messages were written, pairs of (sequence, message): they go out at once if nothing is before them."""
+        rows = [pair for pair in rows if pair[0] > followed.reached]
+        if not rows:
+            return
+        followed.latest, count = rows[-1][0], len(rows)
+        at_once = followed.confirmed and not (followed.left or followed.asked or followed.stale or self._turns) and count <= STREAM_BATCH \
+            and followed.lag() + count <= STREAM_LAG and self._rate.room(now) >= count
+        told = [(followed.number + place, message) for place, (_, message) in enumerate(rows, 1) if message]
+        if not at_once or not self._give(followed, told, followed.latest, followed.number + count, 0, followed.latest, False, now, encoded):
+            followed.left += count
+            self._queue(followed)
+
+    def look_again(self, followed: Followed, gone: str = "") -> None:
+        """Its thread may have another status or title, or be gone."""
+        followed.stale, followed.gone = True, gone or followed.gone
+        self._queue(followed)
+
+    def begin_anew(self, followed: Followed) -> None:
+        """Its thread was put together with another, whose messages may stand between those that it got: it gets them all again."""
+        followed.rewind()
+        followed.left = followed.left or 1
+        self._queue(followed)
+
+    def _tell_state(self, followed: Followed, state: dict, now: int) -> None:
+        shown = state["status"], state["title"]
+        followed.stale = shown != followed.told and not self._send(stream_event("thread_state", now, {
+            "thread_id": followed.thread_id, "status": state["status"], "last_seq": followed.number + followed.left,
+            "updated_at": state["updated_at"] // 1_000_000}), STREAM_RESERVE)
+        if not followed.stale:
+            followed.told = shown
+
+    def _lose(self, followed: Followed, now: int) -> None:
+        """Its thread is gone."""
+        self._leave(followed)
+        if not followed.confirmed:
+            return self._error("SUBSCRIBE_FAILED", f"thread not found: {followed.thread_id}", now)
+        self._answer(stream_event("thread_state", now, {
+            "thread_id": followed.thread_id, "status": followed.gone or "deleted", "last_seq": followed.number,
+            "updated_at": now // 1_000_000}))
+
+    def offer(self, payload: bytes) -> None:
+        """Send what may be missed, if there is room."""
+        if not self._send(payload, STREAM_RESERVE):
+            self.dropped += 1
+            self.streams.dropped += 1
+
+    def _answer(self, payload: bytes) -> bool:
+        """Send what the client waits for; one that does not even read answers is closed."""
+        sent = self._send(payload, 0)
+        if not sent:
+            self._close(1008)
+        return sent
+
+    def _error(self, code: str, message: str, now: int) -> None:
+        self._answer(stream_event("error", now, {"code": code, "message": message}))
+
+    def _queue(self, followed: Followed) -> None:
+        """Give it a turn, behind the others, if there is something to ask for it."""
+        if followed.wants():
+            self._turns.setdefault(followed)
+            self._wake()
+
+    def _leave(self, followed: Followed) -> None:
+        del self.followed[followed.thread_id]
+        self._turns.pop(followed, None)
+        self.streams.lose_by(followed)
+
+
+def _told(error: Exception) -> str:
+    """What a client learns of an error: what is not meant for it stays here."""
+    return str(error) if isinstance(error, ThrumError) else "the daemon could not do this; its log says why"
+
+
+class Streams:
+    """All thread streams.  No threads: the daemon calls it from one.  `keep()` is called when there are acknowledgements to be kept."""
+
+    def __init__(self, keep=lambda: None):
+        self.streams = {}       # instance id -> its ThreadStreams, as keys in the order in which they came
+        self.dropped = 0        # events that somebody missed
+        self._followed = {}     # thread id -> the Followed that are found by it, as keys
+        self._acks = {}         # Followed -> (sequence, places from there) that it has acknowledged and that is not kept yet
+        self._keep = keep
+        self._texts = {}        # task id -> when its last TEXTS_RATE texts were told
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return sum(map(len, self.streams.values()))
+
+    def open(self, instance_id: str, now: int, send, close, wake) -> ThreadStream:
+        """A new ThreadStream."""
+        stream = ThreadStream(self, instance_id, now, send, close, wake)
+        self.streams.setdefault(stream.instance_id, {})[stream] = True
+        return stream
+
+    def close(self, stream: ThreadStream) -> None:
+        """Forget a stream; what it has acknowledged is kept."""
+        for followed in stream.followed.values():
+            self.lose_by(followed)
+        own = self.streams[stream.instance_id]
+        del own[stream]
+        if not own:
+            del self.streams[stream.instance_id]
+
+    def find_by(self, followed: Followed) -> None:
+        """Find it by the id that its client uses, and by the one that the thread goes by."""
+        for thread in (followed.thread_id, followed.goes_by):
+            self._followed.setdefault(thread, {})[followed] = True
+
+    def lose_by(self, followed: Followed) -> None:
+        """The reverse of `find_by`."""
+        for thread in {followed.thread_id, followed.goes_by}:
+            found = self._followed[thread]
+            del found[followed]
+            if not found:
+                del self._followed[thread]
+
+    # ---- acknowledgements
+
+    def note_ack(self, followed: Followed) -> None:
+        if not self._acks:
+            self._keep()
+        self._acks[followed] = followed.cursor, followed.acked - followed.number
+
+    def acks_of(self, instance_id: str, thread_id: str) -> list:
+        """What was acknowledged of a thread and is not kept yet."""
+        return [ack for followed, ack in self._acks.items()
+                if (followed.stream.instance_id, followed.thread_id) == (instance_id, thread_id)]
+
+    def take_acks(self) -> list:
+        """What was acknowledged since the last call, for `note_stream_acks`."""
+        taken, self._acks = self._acks, {}
+        return [(followed.stream.instance_id, followed.thread_id, *ack) for followed, ack in taken.items()]
+
+    # ---- news
+
+    def publish(self, news: StreamNews | None, now: int) -> None:
+        """Tell of a batch of events, before its senders hear of it; None: something was written, and it is not known what."""
+        if news is None or news.gone:
+            for followed in [followed for streams in self.streams.values() for stream in streams for followed in stream.followed.values()]:
+                followed.stream.look_again(followed, news.gone if news else "")
+        if news is None:
+            return
+        for thread in news.joined:
+            for followed in list(self._followed.get(thread, ())):
+                followed.stream.begin_anew(followed)
+        came, encoded = {}, {}
+        for seq, threads, message in news.rows:
+            for followed in [followed for thread in threads for followed in self._followed.get(thread, ())]:
+                came.setdefault(followed, {})[seq] = message    # whatever ids led to it
+        for followed, rows in came.items():
+            followed.stream.came(followed, list(rows.items()), now, encoded)
+        for followed in [followed for thread in news.stale for followed in self._followed.get(thread, ())]:
+            followed.stream.look_again(followed)
+        for author, readers, data in news.mail:
+            self._tell_mail(author, readers, data, now)
+
+    def _tell_mail(self, author: str, readers: frozenset, data: dict, now: int) -> None:
+        """Tell of a message those who got it, its author, and people at their consoles."""
+        payloads = {}
+        for instance_id in [one for one in self.streams if one in readers or one == author or one == "user" or one.startswith("user:")]:
+            inbox = instance_id if instance_id in readers else data["to_inbox"]
+            if inbox not in payloads:
+                payloads[inbox] = stream_event("inbox_message", now, {**data, "to_inbox": inbox})
+            for stream in self.streams[instance_id]:
+                stream.offer(payloads[inbox])
+
+    def tell(self, kind: str, data: dict, now: int) -> None:
+        """Tell all of `telemetry`, or of an event of a task (`task_stream`): not too many texts, and the beginnings of long ones."""
+        if not self.streams:
+            return
+        if kind == "task_stream":
+            if data["stream_type"] == "text" and not self._may_tell_text(data["task_id"], now):
+                return
+            data = {field: value[:TASK_CUT[field] - 3] + "..." if field in TASK_CUT and len(value) > TASK_CUT[field] else value
+                    for field, value in data.items()}
+        payload = stream_event(kind, now, data)
+        for stream in [stream for streams in self.streams.values() for stream in streams]:
+            stream.offer(payload)
+
+    def _may_tell_text(self, task_id: str, now: int) -> bool:
+        times = [at for at in self._texts.pop(task_id, ()) if 0 <= now - at < NS]
+        self._texts[task_id] = times
+        if len(self._texts) > TEXTS_MAX:
+            del self._texts[next(iter(self._texts))]
+        if len(times) < TEXTS_RATE:
+            times.append(now)
+            return True
+        return False
+
+
+async def hear_stream(stream: ThreadStream, payload: bytes, change, now) -> None:
+    """Take a message of the client; `await change(handler, params)` is a request to the ledger, `now()` the time (ns)."""
+    ask = stream.take(payload, now())
+    if ask:
+        stream.answered(ask, await _reply_to(change, ask), now())
+
+
+async def serve_stream(stream: ThreadStream, ask, drained, wait, now) -> None:
+    """Send what is due, for ever.
+
+    `await ask(handler, params)` is a question, `await drained()` returns when the client has read enough for more,
+    `await wait(seconds)` after so many, or when the stream has called `wake` since it returned last.
+    """
+    while True:
+        await drained()
+        due = stream.due(now())
+        if isinstance(due, Ask):
+            stream.answered(due, await _reply_to(ask, due), now())
+        else:
+            await wait(due)
+
+
+async def _reply_to(ask, wanted: Ask):
+    try:
+        return await ask(wanted.handler, wanted.params)
+    except Exception as error:
+        if not isinstance(error, ThrumError):
+            logging.getLogger("thrum").exception("%s failed", wanted.handler.__name__)
+        return error
+
+
 # ================================================================== 13  Sync
 
 BRANCH = "a-sync"               # the orphan branch that carries the log
@@ -6810,6 +7677,7 @@ BATCH_READ_MAX = 5_000          # messages marked at once: bounds the transactio
 INTEGER_MAX = 1 << 53           # what every JSON reader keeps exactly (RFC 8259, section 6)
 PAIR = object()                 # {"type": …, "value": …}
 PREVIEW_MAX = 200               # characters of a message in its trace
+TASKS_LISTED = 50               # tasks when nobody says how many
 SNIPPET = 160                   # characters of a message around what was searched for: two lines of a terminal
 SEARCH_WORDS_MAX = 32           # words of a query: more is a text, not a question
 AWAY_NAMES = 5                  # names in a warning
@@ -6864,7 +7732,7 @@ def check_params(method: Method, params) -> dict:
     return checked
 
 
-_KIND_NAMES = {str: "a string", int: "an integer", bool: "true or false", dict: "an object"}
+_KIND_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "an object"}
 
 
 def _check_value(name: str, kind, value):
@@ -6876,11 +7744,11 @@ def _check_value(name: str, kind, value):
         if not isinstance(value, dict) or not all(isinstance(value.get(k), str) and is_label(value[k]) for k in ("type", "value")):
             raise InvalidParams(f"invalid params: {name} must be an object with the texts type and value")
         return {"type": value["type"], "value": value["value"]}
-    if type(value) is not kind:
+    if type(value) is not kind and not (kind is float and type(value) is int):
         raise InvalidParams(f"invalid params: {name} must be {_KIND_NAMES[kind]}")
     if kind is str:
         check_text(value, name, REQUEST_MAX)
-    if kind is int and abs(value) > INTEGER_MAX:
+    if kind in (int, float) and not abs(value) <= INTEGER_MAX:      # NaN is not, either
         raise InvalidParams(f"invalid params: {name} is out of range")
     if kind is dict:
         try:
@@ -8593,6 +9461,119 @@ def claim_check(context: Context, params: dict) -> dict:
     return {"claims": found}
 
 
+# ---- tasks and processes: told live, and kept for a while on this machine
+
+def _reported(params: dict, fields: dict) -> dict:
+    """What a report says, in the order of the fields; raises InvalidParams, or ThrumError when it is too large."""
+    data = {name: params[name] for name in [field.rstrip("!") for field in fields] if params.get(name)}
+    for name, value in data.items():
+        if type(value) is not str and value < 0:
+            raise InvalidParams(f"invalid params: {name} must not be negative")
+        if name in REPORT_LABELS and not is_label(value):
+            raise InvalidParams(f"invalid params: {name} must be a text of at most {PAIR_MAX} printable characters")
+    size = len(encode(data))
+    if size > LINE_MAX:
+        raise ThrumError(f"this is too large: {size:,} bytes, the limit is {LINE_MAX:,}; report less of it")
+    return data
+
+
+def _tell_live(context: Context, kind: str, data: dict) -> None:
+    """Tell those who watch, once it is stored."""
+    tell = context.ledger.facts.get("live")
+    if tell:
+        context.afterwards.append(lambda: tell(kind, data))
+
+
+def _one_of(params: dict, name: str, values: tuple, default: str) -> str:
+    value = params.get(name) or default
+    if value not in (*values, default):
+        raise InvalidParams(f"invalid params: {name} must be one of {', '.join(values)}")
+    return value
+
+
+def task_report(context: Context, params: dict) -> dict:
+    _one_of(params, "stream_type", TASK_EVENTS, "")
+    agent_id = params.get("agent_id") or params.get("caller_agent_id", "")
+    data = _reported({**params, "agent_id": agent_id}, TASK_FIELDS)
+    event_seq = context.store.add_task_event(data, context.world.now_ns())
+    _tell_live(context, "task_stream", {**data, "event_seq": event_seq})
+    return {"success": True, "event_seq": event_seq}
+
+
+def telemetry_report(context: Context, params: dict) -> dict:
+    data = _reported(params, TELEMETRY_FIELDS)
+    data = {**{name: "" if kind is str else 0 for name, kind in TELEMETRY_FIELDS.items()}, "status": "running",
+            "instance_id": f"external_{data.get('pid', 0)}", **data}
+    context.store.add_telemetry(data, context.world.now_ns())
+    _tell_live(context, "telemetry", data)
+    return {"status": "ok"}
+
+
+def _limit(params: dict, default: int, most: int) -> int:
+    return min(max(params.get("limit", default), 1), most)
+
+
+def _task_info(row: dict) -> dict:
+    """A task as `task.list` gives it; `tool_name` is in use now."""
+    counts = {name: row[name] for name in ("turns", "tokens_in", "tokens_out", "cost", "duration_sec", "events")}
+    return {"task_id": row["task_id"], "status": row["status"] or "", **compact(**{
+        name: row[name] for name in ("agent_id", "thread_id", "workspace", "directive", "source_type", "tool_name")}),
+        **counts, "started_at": stamp_of(row["started_at"]), "updated_at": stamp_of(row["updated_at"])}
+
+
+def task_list(context: Context, params: dict) -> dict:
+    return {"tasks": [_task_info(row) for row in context.store.tasks(_limit(params, TASKS_LISTED, TASKS_MAX))]}
+
+
+def task_events(context: Context, params: dict) -> dict:
+    """The last events of a task, the oldest first; as `text` for people to read, or only what they come to."""
+    store, task_id = context.store, params["task_id"]
+    task = store.task(task_id)
+    if not task:
+        raise NotFound(f"task not found: {task_id}")
+    kind, form = _one_of(params, "type", TASK_EVENTS, ""), _one_of(params, "format", ("json", "text", "summary"), "json")
+    rows = store.task_events(task_id, _limit(params, TASK_EVENTS_MAX // 2, TASK_EVENTS_MAX), max(0, params.get("turn", 0)), kind)
+    events = [{**json.loads(row["data"]), "event_seq": row["event_seq"], "created_at": row["at"] // 1_000_000} for row in rows]
+    if form == "json":
+        return {"task_id": task_id, "events": events}
+    if form == "text":
+        return {"task_id": task_id, "text": "".join(_task_line(event) + "\n" for event in events)}
+    tools = [event["tool_name"] for event in events if event["stream_type"] == "tool_use" and "tool_name" in event]
+    return {"task_id": task_id, "summary": {
+        **_task_info(task), "tools": {tool: tools.count(tool) for tool in sorted(set(tools))},
+        "errors": [event.get("error_msg", "") for event in events if event["stream_type"] == "error"]}}
+
+
+def _task_line(event: dict) -> str:
+    """An event of a task for people to read."""
+    kind, turn = event["stream_type"], event.get("turn_num", 0)
+    if kind == "text":
+        return event.get("text", "")
+    if kind in ("turn_start", "turn_end"):
+        return f"--- turn {turn}{' ends' if kind == 'turn_end' else ''} ---"
+    if kind == "status":
+        totals = f": {span(event.get('duration_sec', 0))}, {event.get('tokens_in', 0):,} tokens in, {event.get('tokens_out', 0):,} out, " \
+                 f"${event.get('cost', 0):.4f}"
+        return f"[{event.get('status', '')}]" + (totals if event.keys() & {"tokens_in", "tokens_out", "cost", "duration_sec"} else "")
+    if kind == "error":
+        return f"! {event.get('error_msg', '')}"
+    mark, said = (">", "tool_input") if kind == "tool_use" else ("<", "tool_output")
+    return f"{mark} {event.get('tool_name', '')} {event.get(said, '')}"
+
+
+def telemetry_list(context: Context, params: dict) -> dict:
+    """What processes have said last, and for each half minute of the hour before that."""
+    return {"instances": [{
+        **reports[-1][1], "updated_at": stamp_of(reports[-1][0]),
+        "history": [{"at": stamp_of(at), **{name: data[name] for name in ("turns", "tokens_in", "tokens_out", "cost")}}
+                    for at, data in reports]}
+        for reports in context.store.telemetry(_limit(params, PAGE_MAX, LIST_MAX)).values()]}
+
+
+TASK_EVENTS = ("status", "turn_start", "turn_end", "text", "tool_use", "tool_result", "error")
+TELEMETRY_FIELDS = {"instance_id": str, "pid": int, "turns": int, "tokens_in": int, "tokens_out": int, "cost": float, "status": str,
+                    "duration_sec": int}
+REPORT_LABELS = ("task_id", "thread_id", "tool_name", "status", "agent_id", "source_type", "instance_id")
 CALLER = {"caller_agent_id": str}
 CONTEXT = {"agent_name": str, "repo_path": str, "text": bool, **CALLER}
 PAGING = {"page_size": int, "page": int}
@@ -8702,6 +9683,13 @@ METHODS = {
         aliases={"mention": "mention_role"}),
     "unsubscribe": Method(unsubscribe, {"subscription_id": int, **CALLER}, "End a subscription of the caller's session.", writes=True),
     "subscriptions.list": Method(subscriptions_list, CALLER, "The subscriptions of the caller's session, newest first."),
+    # Of this machine only: neither events nor files of anybody.
+    "task.report": Method(task_report, {**TASK_FIELDS, **CALLER}, "Say what happens in a task, for who watches it.", writes=True),
+    "task.list": Method(task_list, {"limit": int}, "The tasks that were reported lately, the last first."),
+    "task.events": Method(task_events, {"task_id!": str, "limit": int, "turn": int, "type": str, "format": str},
+                          "What happened in a task, as events, as text or as a summary."),
+    "telemetry.report": Method(telemetry_report, {**TELEMETRY_FIELDS, **CALLER}, "Say what a process has used so far.", writes=True),
+    "telemetry.list": Method(telemetry_list, {"limit": int}, "What processes have used, with their last hour."),
 }
 
 
