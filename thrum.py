@@ -5629,7 +5629,7 @@ SUBSCRIPTION_TOPICS = {                      # what one can subscribe to beside 
     "presence": (), "work": (), "sync": (),     # no events: `notification.presence` and so on
 }
 INTERNAL_FIELDS = frozenset(("event_id", "v", "origin_daemon", "sequence"))     # of an event, which are nothing to a listener
-TOPIC_OF = {kind: topic for topic, kinds in SUBSCRIPTION_TOPICS.items() for kind in kinds}
+TOPIC_OF = dict((kind, topic) for topic, kinds in SUBSCRIPTION_TOPICS.items() for kind in kinds)
 SUBSCRIPTION_CHANGES = frozenset((
     "subscription.add", "subscription.remove", "agent.session.end", "agent.register", "agent.cleanup", "purge.executed"))
 EVERYTHING = object()           # what a subscription with `all` is found by
@@ -11752,6 +11752,8 @@ SECURITY_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin"}
 PAGE_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self' ws://{}; "
                "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+STREAM_MESSAGE_MAX = 10 << 10   # bytes of one message of a thread stream's client
+ACKS_S = 0.2                    # seconds for which acknowledgements are collected
 ECHO_MAX = 64 << 20             # bytes of one message at the echo endpoint: four times what the suites send
 LINK_S = 300                    # seconds for which a link to the page with its one-time code is good
 PRESENCE_TELL_S = 30            # seconds between two notices of one agent's presence
@@ -11938,16 +11940,16 @@ class Connection:
         self.agents = {}        # all that it called for; what concerns them is pushed to it
         self.person = ""        # who calls when a request does not say so
         self.outbox = Outbox(writer)
-        self.dropped = False    # it was too far behind
+        self.silent = False     # nothing more is sent: it was too far behind, or was said goodbye
         self.reader = None      # of JSON-RPC: what it sends while it waits is read ahead, to see it leave
         self.socket = None
         self.ahead = b""
 
     def push(self, payload: bytes) -> None:
         """Send a notification after those before it; who is too far behind is closed, and gets nothing more."""
-        if not self.dropped and not self.outbox.put(self.framed(payload)):
-            self.dropped = True
+        if not self.silent and not self.outbox.put(self.framed(payload)):
             self.close(1013)
+            self.silent = True
 
     def framed(self, payload: bytes) -> bytes:
         return payload + b"\n"
@@ -11994,19 +11996,30 @@ class WebConnection(Connection):
     def framed(self, payload: bytes) -> bytes:
         return encode_frame(TEXT, payload)
 
+    async def answer(self, payload: bytes, kind: int = TEXT) -> None:
+        """Send a message, unless a Close went before it (RFC 6455, section 5.5.1)."""
+        if not self.silent:
+            await self.outbox.send(encode_frame(kind, payload))
+
     def feed(self, data: bytes) -> list:
-        """The messages that are complete with this data; pongs and closes are answered."""
+        """The messages that are complete with this data.  Pings are answered; a Close waits for `hang_up`, behind the answers."""
         self.web.feed(data)
         messages = self.web.messages()
         if self.web.frames != self._frames:
             self.heard, self._frames = self.loop.time(), self.web.frames
-        self._flush()
+        if not self.web.closing:
+            self._flush()
         return messages
 
     def _flush(self) -> None:
         output = self.web.output()
-        if output:
+        if output and not self.silent:
             self.outbox.write(output)
+
+    def hang_up(self) -> None:
+        """Send the Close that is due; nothing follows it."""
+        self._flush()
+        self.silent = True
 
     def _look(self) -> None:
         """Ping it when it is time; give it up when it does not even answer that."""
@@ -12024,7 +12037,7 @@ class WebConnection(Connection):
             return super().close(code)
         if not self.web.closing:
             self.web.close(code)
-            self._flush()
+            self.hang_up()
             self.loop.call_later(CLOSE_S, self.outbox.writer.transport.abort)
 
     def ended(self) -> None:
@@ -12138,6 +12151,7 @@ class Daemon:
         self.waiters = Waiters()
         self.audience = Audience()
         self.subscriptions = Subscriptions(self.audience.connections)
+        self.streams = Streams(lambda: self.loop.call_later(ACKS_S, self._keep_acks))
         self.connections = set()
         self._opening = {}          # connections to the port without a complete request yet, the oldest first
         self._links = {}            # one-time codes of links to the page -> until when they are good (monotonic s)
@@ -12169,6 +12183,8 @@ class Daemon:
         conflicts = self.ledger.facts["conflicts"] = Conflicts(self.ledger.facts.setdefault("work", Work(self.places, self.world)))
         await self.loop.run_in_executor(None, conflicts.close, False)      # what a crash has left
         self.ledger.facts["stop"] = lambda: self.loop.call_soon_threadsafe(self.stopping.set)
+        self.ledger.facts["live"] = lambda kind, data: self.loop.call_soon_threadsafe(
+            self.streams.tell, kind, data, self.world.now_ns())
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self.stopping.set)
         for slow, count in ((False, READERS), (True, SLOW_READERS), (ONE_BY_ONE, 1)):
@@ -12211,7 +12227,8 @@ class Daemon:
             for task in late:
                 task.cancel()
         try:
-            await self._write(lambda context: self.ledger.note_presence())
+            acks = self.streams.take_acks()
+            await self._write(lambda context: (self.ledger.note_presence(), note_stream_acks(context, acks)))
         except ThrumError as error:             # a full disk: who was here is not worth more
             self.log.warning("who was here was not noted: %s", error)
         self._writes.put(None)
@@ -12332,12 +12349,15 @@ class Daemon:
         except Exception:       # the next start finds no mark of a clean end, and looks at everything
             self.log.exception("closing failed")
 
-    def _news(self, events: list) -> list:
+    def _news(self, events: list) -> tuple:
+        """What a batch means for subscribers and for streams; None: it is not known, and they have to look themselves."""
+        notes, news, store = [], None, self.ledger.store
         try:
-            return self.subscriptions.news(self.ledger.store, events)
+            notes = self.subscriptions.news(store, events)
+            news = stream_news(store, events if len(self.streams) else [])
         except Exception:       # it is stored, and who asks will find it
-            self.log.exception("subscribers were not told")
-            return []
+            self.log.exception("listeners were not told")
+        return notes, news
 
     def _idle(self) -> None:
         try:
@@ -12345,11 +12365,13 @@ class Daemon:
         except Exception:       # whatever it is, the writer must go on
             self.log.exception("what can wait has failed")
 
-    def _committed(self, batch: list, outcomes: list, events: list, notes: list) -> None:
+    def _committed(self, batch: list, outcomes: list, events: list, news: tuple) -> None:
         """Tell everybody, listeners before senders."""
         if events:
             self.last_seq = events[-1][0]
-        self.audience.tell(notes)
+        self.audience.tell(news[0])
+        if len(self.streams):
+            self.streams.publish(news[1], self.world.now_ns())
         self.waiters.publish(events)
         if self.ledger.export_problem != self._sync_told:
             self._sync_told = self.ledger.export_problem
@@ -12367,6 +12389,18 @@ class Daemon:
         agents = self.subscriptions.to_topic(topic)
         if agents:
             self.audience.tell([(notification(topic, encode(params)), [(agent_id, b"") for agent_id in agents])])
+
+    def _keep_acks(self) -> None:
+        """Keep what streams have acknowledged; what a crash loses of it only repeats messages."""
+        acks = self.streams.take_acks()
+
+        async def keep():
+            try:
+                await self._write(lambda context: note_stream_acks(context, acks))
+            except ThrumError as error:
+                self.log.warning("acknowledgements were not kept: %s", error)
+        if acks and not self.stopping.is_set():
+            self._keeping = self.loop.create_task(keep())       # a task that nobody holds may be collected
 
     def _heard_of(self, agent_id: str, connection: Connection) -> None:
         """Note that somebody calls: it is here, and what concerns it can be pushed over this connection."""
@@ -12712,9 +12746,11 @@ class Daemon:
         if not head.upgrades and head.path != "/ws" and not head.path.startswith("/ws/"):
             return None
         found = {"/": (REQUEST_MAX, self._work_calls), "/ws": (REQUEST_MAX, self._work_calls),
-                 "/ws/echo": os.environ.get("THRUM_WS_ECHO") == "1" and (ECHO_MAX, self._work_echo)}.get(head.path)
+                 "/ws/stream": (STREAM_MESSAGE_MAX, self._work_stream), "/ws/echo": os.environ.get("THRUM_WS_ECHO") == "1" and (ECHO_MAX, self._work_echo)}.get(head.path)
         if not found:
             raise HttpError(404)
+        if not is_label(head.query.get("instance_id") or "user"):
+            raise HttpError(400)
         return found
 
     async def _respond(self, head, body: bytes, connection: WebConnection) -> tuple:
@@ -12725,7 +12761,7 @@ class Daemon:
                 "status": "healthy", "connections": sum(bool(one.web) for one in self.connections),
                 "timestamp": self.world.now_ns() // NS})
         if head.path.startswith("/api/"):
-            raise HttpError(404)
+            return await self._respond_api(head, body, connection)
         _only(head, "GET", "HEAD")
         if head.path == "/" and self.token and "link" in head.query:
             if self._links.pop(head.query["link"], 0) < self.world.monotonic():
@@ -12741,24 +12777,58 @@ class Daemon:
             return 304, headers, b""
         return 200, headers, page
 
+    async def _respond_api(self, head, body: bytes, connection: WebConnection) -> tuple:
+        """What agents report of their tasks, and its replay: the paths are those of the reference's coordinator."""
+        method = {"/api/coordinator/events": "task.report", "/api/telemetry": "telemetry.report"}.get(head.path)
+        replay = re.fullmatch("/api/coordinator/tasks/([^/]+)/events", head.path)
+        try:
+            if method:
+                _only(head, "POST")
+                done = await self.call(method, decode_object(body), connection)
+                return _json_response(done)
+            if not replay:
+                raise HttpError(404)
+            _only(head, "GET", "HEAD")
+            numbers = {name: int(head.query[name]) for name in ("limit", "turn") if head.query.get(name)}
+            texts = {name: head.query[name] for name in ("type", "format") if head.query.get(name)}
+            found = await self.call("task.events", {"task_id": replay[1], **numbers, **texts}, connection)
+            if "text" in found:
+                return 200, {"Content-Type": TEXT_TYPE, "Cache-Control": "no-store"}, found["text"].encode()
+            return _json_response(found)
+        except NotFound as error:
+            return _json_response({"error": str(error)}, 404)
+        except InternalError:
+            raise HttpError(500) from None
+        except HttpError:
+            raise
+        except (ThrumError, ValueError) as error:
+            return _json_response({"error": str(error)}, 400)
+
     async def _serve_socket(self, connection: WebConnection, reader, data: bytes, work) -> None:
-        """A WebSocket: reads what comes, while `work(connection, inbox)` answers one message after the other."""
+        """A WebSocket: reads what comes, while `work(connection, inbox)` answers one message after the other.
+
+        What came before the end is still answered, and the Close follows.
+        """
         inbox = asyncio.Queue(AHEAD_MAX)
         working = self.loop.create_task(work(connection, inbox))
         working.add_done_callback(lambda task: task.cancelled() or connection.close(1011 if task.exception() else 1000))
+        ending = None
         try:
-            while True:
+            while not connection.web.closed:
                 for message in connection.feed(data) if data else ():
                     connection.reading = not inbox.full()
                     await inbox.put(message)
                 connection.reading = True
-                if connection.web.closed:
-                    return
-                data = await reader.read(65536)
-                if not data:
-                    return
+                if not connection.web.closed:
+                    data = await reader.read(65536)
+                    if not data:
+                        connection.web.feed(data)
+            ending = self.loop.create_task(inbox.put(None))
+            await asyncio.wait({working}, timeout=CALL_S)
+            connection.hang_up()
         finally:
-            working.cancel()
+            for task in filter(None, (working, ending)):
+                task.cancel()
             await asyncio.wait({working})
 
     def _work_calls(self, head):
@@ -12769,12 +12839,11 @@ class Daemon:
             async def answer(calls):
                 reply = await self._answer(calls, connection)
                 if reply:
-                    await connection.outbox.send(connection.framed(reply))
+                    await connection.answer(reply)
             try:
-                while True:
-                    _, message = await inbox.get()
+                while (came := await inbox.get()) is not None:
                     connection.busy = True
-                    calls = decode_request(message)
+                    calls = decode_request(came[1])
                     if len(aside) < ASIDE_MAX and any(call.method in METHODS and METHODS[call.method].takes_long() for call in calls[0]):
                         aside.add(self.loop.create_task(answer(calls)))
                     else:
@@ -12790,12 +12859,43 @@ class Daemon:
                     task.cancel()
         return work
 
+    def _work_stream(self, head):
+        async def work(connection: WebConnection, inbox) -> None:
+            """Follows threads: one task hears the client, the other sends what is due."""
+            outbox, woken = connection.outbox, asyncio.Event()
+            outbox.writer.transport.set_write_buffer_limits(0)      # so that drain() waits until all has left
+
+            def send(payload: bytes, spare: int) -> bool:
+                return not connection.silent and outbox.room() > spare and outbox.put(connection.framed(payload))
+
+            async def drained() -> None:
+                if outbox.room() <= STREAM_RESERVE:
+                    await outbox.writer.drain()
+
+            async def wait(seconds: float | None) -> None:
+                try:
+                    await asyncio.wait_for(woken.wait(), seconds)
+                except asyncio.TimeoutError:
+                    pass
+                woken.clear()
+            stream = self.streams.open(head.query.get("instance_id", ""), self.world.now_ns(), send, connection.close, woken.set)
+            serving = self.loop.create_task(serve_stream(
+                stream, lambda handler, params: self._read(handler, params), drained, wait, self.world.now_ns))
+            serving.add_done_callback(lambda task: task.cancelled() or connection.close(1011))
+            try:
+                while (came := await inbox.get()) is not None:
+                    await hear_stream(stream, came[1], lambda handler, params: self._write(lambda context: handler(context, params)),
+                                      self.world.now_ns)
+            finally:
+                serving.cancel()
+                self.streams.close(stream)
+        return work
+
     def _work_echo(self, head):
         async def work(connection: WebConnection, inbox) -> None:
             """Gives back every message: what suites that test a WebSocket server want."""
-            while True:
-                kind, message = await inbox.get()
-                await connection.outbox.send(encode_frame(kind, message))
+            while (came := await inbox.get()) is not None:
+                await connection.answer(came[1], came[0])
         return work
 
     async def _answer(self, request: tuple, connection: Connection) -> bytes:

@@ -94,7 +94,7 @@ def test_who_reads_is_never_behind(loop):
     connection, transport = client(takes=1 << 30)
     for n in range(10_000):
         connection.push(b"%d" % n)
-    assert not connection.dropped and transport.sent.count(b"\x81") == 10_000
+    assert not connection.silent and transport.sent.count(b"\x81") == 10_000
 
 
 def test_a_queue_is_counted_in_frames_and_drains(loop):
@@ -102,7 +102,7 @@ def test_a_queue_is_counted_in_frames_and_drains(loop):
     frame = len(thrum.encode_frame(thrum.TEXT, b"x" * 100))
     for _ in range(thrum.QUEUE_MAX):
         connection.push(b"x" * 100)
-    assert connection.outbox.room() == 0 and not connection.dropped
+    assert connection.outbox.room() == 0 and not connection.silent
     transport.read(10 * frame + 1)
     assert connection.outbox.room() == 10       # the eleventh has not left whole
     transport.read(1 << 20)
@@ -115,7 +115,7 @@ def test_who_is_behind_is_closed_with_what_was_on_its_way(loop, kind, goodbye):
     connection, transport = client(kind)
     for n in range(thrum.QUEUE_MAX + 50):
         connection.push(b"%03d" % n)
-    assert connection.dropped
+    assert connection.silent
     waiting = transport.waiting
     assert waiting == b"".join(connection.framed(b"%03d" % n) for n in range(thrum.QUEUE_MAX)) + goodbye
     connection.push(b"more")
@@ -124,7 +124,7 @@ def test_who_is_behind_is_closed_with_what_was_on_its_way(loop, kind, goodbye):
 
 def test_bytes_count_too(loop):
     connection, transport = client()
-    while not connection.dropped:
+    while not connection.silent:
         connection.push(b"x" * 200_000)
     assert thrum.QUEUE_BYTES <= len(transport.waiting) < thrum.QUEUE_BYTES + 300_000
 
