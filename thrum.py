@@ -16,7 +16,7 @@ machines on a branch of its own.  Read from the top: a section uses only those a
     9  Store         the one place that speaks SQL
    10  Ledger        the one way to change anything
    11  Work          what agents are doing: git state, claims, conflicts, why
-   12  Routing       who is told what: waiting for a message
+   12  Routing       who is told what: waiting, subscriptions, notifications
    13  Sync          the branch that carries the log
    14  JSON-RPC      lines in, calls out (JSON-RPC 2.0)
    15  HTTP          requests in, responses out (RFC 9112, as much as a browser needs)
@@ -47,8 +47,9 @@ __all__ = [
 
 TYPE_CHECKING = False           # type checkers read this name as True
 if TYPE_CHECKING:
-    import asyncio, base64, bisect, calendar, codecs, concurrent.futures, difflib, errno, fcntl, hashlib, json, logging  # noqa: E401
-    import queue, re, resource, select, shlex, shutil, signal, socket, sqlite3, struct, subprocess, threading, unicodedata  # noqa: E401
+    import asyncio, base64, bisect, calendar, codecs, collections, concurrent.futures, difflib, errno, fcntl, hashlib, hmac  # noqa: E401
+    import json, logging, queue, re, resource, select, shlex, shutil, signal, socket, sqlite3, struct, subprocess  # noqa: E401
+    import threading, unicodedata  # noqa: E401
 
 
 class _Lazy:
@@ -66,8 +67,8 @@ class _Lazy:
 
 
 LAZY_MODULES = (
-    "asyncio base64 bisect calendar codecs concurrent difflib errno fcntl hashlib json logging queue re resource select shlex shutil "
-    "signal socket sqlite3 struct subprocess threading unicodedata"
+    "asyncio base64 bisect calendar codecs collections concurrent difflib errno fcntl hashlib hmac json logging queue re resource "
+    "select shlex shutil signal socket sqlite3 struct subprocess threading unicodedata"
 ).split()
 globals().update((name, _Lazy(name)) for name in LAZY_MODULES)
 
@@ -340,6 +341,16 @@ class Record:
 
     def __repr__(self):
         return f"{type(self).__name__}({', '.join(f'{k}={self.__dict__[k]!r}' for k in self._fields)})"
+
+
+def encode(value) -> bytes:
+    """JSON without blanks, in ASCII, for clients."""
+    global _encode_compact
+    _encode_compact = _encode_compact or json.JSONEncoder(separators=(",", ":")).encode     # json.dumps makes one each time
+    return _encode_compact(value).encode()
+
+
+_encode_compact = None
 
 
 def canonical(value) -> bytes:
@@ -660,6 +671,11 @@ EVENTS = {
     "session.update": EventType({
         "session_id": str, "agent_id": str, "intent?": str, "current_task?": str, "scopes?": list, "refs?": list},
         shared=False, empty=True),
+    # What a session wants to be told of; `topics` are keys of SUBSCRIPTION_TOPICS, `scopes` holds at most one pair.
+    "subscription.add": EventType({
+        "subscription_id": int, "session_id": str, "agent_id": str, "scopes?": list, "mention?": str, "all?": bool, "topics?": list},
+        shared=False),
+    "subscription.remove": EventType({"subscription_id": int, "session_id": str}, shared=False),
 }
 
 
@@ -712,7 +728,7 @@ def check_event(event: dict) -> int:
         for pair in event.get(name, ()) if name + "?" in fields else ():
             if type(pair) is not dict or type(pair.get("type")) is not str or type(pair.get("value")) is not str:
                 raise ValueError(f"{name} holds what is not a pair of texts")
-    for name in ("recipients?", "message_ids"):
+    for name in ("recipients?", "message_ids", "topics?"):
         if name in fields and any(type(one) is not str or not is_label(one) for one in event.get(name.rstrip("?"), ())):
             raise ValueError(f"{name.rstrip('?')} holds what is not an id")
     if "ttl_s" in fields and not 0 < event["ttl_s"] <= TTL_MAX_S:
@@ -779,6 +795,7 @@ ENVIRONMENT = {
     "THRUM_LOCAL": "of the daemon: 1 or 0; beats daemon.local_only",
     "THRUM_SYNC_INTERVAL": "of the daemon: seconds; beats daemon.sync_interval",
     "THRUM_WS_PORT": "of the daemon: a port or auto; beats daemon.ws_port",
+    "THRUM_WS_ECHO": "of the daemon: 1 opens /ws/echo, for suites that test WebSocket servers",
     "NO_COLOR": "* any value: no colour",
     "COLUMNS": "* the width of the output where it is not a terminal",
 }
@@ -1103,9 +1120,8 @@ SETTINGS = {                    # what is not listed here is kept as it is
                                  restart=True, later=True),
     "daemon.sync_interval": Setting("seconds", 60, "time from one exchange with the remote to the next", 1, INTERVAL_MAX_S,
                                     variable="THRUM_SYNC_INTERVAL", restart=True, later=True),
-    "daemon.ws_port": Setting("port", "auto", "port of the WebSocket and the page", 1, 65_535, variable="THRUM_WS_PORT",
-                              restart=True, later=True),
-    "daemon.ws_token": Setting("secret", "", "what clients of the WebSocket must present", restart=True, later=True),
+    "daemon.ws_port": Setting("port", "auto", "port of the WebSocket and the page", 1, 65_535, variable="THRUM_WS_PORT", restart=True),
+    "daemon.ws_token": Setting("secret", "", "what clients of the WebSocket must present", restart=True),
     "daemon.autostart": Setting(bool, True, "commands start the daemon when it is absent", variable="THRUM_AUTOSTART"),
     "wake.max_hops": Setting(int, 12, "length of a chain of messages that wakes nobody any more", 1, HOPS_MAX, later=True),
     "peers.plaintext": Setting(bool, False, "peers may connect where the network is not encrypted", restart=True, later=True),
@@ -1925,7 +1941,7 @@ class Branch:
 # Page and counts of an inbox cost the same at a thousand and at a million messages: the rows of one agent lie
 # together, an index holds only the unread, and the counts are kept with the agent.
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 STORE_BATCH = 400               # events in a transaction of a rebuild; larger ones were slower
 REPLIES_MAX = 1_000             # answers kept for clients that ask again: more than run at once
 BUSY_S = 5                      # seconds for another connection to let go of the database
@@ -2025,8 +2041,9 @@ create index claims_session on claims(session_id);
 create index claims_fence on claims(grant_event);
 create table claim_lapses(claim_id text, renewal text, primary key(claim_id, renewal)) without rowid;
 create table subscriptions(
-    id integer primary key, session_id text not null, scope_type text, scope_value text, mention_role text,
-    created_at integer not null);
+    id integer primary key, session_id text not null, agent integer not null, scope_type text, scope_value text, mention_role text,
+    everything integer not null, topics text not null, created_at integer not null, removed integer not null);
+create index subscriptions_of on subscriptions(session_id);
 create table replies(id integer primary key, key text not null unique, reply text not null);
 create table pending(parent text, event_id text, line text, primary key(parent, event_id)) without rowid;
 """
@@ -3034,6 +3051,26 @@ class Store:
         """The time of the newest message in a thread, 0 when there is none."""
         return self.value("select max(at) from messages where thread_id = ?", thread_id, default=0)
 
+    def subscriptions(self, session_id: str = "") -> list:
+        """The subscriptions of a session, or of all, the oldest first: with the id and the present role of the agent."""
+        return self.rows("select s.*, a.agent_id, a.role from subscriptions s join agents a using(agent) where ? in ('', s.session_id) "
+                         "and not s.removed order by s.id", session_id)
+
+    def thread_facts(self, thread_id: str) -> tuple:
+        """How many messages of a thread are not deleted, and the newest of them (None: there is none)."""
+        return (self.value("select count(*) from messages where thread_id = ? and deleted_at is null", thread_id),
+                self.newest_of(thread_id))
+
+    def unread_in(self, thread_id: str, agent_id: str, length: int) -> int:
+        """How many messages of a thread of that length an agent has not read."""
+        self.flush()
+        key = self.key_of(agent_id)
+        # From the shorter side: what it has not read at all, or what is in the thread.
+        few = self.value("select inbox_unread from agents where agent = ?", key, default=0) < length
+        tables = "deliveries d cross join messages m" if few else "messages m cross join deliveries d"
+        return self.value(f"select count(*) from {tables} where d.agent = ? and d.at = m.at and d.seq = m.seq and d.read_at is null "
+                          "and not d.hidden and m.thread_id = ?", key, thread_id)
+
     # ---- the projection
 
     def create(self) -> None:
@@ -3440,6 +3477,23 @@ class Store:
         if session["started_at"] < self.cutoff():
             self._drop_session(event["session_id"])
 
+    def _subscription_add(self, event: dict, seq: int, ns: int) -> None:
+        scope = (pairs_of(event.get("scopes")) or [(None, None)])[0]
+        self._subscription(event, *scope, event.get("mention"), event.get("all", False), ",".join(event.get("topics", ())), ns, 0)
+
+    def _subscription_remove(self, event: dict, seq: int, ns: int) -> None:
+        self._subscription(event, None, None, None, False, "", ns, 1)
+
+    def _subscription(self, event: dict, *values) -> None:
+        """Note that there is a subscription, or that there is none any more, until its session ends."""
+        session = self.session(event["session_id"])
+        if not session:
+            return self._wait_for(event["session_id"], event)
+        if not session["ended_at"]:
+            what = "replace" if values[-1] else "ignore"
+            self.db.execute(f"insert or {what} into subscriptions values(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                            (event["subscription_id"], event["session_id"], session["agent"], *values))
+
     def _session_update(self, event: dict, seq: int, ns: int) -> None:
         if not self.session(event["session_id"]):
             return self._wait_for(event["session_id"], event)
@@ -3633,6 +3687,7 @@ _PROJECTIONS = {
     "group.delete": Store._group_delete, "group.member.add": Store._group_member, "group.member.remove": Store._group_member,
     "purge.executed": Store._purge_executed, "claim.take": Store._claim_take, "claim.renew": Store._claim_renew,
     "claim.release": Store._claim_release, "claim.lapse": Store._claim_lapse,
+    "subscription.add": Store._subscription_add, "subscription.remove": Store._subscription_remove,
 }
 
 
@@ -3654,7 +3709,8 @@ TIDY_AT_ONCE_S = 2              # seconds that a purge may hold up others; the r
 UNTIDY_SINCE = 2                # of the mark in the database: files are being rewritten; 1: something was removed
 TOMBSTONES = ("purge.executed", "agent.cleanup", "message.remove")
 ABOUT_REMOVABLE = ("message.create", "message.edit", "message.delete", "message.receipt", "agent.session.start",
-                   "agent.session.end", "session.update", "agent.update", "claim.take", "claim.renew", "claim.release", "claim.lapse")
+                   "agent.session.end", "session.update", "agent.update", "claim.take", "claim.renew", "claim.release", "claim.lapse",
+                   "subscription.add", "subscription.remove")
 
 
 class Context:
@@ -3679,9 +3735,8 @@ class Context:
         if above:               # which may be of a clock that is ahead: `is_fence` holds for what is made here, too
             after = max(after, (ulid_ms(above) + 1) * 1_000_000 - FENCE_AHEAD_S * NS)
         ns = self.world.stamp_ns(max(after, self.store.cutoff()))      # who has purged may have a clock that is ahead of ours
-        sequence = self.ledger.journal.last + len(self.ledger.batch) + len(self.lines) + 1
         event.update(type=kind, timestamp=stamp_of(ns), event_id=self.world.new_id("evt", above), v=1,
-                     origin_daemon=self.ledger.daemon_id, sequence=sequence)
+                     origin_daemon=self.ledger.daemon_id, sequence=self.next_seq())
         try:
             line = canonical(event)
             check_event(event)  # what it refuses would be a bad line at the next start
@@ -3706,8 +3761,12 @@ class Context:
     def _apply(self, line: bytes, event: dict, ns: int) -> None:
         if event["type"] in TOMBSTONES:
             self.store.limit(FAR)           # it takes as long as there is to remove: cut short, it would never succeed
-        self.store.apply(event, self.ledger.journal.last + len(self.ledger.batch) + len(self.lines) + 1, ns, fresh=True)
+        self.store.apply(event, self.next_seq(), ns, fresh=True)
         self.lines.append((line, event, ns))
+
+    def next_seq(self) -> int:
+        """The number in the journal that the next event gets."""
+        return self.ledger.journal.last + len(self.ledger.batch) + len(self.lines) + 1
 
 
 def _is_of_the_disk(error: Exception) -> bool:
@@ -5318,7 +5377,29 @@ class Conflicts:
 
 
 # ================================================================== 12  Routing
+#
+# A subscription belongs to a session; what it matches is pushed over all connections that were used on behalf of that
+# session's agent.  What a batch means for subscribers is worked out where it was written, in the order of the journal, so
+# that no event falls between a subscription and its `after_seq`; then the loop hands it to the connections.  Who
+# is behind is closed and comes again with the last `seq` that it has seen: the journal is the queue.
 
+AGENTS_MAX = 64                 # agents that are reached over one connection: a page that acts for all of a team
+PREVIEW_TOLD = 100              # characters of a message in a notification, as in the reference
+RECEIPTS_TOLD = 200             # message ids in one notification: some 10 KiB
+THREADS_TOLD = 100              # threads of one batch whose counts are told: who has read more at once, asks
+SUBSCRIPTION_TOPICS = {                      # what one can subscribe to beside messages, and the events that are told as they are
+    "agents": ("agent.register", "agent.cleanup", "agent.session.start", "agent.session.end", "session.update", "agent.update"),
+    "messages": ("message.delete", "message.remove", "purge.executed", "thread.create"),
+    "receipts": ("message.receipt", "message.route"),
+    "claims": ("claim.take", "claim.renew", "claim.release", "claim.lapse"),
+    "groups": ("group.create", "group.update", "group.delete", "group.member.add", "group.member.remove"),
+    "presence": (), "work": (), "sync": (),     # no events: `notification.presence` and so on
+}
+INTERNAL_FIELDS = frozenset(("event_id", "v", "origin_daemon", "sequence"))     # of an event, which are nothing to a listener
+TOPIC_OF = {kind: topic for topic, kinds in SUBSCRIPTION_TOPICS.items() for kind in kinds}
+SUBSCRIPTION_CHANGES = frozenset((
+    "subscription.add", "subscription.remove", "agent.session.end", "agent.register", "agent.cleanup", "purge.executed"))
+EVERYTHING = object()           # what a subscription with `all` is found by
 
 CLAIMS, FREED = object(), object()      # what somebody waits for: that claims have changed, that some have ended
 CLAIM_ENDS = frozenset(("claim.release", "claim.lapse", "agent.session.end", "agent.cleanup"))
@@ -5358,6 +5439,218 @@ class Waiters:
         for what, types in ((CLAIMS, CLAIM_CHANGES), (FREED, CLAIM_ENDS)):
             if any(event["type"] in types for _, event in events):
                 self.wake_all(what)
+
+
+def notification(method: str, params: bytes) -> bytes:
+    """A JSON-RPC notification (JSON-RPC 2.0, section 4.1) with params that are encoded already."""
+    return b'{"jsonrpc":"2.0","method":"notification.' + method.encode() + b'","params":' + params + b"}"
+
+
+class Subscriptions:
+    """Who wants to be told of what, and what to tell them of a batch.  The writer's thread keeps it.
+
+    `listening` holds the agents that have a connection now; others are not worth a query.
+    """
+
+    def __init__(self, listening):
+        self.listening = listening
+        self._rows = {}         # subscription id -> row, with `keys` by which it is found
+        self._found_by = {}     # EVERYTHING, ("scope", type, value), ("mention", value) or ("topic", name) -> {id: row}
+
+    def load(self, store: Store) -> None:
+        """Begin with what the store has."""
+        self._rows, self._found_by = {}, {}
+        for row in store.subscriptions():
+            self._add(row)
+
+    def _add(self, row: dict) -> None:
+        keys = []
+        if row["everything"]:
+            keys.append(EVERYTHING)
+        if row["scope_type"] is not None:
+            keys.append(("scope", row["scope_type"], row["scope_value"]))
+        if row["mention_role"]:
+            keys += [("mention", name) for name in {row["mention_role"], row["agent_id"], row["role"]} - {None, ""}]
+        if keys:                # it is about messages
+            keys.append(("reader", row["agent_id"]))
+        keys += [("agent", row["agent_id"])] + [("topic", topic) for topic in row["topics"].split(",") if topic]
+        self._rows[row["id"]] = row = {**row, "keys": keys}
+        for key in keys:
+            self._found_by.setdefault(key, {})[row["id"]] = row
+
+    def _drop(self, row: dict) -> None:
+        for key in self._rows.pop(row["id"])["keys"]:
+            found = self._found_by[key]
+            del found[row["id"]]
+            if not found:
+                del self._found_by[key]
+
+    def _follow(self, store: Store, event: dict) -> None:
+        """Take in an event that changes who is subscribed, or by which role."""
+        kind = event["type"]
+        if kind in ("agent.cleanup", "purge.executed"):
+            return self.load(store)     # rare, and it takes whole sessions away
+        if kind == "subscription.remove":
+            gone = [self._rows[event["subscription_id"]]] if event["subscription_id"] in self._rows else []
+        elif kind == "agent.session.end":
+            gone = [row for row in self._rows.values() if row["session_id"] == event["session_id"]]
+        elif kind == "agent.register":
+            gone = [row for row in self._rows.values() if row["agent_id"] == event["agent_id"]]
+        else:
+            gone = []
+        for row in gone:
+            self._drop(row)
+        if gone and kind == "agent.register":
+            for row in gone:
+                self._add({**row, "role": event["role"]})
+        if kind == "subscription.add":
+            for row in store.subscriptions(event["session_id"]):
+                if row["id"] not in self._rows:
+                    self._add(row)
+
+    def to_topic(self, topic: str) -> list:
+        """The agents with a subscription to a topic that have a connection.  Any thread may ask."""
+        found = list(self._found_by.get(("topic", topic), {}).values())
+        return list(dict.fromkeys(row["agent_id"] for row in found if row["agent_id"] in self.listening))
+
+    def matching(self, message: dict) -> dict:
+        """Whom a message (a row) is to be pushed to, and by which of their subscriptions: agent id -> (its id, how it matched)."""
+        if not self._rows:
+            return {}
+        refs, scopes = stored_pairs(message)
+        mentions, groups = audience_of(refs, scopes)
+        found = {}
+        for key in (EVERYTHING, *(("scope", *pair) for pair in scopes), *(("mention", name) for name in (*mentions, *groups))):
+            for row in self._found_by.get(key, {}).values():
+                agent_id = row["agent_id"]
+                if agent_id in self.listening and row["id"] < found.get(agent_id, (FAR,))[0]:
+                    found[agent_id] = row["id"], "all" if key is EVERYTHING else key[0]
+        return found
+
+    def news(self, store: Store, events: list) -> list:
+        """What to push after a batch: [(head, [(agent id, tail), …])], where head + tail is one notification."""
+        notes, receipts, threads = [], [], {}
+
+        def tell_receipts():
+            if receipts:
+                seq, event = receipts[-1]
+                told = {**event, "message_ids": [one["message_id"] for _, one in receipts]}
+                notes.append(_plain_note(seq, told, self.to_topic("receipts")))
+                receipts.clear()
+
+        for seq, event in events:
+            kind = event["type"]
+            if kind in SUBSCRIPTION_CHANGES:
+                self._follow(store, event)
+            if not self._rows or not self.listening:
+                continue
+            if kind == "message.receipt" and (row := store.message(event["message_id"])) and row["thread_id"]:
+                threads.setdefault(row["thread_id"], {})[event["agent_id"]] = seq
+            if receipts and not (kind == "message.receipt" and len(receipts) < RECEIPTS_TOLD and all(
+                    event.get(field) == receipts[0][1].get(field) for field in ("agent_id", "receipt_type"))):
+                tell_receipts()
+            topic = TOPIC_OF.get(kind)
+            if kind in ("message.create", "message.edit"):
+                notes += self._of_message(store, seq, event)
+            elif topic and ("topic", topic) in self._found_by:
+                if kind == "message.receipt":
+                    receipts.append((seq, event))
+                else:
+                    notes.append(_plain_note(seq, event, self.to_topic(topic)))
+        tell_receipts()
+        for thread_id, readers in list(threads.items())[-THREADS_TOLD:]:
+            newest = store.newest_of(thread_id)
+            notes += self._of_thread(store, max(readers.values()), thread_id, {
+                **(self.matching(newest) if newest else {}), **{one: None for one in readers if self._hears(one)}})
+        return notes
+
+    def _of_message(self, store: Store, seq: int, event: dict) -> list:
+        row = store.message(event["message_id"])
+        found = self.matching(row) if row and not row["deleted_at"] else None
+        if not found:
+            return []
+        author = store.agent(row["agent_id"]) or {}
+        preview, scopes = row["content"][:PREVIEW_TOLD], pair_dicts(stored_pairs(row)[1])
+        params = {
+            "seq": seq, "message_id": row["message_id"], "thread_id": row["thread_id"] or "", "agent_id": row["agent_id"],
+            "author": {"agent_id": row["agent_id"], "name": row["agent_id"], "role": author.get("role") or "",
+                       "module": author.get("module") or ""},
+            "preview": preview, "scopes": scopes, "timestamp": event["timestamp"],
+            # What pages written for the reference read.
+            "message": {"id": row["message_id"], "thread_id": row["thread_id"] or "", "agent_id": row["agent_id"],
+                        "session_id": row["session_id"] or "", "body": {"content": preview}, "scopes": scopes,
+                        "timestamp": event["timestamp"]}}
+        if event["type"] == "message.edit":
+            params["edited"] = True
+        head = notification("message", encode(params)[:-1] + b',"matched_subscription":')[:-1]
+        notes = [(head, [(agent_id, b'{"subscription_id":%d,"match_type":"%s"}}}' % (number, how.encode()))
+                         for agent_id, (number, how) in found.items()])]
+        if row["thread_id"] and event["type"] == "message.create":
+            notes += self._of_thread(store, seq, row["thread_id"], found)
+        return notes
+
+    def _of_thread(self, store: Store, seq: int, thread_id: str, agents) -> list:
+        """What to tell some agents that a thread has become."""
+        if not agents:
+            return []
+        length, newest = store.thread_facts(thread_id)
+        params = {"seq": seq, "thread_id": thread_id, "message_count": length,
+                  "last_activity": stamp_of(newest["at"]) if newest else "", "last_sender": newest["agent_id"] if newest else "",
+                  "preview": newest["content"][:PREVIEW_TOLD] if newest else None, "timestamp": stamp_of(store.world.now_ns())}
+        head = notification("thread.updated", encode(params)[:-1] + b',"unread_count":')[:-1]
+        return [(head, [(agent_id, b"%d}}" % store.unread_in(thread_id, agent_id, length)) for agent_id in agents])]
+
+    def _hears(self, agent_id: str) -> bool:
+        """Whether somebody has subscribed to messages, and listens."""
+        return agent_id in self.listening and ("reader", agent_id) in self._found_by
+
+    def any_of(self, agents) -> bool:
+        """Whether one of some agents has a subscription.  Any thread may ask."""
+        return any(("agent", agent_id) in self._found_by for agent_id in agents)
+
+
+def _plain_note(seq: int, event: dict, agents: list) -> tuple:
+    """The note that tells some agents of an event as it stands in the log."""
+    told = {field: value for field, value in event.items() if field not in INTERNAL_FIELDS}
+    return notification(event["type"], encode({"seq": seq, **told})), [(one, b"") for one in agents]
+
+
+class Audience:
+    """The connections over which agents are reached.  No threads: the daemon calls it from one."""
+
+    def __init__(self):
+        self.connections = {}   # agent id -> its connections, in the order in which they came
+
+    def bind(self, connection, agent_id: str) -> None:
+        """Reach an agent over a connection, too; the one for which it was used least lately goes when there are too many."""
+        agents = connection.agents
+        agents.pop(agent_id, None)
+        agents[agent_id] = True
+        self.connections.setdefault(agent_id, {})[connection] = True
+        if len(agents) > AGENTS_MAX:
+            self._unbind(connection, next(iter(agents)))
+
+    def _unbind(self, connection, agent_id: str) -> None:
+        del connection.agents[agent_id]
+        own = self.connections[agent_id]
+        del own[connection]
+        if not own:
+            del self.connections[agent_id]
+
+    def leave(self, connection) -> None:
+        """Forget a connection."""
+        for agent_id in list(connection.agents):
+            self._unbind(connection, agent_id)
+
+    def tell(self, notes: list) -> None:
+        """Push the notes of `Subscriptions.news`, each over a connection at most once."""
+        for head, receivers in notes:
+            told = set()
+            for agent_id, tail in receivers:
+                for connection in list(self.connections.get(agent_id, ())):
+                    if connection not in told:
+                        told.add(connection)
+                        connection.push(head + tail)
 
 
 # ================================================================== 13  Sync
@@ -5592,12 +5885,7 @@ def encode_reply(call: Call, result=None, error: Exception | None = None) -> byt
         if getattr(error, "data", None) is not None:
             reply["error"]["data"] = error.data
     reply["id"] = call.id
-    global _encode_compact
-    _encode_compact = _encode_compact or json.JSONEncoder(separators=(",", ":")).encode     # json.dumps makes one each time
-    return _encode_compact(reply).encode()
-
-
-_encode_compact = None
+    return encode(reply)
 
 
 class Lines:
@@ -5634,7 +5922,7 @@ HEAD_MAX = 16 << 10             # bytes of a head: twice what RFC 9112, section 
 HEADERS_MAX = 100               # its lines but the first: browsers send twenty
 METHOD_MAX = 32                 # characters of a method: the longest that is registered has 17
 REASONS = {
-    100: "Continue", 101: "Switching Protocols", 200: "OK", 204: "No Content", 304: "Not Modified", 400: "Bad Request",
+    100: "Continue", 101: "Switching Protocols", 200: "OK", 204: "No Content", 303: "See Other", 304: "Not Modified", 400: "Bad Request",
     401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 411: "Length Required",
     413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type", 426: "Upgrade Required", 429: "Too Many Requests",
     431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable",
@@ -5908,6 +6196,7 @@ class WebSocket:
         self.close_code = 1006      # as received; 1005: none was in the Close; 1006: there was no Close
         self.close_reason = ""
         self.failure = None         # the ProtocolError that ended it
+        self.frames = 0             # that have come whole
         self._client = client
         self._random = random
         self._starts = _STARTS[client]
@@ -5964,6 +6253,7 @@ class WebSocket:
                     if begin + length > size:
                         break
                     at = begin + length
+                    self.frames += 1
                     self._control(opcode, masked(data[begin:at], mask))
                     if self.closed:
                         return
@@ -5989,6 +6279,7 @@ class WebSocket:
                 turn = len(piece) & 3
                 mask = mask[turn:] + mask[:turn]
                 break
+            self.frames += 1
         self._rest, self._frame = data[at:], (fin, left, mask)
 
     def _check_text(self, piece: bytes, ends: bool) -> None:
@@ -6517,6 +6808,7 @@ REMOVE_MAX = 20_000             # messages removed by one call: bounds the trans
 REMOVE_BYTES = LINE_MAX // 2    # of ids in one event, which has to fit a line with its envelope and escapes
 OVERDUE_DAYS = 7                # days after which mail that nobody has read is no longer worth a notice
 NAME_IS_ROLE = 'agent name "{0}" cannot be the same as its role — use a distinct name (e.g., \'{0}_main\')'
+SUBSCRIPTIONS_MAX = 100         # of one session: who wants more wants all
 WAIT_DEFAULT_MS = 30_000        # as the command waits when nobody says
 WAIT_MAX_MS = 600_000           # one `message.wait`; a caller that wants more asks again from where it was
 BATCH_READ_MAX = 5_000          # messages marked at once: bounds the transaction that others wait for
@@ -6551,6 +6843,7 @@ class Method(Record):
     indexes: bool = False       # every message has to be in the full-text index first
     prepare: object = None      # of one that writes: what takes long, done before it; its result is `context.prepared`
     elsewhere: str = ""         # it is for WebSocket clients only, and this is what others are told
+    private: bool = False       # it is for the Unix socket only
     slow: object = False        # it asks git, or ONE_BY_ONE: threads of their own, so that it keeps no quick question waiting
 
 
@@ -6635,7 +6928,14 @@ def health(context: Context, params: dict) -> dict:
         "status": "ok", "uptime_ms": int((context.world.monotonic() - ledger.facts["started"]) * 1000), "version": __version__,
         "repo_id": ledger.repo_id, "sync_state": "error" if ledger.export_problem else "ok", "pid": os.getpid(),
         "epoch": ledger.journal.epoch, "last_seq": context.store.reached()[0], "bad_lines": ledger.bad_lines.count,
-        "rebuilt_events": ledger.rebuilt, **context.store.counts()}
+        "rebuilt_events": ledger.rebuilt, **context.store.counts(), **compact(ws_port=ledger.facts.get("port"))}
+
+
+def page_link(context: Context, params: dict) -> dict:
+    """The address of the page; where clients need a token, with a code that a browser can use once."""
+    if not context.ledger.facts.get("port"):
+        raise ThrumError("the daemon has no port for the page; see 'thrum daemon logs'")
+    return {"url": context.ledger.facts["link"]()}
 
 
 def stop(context: Context, params: dict) -> dict:
@@ -7497,9 +7797,10 @@ def message_list(context: Context, params: dict) -> dict:
         raise ThrumError(f"invalid sort_order: {order} (must be 'asc' or 'desc')")
     size, page = _paging(params)
     caller, receiver = params.get("caller_agent_id", ""), params.get("for_agent", "")
-    if params.get("exclude_self") or params.get("unread") or params.get("mentions"):
+    after, unread = _from_where(store, params, params.get("unread", False), bool(caller))
+    if params.get("exclude_self") or unread or params.get("mentions"):
         caller = caller_of(context, params)
-    unread_for = params.get("unread_for_agent") or (caller if params.get("unread") else "")
+    unread_for = params.get("unread_for_agent") or (caller if unread else "")
     mention = params.get("mention_role", "")
     if params.get("mentions") and not mention:
         mention = caller        # decision 16: mail that names the caller itself
@@ -7508,12 +7809,22 @@ def message_list(context: Context, params: dict) -> dict:
         receiver=unread_for or receiver, unread=bool(unread_for), reader=unread_for or caller or receiver,
         author=params.get("author_id", ""), not_author=caller if params.get("exclude_self") else "",
         scope=_pair(params.get("scope")), ref=_pair(params.get("ref")), mention=mention.lstrip("@"),
-        thread_id=params.get("thread_id", ""), after_ns=after_ns, after_seq=params.get("after_seq", -1),
+        thread_id=params.get("thread_id", ""), after_ns=after_ns, after_seq=after,
         by_update=sort_by == "updated_at", ascending=order == "asc", limit=size, offset=(page - 1) * size)
     return {"messages": [_summary(row) for row in found["messages"]], "total": found["total"], "unread": found["unread"],
             "page": page, "page_size": size, "total_pages": -(-found["total"] // size),
             "last_seq": store.reached()[0], "epoch": store.meta("epoch", ""),
             **compact(overdue=len({row["message_id"] for row in _overdue(context, receiver)}) or None if receiver == caller else None)}
+
+
+def _from_where(store: Store, params: dict, unread: bool, fallback: bool) -> tuple:
+    """The number in the journal after which to begin (-1: at the first), and whether with what is unread.
+
+    Numbers of another journal mean nothing here: who has one begins at the oldest unread.
+    """
+    if params.get("epoch", store.meta("epoch")) != store.meta("epoch"):
+        return -1, fallback
+    return params.get("after_seq", -1), unread
 
 
 def _created_after(params: dict) -> int:
@@ -7780,9 +8091,7 @@ def message_wait(context: Context, params: dict) -> dict | None:
     """The messages after a point, oldest first, or None while there are none."""
     store, (limit, _) = context.store, _paging(params)
     agent_id = "" if params.get("all") else caller_of(context, params)
-    after, unread = params.get("after_seq", -1), params.get("unread", False)
-    if params.get("epoch", store.meta("epoch")) != store.meta("epoch"):
-        after, unread = -1, not params.get("all")      # numbers of another journal: begin at the oldest unread
+    after, unread = _from_where(store, params, params.get("unread", False), not params.get("all"))
     after_ns = _created_after(params)
     found = store.page(
         receiver=agent_id, reader=params.get("caller_agent_id", ""), unread=unread, author=params.get("from", "").lstrip("@"),
@@ -7793,6 +8102,67 @@ def message_wait(context: Context, params: dict) -> dict | None:
         return None
     return {"messages": [_summary(row) for row in found["messages"]], "after_seq": found["messages"][-1]["seq"],
             "epoch": store.meta("epoch"), "remaining": found["total"] - len(found["messages"])}
+
+
+# ---- subscriptions
+
+def _subscriber(context: Context, params: dict) -> tuple:
+    """The caller and its open session, which subscriptions hang on."""
+    agent_id = caller_of(context, params)
+    session = context.store.open_session(agent_id)
+    if not session:
+        raise ThrumError(f"get current session: no active session found for agent {agent_id}")
+    return agent_id, session
+
+
+def subscribe(context: Context, params: dict) -> dict:
+    """From the event after `after_seq` on, what matches is pushed; what was before it, lists and `message.wait` give."""
+    scope, mention = params.get("scope"), params.get("mention_role", "").lstrip("@")
+    everything, topics = params.get("all", False), list(dict.fromkeys(params.get("topics", ())))
+    if topics == ["*"]:
+        topics = list(SUBSCRIPTION_TOPICS)
+    for topic in topics:
+        if topic not in SUBSCRIPTION_TOPICS:
+            raise InvalidParams(f"no topic {topic[:PAIR_MAX]!r}; there are {', '.join(SUBSCRIPTION_TOPICS)}, or * alone for all")
+    if mention and not is_label(mention):
+        raise InvalidParams("invalid params: mention_role must be the name of an agent or a role")
+    if everything:
+        scope, mention = None, ""
+    if not (scope or mention or everything or topics):
+        raise ThrumError("at least one of scope, mention_role, or all must be specified")
+    agent_id, session = _subscriber(context, params)
+    wanted = {"scope_type": (scope or {}).get("type"), "scope_value": (scope or {}).get("value"), "mention_role": mention or None,
+              "everything": int(everything), "topics": ",".join(topics)}
+    present = context.store.subscriptions(session["session_id"])
+    if any(wanted == {field: row[field] for field in wanted} for row in present):
+        raise ThrumError("subscribe: subscription already exists")
+    if len(present) >= SUBSCRIPTIONS_MAX:
+        raise ThrumError(f"subscribe: this session has {SUBSCRIPTIONS_MAX} subscriptions; 'thrum unsubscribe' ends one")
+    number = context.next_seq()         # it stays what it is, and is never used again
+    event = context.append("subscription.add", after=session["started_at"], subscription_id=number, session_id=session["session_id"],
+                           agent_id=agent_id, scopes=[scope] if scope else [], mention=mention, all=everything,
+                           topics=topics)
+    return {"subscription_id": number, "session_id": session["session_id"], "created_at": event["timestamp"], "after_seq": number,
+            "epoch": context.ledger.journal.epoch}
+
+
+def unsubscribe(context: Context, params: dict) -> dict:
+    number = params.get("subscription_id")
+    if not number:
+        raise ThrumError("subscription_id is required")
+    _, session = _subscriber(context, params)
+    removed = any(row["id"] == number for row in context.store.subscriptions(session["session_id"]))
+    if removed:
+        context.append("subscription.remove", subscription_id=number, session_id=session["session_id"])
+    return {"removed": removed}
+
+
+def subscriptions_list(context: Context, params: dict) -> dict:
+    rows = context.store.subscriptions(_subscriber(context, params)[1]["session_id"])
+    return {"subscriptions": [
+        {"id": row["id"], **compact(scope_type=row["scope_type"], scope_value=row["scope_value"], mention_role=row["mention_role"],
+                                    all=bool(row["everything"]) or None, topics=row["topics"].split(",") if row["topics"] else []),
+         "created_at": stamp_of(row["created_at"])} for row in reversed(rows)]}
 
 
 # ---- worktrees and the files of agents
@@ -8227,7 +8597,8 @@ CONTEXT = {"agent_name": str, "repo_path": str, "text": bool, **CALLER}
 PAGING = {"page_size": int, "page": int}
 METHODS = {
     "health": Method(health, {}, "Whether the daemon is well, and how much it holds."),
-    "daemon.stop": Method(stop, {}, "Stop the daemon after what is in flight."),
+    "page.link": Method(page_link, {}, "The address of the page, to be opened by a person's browser.", private=True),
+    "daemon.stop": Method(stop, {}, "Stop the daemon after what is in flight.", private=True),
     "agent.register": Method(
         agent_register, {"role!": str, "module!": str, "name": str, "display": str, "force": bool, "re_register": bool,
                          "worktree": str, "dry_run": bool}, "Register an agent, or report who holds its role and module.", writes=True,
@@ -8251,11 +8622,11 @@ METHODS = {
     "conflict.list": Method(conflict_list, {"agents": [str], "all": bool},
                             "Which worktrees of active agents would not merge, with each other or with the base branch.", slow=ONE_BY_ONE),
     # These write files of the caller's worktree, not events, so they are no changes to the ledger.
-    "context.save": Method(context_save, {"content": str, **CONTEXT}, "Save what an agent wants its successor to know."),
+    "context.save": Method(context_save, {"content": str, **CONTEXT}, "Save what an agent wants its successor to know.", private=True),
     "context.show": Method(context_show, {"include_preamble": bool, "no_preamble": bool, **CONTEXT}, "What an agent has saved."),
-    "context.clear": Method(context_clear, CONTEXT, "Remove what an agent has saved; its preamble stays."),
+    "context.clear": Method(context_clear, CONTEXT, "Remove what an agent has saved; its preamble stays.", private=True),
     "context.preamble.show": Method(context_preamble_show, CONTEXT, "What stands before an agent's context."),
-    "context.preamble.save": Method(context_preamble_save, {"content": str, **CONTEXT}, "Replace what stands before it."),
+    "context.preamble.save": Method(context_preamble_save, {"content": str, **CONTEXT}, "Replace what stands before it.", private=True),
     "session.start": Method(session_start, {"agent_id!": str, "scopes": [PAIR], "refs": [PAIR]},
                             "Start a session; ends what a crash left open.", writes=True, prepare=look_at_session),
     "session.end": Method(session_end, {"session_id!": str, "reason": str}, "End a session.", writes=True,
@@ -8306,12 +8677,12 @@ METHODS = {
     "message.markShown": Method(message_mark_shown, {"message_ids!": [str], "route": str, "pushed": bool, **CALLER},
                                 "Note that messages were pushed or shown to the caller.", writes=True),
     "purge.execute": Method(purge_execute, {"before!": str, "dry_run": bool}, "Remove everything from before a time.", writes=True,
-                            preview="dry_run"),
+                            preview="dry_run", private=True),
     # Decision 16: `mentions` goes by the agent's id, so the roles that the reference wants to know have no effect.
     "message.list": Method(
         message_list, {"scope": PAIR, "ref": PAIR, "thread_id": str, "author_id": str, "mentions": bool, "mention_role": str,
                        "caller_mention_role": str, "unread": bool, "unread_for_agent": str, "exclude_self": bool,
-                       "for_agent": str, "for_agent_role": str, "created_after": str, "after_seq": int, "sort_by": str,
+                       "for_agent": str, "for_agent_role": str, "created_after": str, "after_seq": int, "epoch": str, "sort_by": str,
                        "sort_order": str, **PAGING, **CALLER}, "Messages, newest first."),
     "message.outbox": Method(message_outbox, {"to": str, "unread": bool, "overdue": bool, **PAGING, **CALLER},
                              "What the caller sent, with each recipient's state."),
@@ -8324,6 +8695,12 @@ METHODS = {
         message_wait, {"after_seq": int, "epoch": str, "created_after": str, "timeout_ms": int, "all": bool, "unread": bool,
                        "from": str, "thread_id": str, "scope": PAIR, "mention_role": str, "page_size": int, **CALLER},
         "Wait for messages after a point of the journal; oldest first.", waits=True),
+    "subscribe": Method(
+        subscribe, {"scope": PAIR, "mention_role": str, "all": bool, "topics": [str], **CALLER},
+        "Be told over this connection of messages with a scope, to a name or role, or of all; and of other topics.", writes=True,
+        aliases={"mention": "mention_role"}),
+    "unsubscribe": Method(unsubscribe, {"subscription_id": int, **CALLER}, "End a subscription of the caller's session.", writes=True),
+    "subscriptions.list": Method(subscriptions_list, CALLER, "The subscriptions of the caller's session, newest first."),
 }
 
 
@@ -8894,7 +9271,7 @@ async def _standing(console: Console) -> dict:
         counts = await console.call("message.list", for_agent=me, caller_agent_id=me, page_size=1)
         report["inbox"] = {"total": counts["total"], "unread": counts["unread"], **compact(overdue=counts.get("overdue"))}
         report.update(compact(claims=await _own_claims(console, me)))
-    return report
+    return {**report, **compact(websocket_port=report["health"].get("ws_port"))}
 
 
 def _standing_text(report: dict, console: Console, nobody: str) -> str:
@@ -10366,6 +10743,28 @@ SYNC_S = 60                     # seconds between making the branch files durabl
 CONNECTIONS_MAX = 2_000         # open at once; more are turned away
 OWN_FILES = 40                  # descriptors that the daemon needs itself: databases, log, journal, git
 BACKLOG = 512                   # of the listen queue
+QUEUE_MAX = 256                 # frames on their way to a client; one that is so far behind is closed, and comes again where it was
+QUEUE_BYTES = 4 << 20           # bytes of them
+AHEAD_MAX = 64                  # messages of a WebSocket that wait for their turn: then nothing more is read
+HANDSHAKE_S = 10                # seconds for the head of a request, and for its body
+PING_S, DEAD_S = 54, 60         # seconds without a frame from a WebSocket until it is pinged, and until it is given up
+CLOSE_S = 2                     # seconds that a client has to answer a Close
+OPENING_MAX = 512               # connections without a complete request yet; the oldest goes
+UNIX_RESERVED = 200             # places that WebSockets cannot take: commands always get in
+BODY_MAX = 128 << 10            # bytes of a request's body: twice the largest event
+PORT_DEFAULT, PORTS_TRIED = 9999, 100   # the first port of the page, and how many above it are tried
+NO_PAGES = ("/ws", "/api/", "/health")  # what a link on another page does not lead to
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20      # linux/netlink.h, linux/sock_diag.h
+TEXT_TYPE = "text/plain; charset=utf-8"
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin"}
+PAGE_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self' ws://{}; "
+               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+ECHO_MAX = 64 << 20             # bytes of one message at the echo endpoint: four times what the suites send
+LINK_S = 300                    # seconds for which a link to the page with its one-time code is good
+PRESENCE_TELL_S = 30            # seconds between two notices of one agent's presence
 ANSWERS_MAX = 16 << 20          # bytes of answers after which the rest of a batch is refused
 LOOKS_MAX = 32                  # worktrees that are looked at unasked in one minute
 SEEN_MAX = 10_000               # agents whose presence is remembered until it is noted: anybody can make up names
@@ -10472,18 +10871,104 @@ def answers(var: str) -> bool:
         return False
 
 
-class Connection:
-    """What the daemon knows of one client: the task that serves it, and whether that may be ended at once."""
+class Outbox:
+    """What is on its way to one client.  Nobody waits for it: what the kernel does not take is kept, so many frames of it."""
 
-    def __init__(self, task, now: float):
+    def __init__(self, writer):
+        self.writer = writer
+        self._written = 0       # bytes in all
+        self._ends = collections.deque()        # where those of the frames end that are still here
+        self._watch = None      # the timer that looks whether the client reads
+
+    def _left(self) -> int:
+        """The bytes that have left this process."""
+        return self._written - self.writer.transport.get_write_buffer_size()
+
+    def room(self) -> int:
+        """How many frames may be added."""
+        size = self.writer.transport.get_write_buffer_size()
+        if not size:
+            self._ends.clear()
+            return QUEUE_MAX
+        left = self._written - size
+        while self._ends and self._ends[0] <= left:
+            self._ends.popleft()
+        return QUEUE_MAX - len(self._ends) if size < QUEUE_BYTES else 0
+
+    def put(self, frame: bytes) -> bool:
+        """Send a frame after those before it; False when there is no room."""
+        if self.room() <= 0:
+            return False
+        self.write(frame)
+        return True
+
+    def write(self, data: bytes) -> None:
+        """Send what has to be sent, whether there is room or not: an answer, a Close."""
+        transport = self.writer.transport
+        if transport.is_closing():
+            return
+        transport.write(data)
+        self._written += len(data)
+        if transport.get_write_buffer_size():
+            self._ends.append(self._written)
+            if not self._watch:
+                self._watch = asyncio.get_running_loop().call_later(WRITE_S, self._look, self._left())
+
+    def _look(self, left: int) -> None:
+        """Give up a client that has read nothing for WRITE_S."""
+        self._watch = None
+        if self.writer.transport.get_write_buffer_size():
+            if self._left() == left:
+                return self.writer.transport.abort()
+            self._watch = asyncio.get_running_loop().call_later(WRITE_S, self._look, self._left())
+
+    async def send(self, data: bytes) -> None:
+        """`write`, and wait until the client has read enough; raises ConnectionError when it is given up."""
+        self.write(data)
+        if self.writer.transport.get_write_buffer_size():
+            await self.writer.drain()
+
+    def close(self) -> None:
+        """End the watch, unless something is still on its way."""
+        if self._watch and not self.writer.transport.get_write_buffer_size():
+            self._watch.cancel()
+
+
+class Connection:
+    """What the daemon knows of one client: the task that serves it, how to reach it, and whether that may be ended at once."""
+
+    web = None                  # the WebSocket, after its handshake
+
+    def __init__(self, task, now: float, writer):
         self.task = task
         self.since = now        # when it was last heard of (monotonic s)
         self.busy = False       # a request is being answered
         self.waiting = 0        # it waits for a message, which it can do again with the next daemon
         self.agent = ""         # who it called for last
+        self.agents = {}        # all that it called for; what concerns them is pushed to it
+        self.person = ""        # who calls when a request does not say so
+        self.outbox = Outbox(writer)
+        self.dropped = False    # it was too far behind
         self.reader = None      # of JSON-RPC: what it sends while it waits is read ahead, to see it leave
         self.socket = None
         self.ahead = b""
+
+    def push(self, payload: bytes) -> None:
+        """Send a notification after those before it; who is too far behind is closed, and gets nothing more."""
+        if not self.dropped and not self.outbox.put(self.framed(payload)):
+            self.dropped = True
+            self.close(1013)
+
+    def framed(self, payload: bytes) -> bytes:
+        return payload + b"\n"
+
+    def close(self, code: int) -> None:
+        """End it after what is on its way."""
+        self.outbox.writer.close()
+
+    def ended(self) -> None:
+        """Nothing is left to be done."""
+        self.outbox.close()
 
     def has_left(self) -> bool:
         """Whether nobody is at the other end; who only sends no more (shutdown(2) for writing) still reads."""
@@ -10501,6 +10986,61 @@ class Connection:
                 break
             self.ahead += data
         await asyncio.Event().wait()    # for ever: it reads on, or has sent so much that it has to wait itself
+
+
+class WebConnection(Connection):
+    """A client of the port: HTTP, until it asks for a WebSocket."""
+
+    def upgrade(self, limit: int) -> None:
+        """Be a WebSocket from now on, whose messages have at most `limit` bytes."""
+        self.web = WebSocket(limit)
+        self.loop = asyncio.get_running_loop()
+        self.heard = self.loop.time()   # when the last frame was complete
+        self._frames = 0        # that had come then
+        self.reading = True     # False while it has sent more than we look at
+        self._ping_at = self.heard + PING_S
+        self._beat = self.loop.call_at(self._ping_at, self._look)
+
+    def framed(self, payload: bytes) -> bytes:
+        return encode_frame(TEXT, payload)
+
+    def feed(self, data: bytes) -> list:
+        """The messages that are complete with this data; pongs and closes are answered."""
+        self.web.feed(data)
+        messages = self.web.messages()
+        if self.web.frames != self._frames:
+            self.heard, self._frames = self.loop.time(), self.web.frames
+        self._flush()
+        return messages
+
+    def _flush(self) -> None:
+        output = self.web.output()
+        if output:
+            self.outbox.write(output)
+
+    def _look(self) -> None:
+        """Ping it when it is time; give it up when it does not even answer that."""
+        now = self.loop.time()
+        if now - self.heard >= DEAD_S and self.reading:
+            return self.outbox.writer.transport.abort()
+        if now >= self._ping_at:
+            self._ping_at = now + PING_S
+            self.web.ping()
+            self._flush()
+        self._beat = self.loop.call_at(min(self._ping_at, max(self.heard + DEAD_S, now + 1)), self._look)
+
+    def close(self, code: int) -> None:
+        if not self.web:
+            return super().close(code)
+        if not self.web.closing:
+            self.web.close(code)
+            self._flush()
+            self.loop.call_later(CLOSE_S, self.outbox.writer.transport.abort)
+
+    def ended(self) -> None:
+        super().ended()
+        if self.web:
+            self._beat.cancel()
 
 
 def _callable(program: str, top: str, cwd: str) -> str:
@@ -10598,12 +11138,21 @@ class RemoteConsole(Console):
 class Daemon:
     """The process that everybody talks to.  `run` returns when it has stopped."""
 
-    def __init__(self, places: Places, world: World):
+    def __init__(self, places: Places, world: World, pages: dict, token: str = ""):
         self.places = places
         self.world = world
+        self.pages = pages          # path -> (content type, bytes, ETag)
+        self.token = token          # what clients of the port must present; "": nothing
+        self.port = 0
         self.ledger = Ledger(places, world)
         self.waiters = Waiters()
+        self.audience = Audience()
+        self.subscriptions = Subscriptions(self.audience.connections)
         self.connections = set()
+        self._opening = {}          # connections to the port without a complete request yet, the oldest first
+        self._links = {}            # one-time codes of links to the page -> until when they are good (monotonic s)
+        self._told = {}             # agent id -> when its presence was told last (monotonic s)
+        self._sync_told = ""        # what was told of the exchange with the remote last
         self.log = logging.getLogger("thrum")
         self.stopping = None        # an event, set when the daemon is asked to stop
         self.last_seq = 0           # what readers can see; the journal may be one batch ahead
@@ -10622,8 +11171,8 @@ class Daemon:
 
     # ---- from start to end
 
-    async def run(self, listener, ready) -> None:
-        """Serve `listener` until SIGTERM, SIGINT or `daemon.stop`; calls `ready()` when it answers."""
+    async def run(self, listener, ports, ready) -> None:
+        """Serve `listener`, and HTTP on the sockets `ports`, until SIGTERM, SIGINT or `daemon.stop`; calls `ready()` when it answers."""
         self.loop = asyncio.get_running_loop()
         self.stopping = asyncio.Event()
         self.last_seq = self.ledger.journal.last
@@ -10637,9 +11186,17 @@ class Daemon:
             for _ in range(count):      # the slow ones connect when they are first asked
                 stores.put((0, None) if slow else (self.ledger.generation, Store(self.places.database, self.world)))
             self._pools[slow] = concurrent.futures.ThreadPoolExecutor(count, "thrum-slow" if slow else "thrum-reader"), stores
+        self.subscriptions.load(self.ledger.store)
         writer = threading.Thread(target=self._write_batches, name="thrum-writer")
         writer.start()
         self._server = await asyncio.start_unix_server(self._serve, sock=listener, backlog=BACKLOG)
+        web = [await asyncio.start_server(self._serve_web, sock=port, backlog=BACKLOG) for port in ports]
+        if ports:
+            self.port = self.ledger.facts["port"] = ports[0].getsockname()[1]
+            self.ledger.facts["link"] = self._link
+            self._hosts = {f"{name}:{self.port}" for name in LOOPBACK} | set(LOOPBACK if self.port == 80 else ())
+            atomic_write(self.places.var + "/ws.port", b"%d\n" % self.port)
+            await self._write(lambda context: context.store.set_meta(ws_port=self.port))
         chores = [self.loop.create_task(chore) for chore in (self._housekeeping(), self._look_after_claims())]
         self.log.info("started: version %s, pid %d, %d events, %d projected at start, %d damaged lines", __version__, os.getpid(),
                       self.ledger.journal.last, self.ledger.rebuilt, self.ledger.bad_lines.count)
@@ -10650,9 +11207,13 @@ class Daemon:
             chore.cancel()
         for task in filter(None, (self._looking, self._glancing)):
             task.cancel()
-        self._server.close()
+        for server in (self._server, *web):
+            server.close()
+        remove(self.places.var + "/ws.port")
         for connection in list(self.connections):
-            if connection.waiting or not connection.busy:
+            if connection.web and (connection.waiting or not connection.busy):
+                connection.close(1001)
+            elif connection.waiting or not connection.busy:
                 connection.task.cancel()
         tasks = [connection.task for connection in self.connections]
         if tasks:
@@ -10698,7 +11259,8 @@ class Daemon:
     async def _look_after(self) -> None:
         now = self.world.monotonic()
         for connection in list(self.connections):
-            if not connection.busy and now - connection.since > IDLE_S:
+            if not (connection.busy or connection.web) and now - connection.since > IDLE_S \
+                    and not self.subscriptions.any_of(connection.agents):
                 connection.task.cancel()
             elif connection.waiting and connection.reader and connection.has_left():
                 connection.task.cancel()    # it had only stopped to send when we looked last
@@ -10741,6 +11303,7 @@ class Daemon:
                 news = await self._read(conflict_news, {}, slow=ONE_BY_ONE)
                 if news:
                     await self._write(lambda context, news=news: tell_of_conflicts(context, news))
+                    self._tell("work", conflicts=True)
             except Exception as error:
                 problem = str(error)
             if problem and problem != self._look_problem:       # git may be too old: once is enough
@@ -10771,11 +11334,18 @@ class Daemon:
                 except Exception as error:      # whatever it is, nobody must wait for ever
                     self.log.exception("a batch failed")
                     outcomes, events = [InternalError(f"internal error: {error}")] * len(batch), []
-                self.loop.call_soon_threadsafe(self._committed, batch, outcomes, events)
+                self.loop.call_soon_threadsafe(self._committed, batch, outcomes, events, self._news(events))
         try:
             self.ledger.close()
         except Exception:       # the next start finds no mark of a clean end, and looks at everything
             self.log.exception("closing failed")
+
+    def _news(self, events: list) -> list:
+        try:
+            return self.subscriptions.news(self.ledger.store, events)
+        except Exception:       # it is stored, and who asks will find it
+            self.log.exception("subscribers were not told")
+            return []
 
     def _idle(self) -> None:
         try:
@@ -10783,11 +11353,15 @@ class Daemon:
         except Exception:       # whatever it is, the writer must go on
             self.log.exception("what can wait has failed")
 
-    def _committed(self, batch: list, outcomes: list, events: list) -> None:
+    def _committed(self, batch: list, outcomes: list, events: list, notes: list) -> None:
         """Tell everybody, listeners before senders."""
         if events:
             self.last_seq = events[-1][0]
+        self.audience.tell(notes)
         self.waiters.publish(events)
+        if self.ledger.export_problem != self._sync_told:
+            self._sync_told = self.ledger.export_problem
+            self._tell("sync", sync_state="error" if self._sync_told else "ok", problem=self._sync_told)
         for (_, future), outcome in zip(batch, outcomes):
             if future.done():       # who asked has gone, or was told that it takes too long
                 continue
@@ -10795,6 +11369,25 @@ class Daemon:
                 future.set_exception(outcome)
             else:
                 future.set_result(outcome)
+
+    def _tell(self, topic: str, **params) -> None:
+        """Push what is no event of the log to those who subscribed to a topic."""
+        agents = self.subscriptions.to_topic(topic)
+        if agents:
+            self.audience.tell([(notification(topic, encode(params)), [(agent_id, b"") for agent_id in agents])])
+
+    def _heard_of(self, agent_id: str, connection: Connection) -> None:
+        """Note that somebody calls: it is here, and what concerns it can be pushed over this connection."""
+        now = self.world.monotonic()
+        connection.agent = agent_id
+        self.ledger.seen[agent_id] = self.world.now_ns()
+        if connection.reader or connection.web:
+            self.audience.bind(connection, agent_id)
+        if now - self._told.get(agent_id, -PRESENCE_TELL_S) >= PRESENCE_TELL_S:
+            if len(self._told) >= SEEN_MAX:
+                self._told.clear()
+            self._told[agent_id] = now
+            self._tell("presence", agent_id=agent_id, last_seen_at=stamp_of(self.world.now_ns()))
 
     async def _write(self, request):
         """What a request to the ledger returns, or raises, once it is durable."""
@@ -10921,13 +11514,17 @@ class Daemon:
         method = METHODS.get(name)
         if not method:
             raise MethodNotFound("Method not found", f"method '{name}' is not registered")
-        if method.elsewhere:
+        web = connection is not None and connection.web
+        if method.elsewhere and not web:
             raise ThrumError(method.elsewhere)
+        if method.private and web:
+            raise MethodNotFound("Method not found", f"method '{name}' is not registered on the WebSocket")
         checked = check_params(method, params)
-        caller = checked.get("caller_agent_id")
-        if caller and len(self.ledger.seen) < SEEN_MAX:
-            connection.agent = caller
-            self.ledger.seen[caller] = self.world.now_ns()
+        if web and connection.person and "caller_agent_id" in method.params:
+            checked.setdefault("caller_agent_id", connection.person)
+        caller = checked.get("caller_agent_id") or (name == "session.start" and checked["agent_id"])
+        if caller and connection and len(self.ledger.seen) < SEEN_MAX:
+            self._heard_of(caller, connection)
             if not method.waits:
                 self._acted.add(caller)
         try:
@@ -10949,6 +11546,10 @@ class Daemon:
                 if self._works.get(work["worktree_path"]) != work:
                     self._works[work["worktree_path"]] = work
                     self.worktrees_changed()
+                    self._tell("work", worktree=work["worktree_path"])
+            if name == "user.register":
+                connection.person = done["user_id"]
+                self._heard_of(connection.person, connection)
             return done
         except (ThrumError, asyncio.CancelledError, ConnectionError):
             raise
@@ -10959,8 +11560,8 @@ class Daemon:
     # ---- connections
 
     async def _serve(self, reader, writer) -> None:
-        """One client, from its first byte to its last."""
-        connection = Connection(asyncio.current_task(), self.world.monotonic())
+        """A client of the Unix socket, from its first byte to its last."""
+        connection = Connection(asyncio.current_task(), self.world.monotonic(), writer)
         self.connections.add(connection)
         try:
             if not _same_user(writer.get_extra_info("socket")):
@@ -10979,8 +11580,13 @@ class Daemon:
         except Exception:
             self.log.exception("a connection failed")
         finally:
-            self.connections.discard(connection)
-            writer.close()
+            self._forget(connection)
+
+    def _forget(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+        self.audience.leave(connection)
+        connection.outbox.writer.close()
+        connection.ended()
 
     async def _serve_calls(self, connection: Connection, reader, writer, data: bytes) -> None:
         """JSON-RPC: one line after the other, each answered before the next is looked at."""
@@ -10990,12 +11596,12 @@ class Daemon:
             try:
                 complete = lines.feed(data)
             except InvalidRequest as error:
-                return await send_bytes(writer, encode_reply(Call(), error=error) + b"\n")
+                return await connection.outbox.send(encode_reply(Call(), error=error) + b"\n")
             for line in complete:
                 connection.busy = True
                 reply = await self._answer(line, connection)
                 if reply:
-                    await send_bytes(writer, reply + b"\n")
+                    await connection.outbox.send(reply + b"\n")
                 connection.busy = False
                 if self.stopping.is_set() or writer.transport.is_closing():
                     return
@@ -11003,6 +11609,187 @@ class Daemon:
                     await asyncio.sleep(0)      # who sends thousands of lines at once must not keep others waiting
             connection.since = self.world.monotonic()
             data, connection.ahead = connection.ahead or await reader.read(65536), b""
+
+    # ---- the port: HTTP and WebSocket
+
+    async def _serve_web(self, reader, writer) -> None:
+        """A client of the port, from its first byte to its last."""
+        connection = WebConnection(asyncio.current_task(), self.world.monotonic(), writer)
+        self.connections.add(connection)
+        try:
+            if not _same_user_behind(writer.get_extra_info("socket")):
+                return writer.transport.abort()     # somebody else's process learns nothing, not even why
+            if len(self.connections) > self.room - UNIX_RESERVED:
+                return self.log.warning("a client was turned away: %d connections are open", self.room - UNIX_RESERVED)
+            if len(self._opening) >= OPENING_MAX:
+                next(iter(self._opening)).outbox.writer.transport.abort()
+            self._opening[connection] = True
+            await self._serve_http(connection, reader)
+        except (ConnectionError, asyncio.CancelledError, asyncio.TimeoutError):
+            pass                # it went away, has to, or says nothing
+        except Exception:
+            self.log.exception("a connection failed")
+        finally:
+            self._opening.pop(connection, None)
+            self._forget(connection)
+
+    async def _serve_http(self, connection: WebConnection, reader) -> None:
+        """Requests, one after the other, until one asks for a WebSocket."""
+        buffer, keeps = bytearray(), True
+        while keeps and not self.stopping.is_set():
+            self._opening[connection] = True
+            head_only = False
+            try:
+                head = await asyncio.wait_for(_receive(reader, buffer, lambda: decode_head(buffer)), HANDSHAKE_S)
+                if not head:
+                    return
+                head_only, keeps = head.method == "HEAD", head.keeps
+                self._admit(head)
+                work = self._socket_at(head)
+                if work:
+                    limit, serve = work
+                    connection.outbox.write(accept_upgrade(head))
+                    self._opening.pop(connection, None)
+                    connection.upgrade(limit)
+                    return await self._serve_socket(connection, reader, bytes(buffer), serve(head))
+                body = await self._receive_body(connection, head, reader, buffer)
+                self._opening.pop(connection, None)
+                status, headers, body = await self._respond(head, body, connection)
+            except HttpError as error:      # what was not read of it would be taken for the next request
+                status, headers, body, keeps = error.http, {**error.headers, "Content-Type": TEXT_TYPE}, f"{error}\n".encode(), False
+            headers = {**SECURITY_HEADERS, **headers, "Connection": "keep-alive" if keeps else "close"}
+            await connection.outbox.send(encode_response(status, headers, body, head_only=head_only))
+
+    async def _receive_body(self, connection: WebConnection, head, reader, buffer: bytearray) -> bytes:
+        if head.length > BODY_MAX:
+            raise HttpError(413)
+        if head.headers.get("expect", "").lower() == "100-continue":
+            connection.outbox.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+        def take():
+            if len(buffer) < head.length:
+                return None
+            body = bytes(buffer[:head.length])
+            del buffer[:head.length]
+            return (body,)
+        found = await asyncio.wait_for(_receive(reader, buffer, take), HANDSHAKE_S)
+        if not found:
+            raise ConnectionError("the client has gone")
+        return found[0]
+
+    def _admit(self, head) -> None:
+        """Raise HttpError unless a request is from this machine's browser at our own page, from no browser, or has the token.
+
+        The name in `Host` must be a loopback one (another that leads here is DNS rebinding), `Origin` our own.  A cookie
+        stands for the token only where the page is ours: a browser sends it from other ports of localhost, too.
+        """
+        if head.headers.get("host", "").lower() not in self._hosts:
+            raise HttpError(403)
+        authorization = head.headers.get("authorization", "")
+        given = head.query.get("token") or (authorization[7:].strip() if authorization[:7].lower() == "bearer " else "")
+        proven = bool(self.token) and hmac.compare_digest(given.encode(), self.token.encode())
+        origin, site = head.headers.get("origin"), head.headers.get("sec-fetch-site", "none").lower()
+        foreign = origin is not None and origin.lower() not in {"http://" + host for host in self._hosts}
+        visits = head.headers.get("sec-fetch-mode") == "navigate" and head.method == "GET" and not head.path.startswith(NO_PAGES)
+        if (foreign or (site not in ("none", "same-origin") and not visits)) and not proven:
+            raise HttpError(403)
+        if self.token and not proven and not (head.path == "/" and "link" in head.query):
+            if not hmac.compare_digest(_cookie(head, self._cookie_name()).encode(), self._cookie().encode()):
+                raise HttpError(401)
+
+    def _cookie_name(self) -> str:
+        return f"thrum_{self.port}"     # cookies are shared by the ports of a host
+
+    def _cookie(self) -> str:
+        """What the browser of somebody with a link gets in place of the token."""
+        return hmac.new(self.token.encode(), self.ledger.daemon_id.encode(), "sha256").hexdigest()
+
+    def _link(self) -> str:
+        """The address of the page; where there is a token, with a code that is good once, for LINK_S."""
+        if not self.token:
+            return f"http://localhost:{self.port}/"
+        now, code = self.world.monotonic(), self.world.random(16).hex()
+        for old, until in list(self._links.items()):
+            if until < now or len(self._links) > LIST_MAX:
+                self._links.pop(old, None)
+        self._links[code] = now + LINK_S
+        return f"http://localhost:{self.port}/?link={code}"
+
+    def _socket_at(self, head) -> tuple | None:
+        """For a request that asks for a WebSocket: its message limit, and what serves it; None for any other."""
+        if not head.upgrades and head.path != "/ws" and not head.path.startswith("/ws/"):
+            return None
+        found = {"/": (REQUEST_MAX, self._work_calls), "/ws": (REQUEST_MAX, self._work_calls),
+                 "/ws/echo": os.environ.get("THRUM_WS_ECHO") == "1" and (ECHO_MAX, self._work_echo)}.get(head.path)
+        if not found:
+            raise HttpError(404)
+        return found
+
+    async def _respond(self, head, body: bytes, connection: WebConnection) -> tuple:
+        """(status, headers, body) for a request."""
+        if head.path == "/health":
+            _only(head, "GET", "HEAD")
+            return _json_response({
+                "status": "healthy", "connections": sum(bool(one.web) for one in self.connections),
+                "timestamp": self.world.now_ns() // NS})
+        if head.path.startswith("/api/"):
+            raise HttpError(404)
+        _only(head, "GET", "HEAD")
+        if head.path == "/" and self.token and "link" in head.query:
+            if self._links.pop(head.query["link"], 0) < self.world.monotonic():
+                raise HttpError(401)
+            return 303, {"Location": "/", "Set-Cookie": f"{self._cookie_name()}={self._cookie()}; Path=/; HttpOnly; SameSite=Strict"}, b""
+        found = self.pages.get(head.path) or (None if head.path.startswith("/assets/") else self.pages.get("/"))
+        if not found:
+            raise HttpError(404)
+        kind, page, tag = found
+        headers = {"Content-Type": kind, "ETag": tag, "Cache-Control": "no-cache",
+                   "Content-Security-Policy": PAGE_POLICY.format(head.headers["host"])}
+        if tag in head.headers.get("if-none-match", ""):
+            return 304, headers, b""
+        return 200, headers, page
+
+    async def _serve_socket(self, connection: WebConnection, reader, data: bytes, work) -> None:
+        """A WebSocket: reads what comes, while `work(connection, inbox)` answers one message after the other."""
+        inbox = asyncio.Queue(AHEAD_MAX)
+        working = self.loop.create_task(work(connection, inbox))
+        working.add_done_callback(lambda task: task.cancelled() or connection.close(1011 if task.exception() else 1000))
+        try:
+            while True:
+                for message in connection.feed(data) if data else ():
+                    connection.reading = not inbox.full()
+                    await inbox.put(message)
+                connection.reading = True
+                if connection.web.closed:
+                    return
+                data = await reader.read(65536)
+                if not data:
+                    return
+        finally:
+            working.cancel()
+            await asyncio.wait({working})
+
+    def _work_calls(self, head):
+        async def work(connection: WebConnection, inbox) -> None:
+            """JSON-RPC: one call, or a batch, in each message."""
+            while True:
+                _, message = await inbox.get()
+                connection.busy = True
+                reply = await self._answer(message, connection)
+                if reply:
+                    await connection.outbox.send(connection.framed(reply))
+                connection.busy = False
+                if self.stopping.is_set():
+                    connection.close(1001)
+        return work
+
+    def _work_echo(self, head):
+        async def work(connection: WebConnection, inbox) -> None:
+            """Gives back every message: what suites that test a WebSocket server want."""
+            while True:
+                kind, message = await inbox.get()
+                await connection.outbox.send(encode_frame(kind, message))
+        return work
 
     async def _answer(self, line: bytes, connection: Connection) -> bytes:
         calls, is_batch = decode_request(line)
@@ -11078,6 +11865,36 @@ class Daemon:
         await console.end(status)
 
 
+async def _receive(reader, buffer: bytearray, take):
+    """What `take()` finds in the buffer as more and more arrives; None when the client ends before."""
+    while True:
+        found = take()
+        if found is not None:
+            return found
+        data = await reader.read(65536)
+        if not data:
+            return None
+        buffer += data
+
+
+def _cookie(head, name: str) -> str:
+    """A cookie of a request, "" without it (RFC 6265, section 4.2)."""
+    for pair in head.headers.get("cookie", "").split(";"):
+        key, _, value = pair.strip().partition("=")
+        if key == name:
+            return value
+    return ""
+
+
+def _only(head, *methods) -> None:
+    if head.method not in methods:
+        raise HttpError(405, {"Allow": ", ".join(methods)})
+
+
+def _json_response(value, status: int = 200) -> tuple:
+    return status, {"Content-Type": "application/json", "Cache-Control": "no-store"}, encode(value) + b"\n"
+
+
 def _to_look_at(context: Context, params: dict) -> str | None:
     """The open session of an agent of this machine, if it is time to look at its work again."""
     session = context.store.open_session(params["agent_id"])
@@ -11096,6 +11913,86 @@ def _same_user(sock) -> bool:
     if sys.platform == "darwin":            # struct xucred: version, uid
         return struct.unpack("II", sock.getsockopt(0, 1, 8))[1] in (os.getuid(), 0)
     return True
+
+
+def _same_user_behind(sock) -> bool:
+    """Whether the process at the other end of a loopback connection runs as this user (or as root).  Linux only.
+
+    The kernel is asked for that one socket (sock_diag(7)); one that was closed has no owner any more, and counts as
+    somebody else's.
+    """
+    if sys.platform != "linux":
+        return True
+    (host, port), (own_host, own_port) = sock.getpeername()[:2], sock.getsockname()[:2]
+    pad = bytes(12 if sock.family == socket.AF_INET else 0)
+    ends = struct.pack(">HH", port, own_port) + b"".join(socket.inet_pton(sock.family, one) + pad for one in (host, own_host))
+    # struct inet_diag_req_v2: family, protocol, ext, pad, states, then the ends, interface and two words of no cookie
+    request = struct.pack("=BBBxI", sock.family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF) + ends + struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF)
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
+            kernel.setblocking(False)
+            kernel.send(struct.pack("=IHHII", 16 + len(request), SOCK_DIAG_BY_FAMILY, 1, 1, 0) + request)
+            answer = kernel.recv(4096)
+        if struct.unpack_from("=H", answer, 4)[0] == SOCK_DIAG_BY_FAMILY and len(answer) >= 88:
+            uid, inode = struct.unpack_from("=II", answer, 80)
+            return bool(inode) and uid in (os.getuid(), 0)
+        return False
+    except OSError:             # a container that forbids netlink
+        return _owner_in_proc(ends, sock.family) in (os.getuid(), 0)
+
+
+def _owner_in_proc(ends: bytes, family: int) -> int:
+    """The same from /proc/net/tcp, -1 when nobody owns it; reads through all connections of the machine."""
+    def shown(port: bytes, address: bytes) -> str:
+        size = 4 if family == socket.AF_INET else 16
+        words = struct.unpack(f"={size // 4}I", address[:size])
+        return "".join("%08X" % word for word in words) + ":%04X" % int.from_bytes(port, "big")
+
+    wanted = [shown(ends[:2], ends[4:20]), shown(ends[2:4], ends[20:36])]
+    try:
+        with open("/proc/net/tcp" + "6" * (family == socket.AF_INET6), encoding="ascii") as file:
+            for line in file:
+                fields = line.split()
+                if fields[1:3] == wanted:
+                    return int(fields[7]) if int(fields[9]) else -1
+    except (OSError, ValueError, IndexError):
+        pass
+    return -1
+
+
+def open_port(wanted: list) -> list:
+    """Listening sockets on one loopback port, the first of `wanted` that is free, else one above PORT_DEFAULT, else any."""
+    for port in (*wanted, *range(PORT_DEFAULT, PORT_DEFAULT + PORTS_TRIED), 0):
+        try:
+            return _listen(port)
+        except OSError:
+            pass                # somebody else has it
+    return []
+
+
+def _listen(port: int) -> list:
+    """Sockets on a port of 127.0.0.1 and ::1, where there is one: `localhost` is both, and nobody else shall have the other."""
+    made = []
+    try:
+        for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+            try:
+                one = socket.socket(family, socket.SOCK_STREAM)
+                made.append(one)
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                one.bind((host, port))
+                one.listen(BACKLOG)
+                port = one.getsockname()[1]
+            except OSError as error:
+                if family == socket.AF_INET or error.errno == errno.EADDRINUSE:
+                    raise
+                made.pop().close()      # no IPv6 here
+        return made
+    except OSError:
+        for one in made:
+            one.close()
+        raise
 
 
 def take_lock(path: str, wait_s: float) -> int:
@@ -11119,8 +12016,8 @@ def take_lock(path: str, wait_s: float) -> int:
         time.sleep(LOCK_RETRY_S)
 
 
-def daemon_process(places: Places, report) -> int:
-    """Be the daemon of a repository.
+def daemon_process(places: Places, report, pages: dict) -> int:
+    """Be the daemon of a repository, which serves `pages`.
 
     `report(text)` is called with "..." while a rebuild goes on, then once with "" when it answers or with what is wrong.
     """
@@ -11148,7 +12045,8 @@ def daemon_process(places: Places, report) -> int:
         git = Git(places.root)
         git.run("rev-parse", "--git-dir")
         ensure_branch(places)
-        daemon = Daemon(places, world)
+        config = load_config(places.thrum)
+        daemon = Daemon(places, world, pages, setting_in_effect(config, "daemon.ws_token", os.environ)[0])
         daemon.ledger.open(read_repo_id(git), lambda: report("..."))
         daemon.ledger.facts.update(started=world.monotonic())
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -11162,6 +12060,11 @@ def daemon_process(places: Places, report) -> int:
         listener.bind("thrum.sock")
         os.chmod("thrum.sock", 0o600)
         listener.listen(BACKLOG)
+        remove("ws.port")               # of one that was killed
+        asked = setting_in_effect(config, "daemon.ws_port", os.environ)[0]
+        ports = open_port([int(port) for port in (asked, daemon.ledger.store.meta("ws_port", 0)) if str(port).isdecimal() and int(port)])
+        if asked != "auto" and str(ports and ports[0].getsockname()[1]) != asked:
+            logging.getLogger("thrum").warning("port %s is taken; another one is used", asked)
         atomic_write(places.var + "/thrum.pid", (json.dumps({
             "pid": os.getpid(), "repo_path": places.root, "started_at": stamp_of(world.now_ns()),
             "socket_path": places.var + "/thrum.sock"}, indent=2) + "\n").encode())
@@ -11173,11 +12076,12 @@ def daemon_process(places: Places, report) -> int:
         report(f"internal error at start: {error!r}; see 'thrum daemon logs'")
         return 1
     try:
-        asyncio.run(daemon.run(listener, lambda: report("")))
+        asyncio.run(daemon.run(listener, ports, lambda: report("")))
     finally:
         if read_pid(places) == os.getpid():     # not another daemon's, in a .thrum that was made anew
             remove(places.var + "/thrum.sock")
             remove(places.var + "/thrum.pid")
+            remove(places.var + "/ws.port")
     daemon.log.info("stopped")
     return 0
 
@@ -12582,9 +13486,12 @@ async def daemon_status(console: Console, args: Args) -> int:
     report = {"running": True, "status": "running", "pid": state["pid"], "repo_path": places.root, "uptime": uptime,
               "version": state["version"], "sync_state": state["sync_state"], "events": state["last_seq"],
               "bad_lines": state["bad_lines"]}
+    if "ws_port" in state:
+        report.update(ws_port=state["ws_port"], page=(await console.call("page.link"))["url"])
     await console.answer(report, f"Daemon:   running (PID {state['pid']})\nUptime:   {uptime}\nVersion:  {state['version']}\n"
                          f"Repo:     {places.root}\nStore:    {state['messages']} messages of {state['agents']} agents, "
                          f"{state['last_seq']} events\nSync:     {state['sync_state']}\n"
+                         f"Page:     {report.get('page', 'no port was free')}\n"
                          + (f"Damaged:  {state['bad_lines']} lines, see {places.bad_lines}\n" if state["bad_lines"] else ""))
     return 0
 
@@ -12625,7 +13532,7 @@ async def daemon_run(console: Console, args: Args) -> int:
                 pass            # the starter did not wait; whoever comes next finds the daemon
             if problem != "...":
                 os.close(args.ready_fd)
-    return daemon_process(places, report)
+    return daemon_process(places, report, {})
 
 
 # ---- the guard

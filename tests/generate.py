@@ -61,7 +61,7 @@ class History:
         self.count = 0
         self.daemons = [Daemon(n, self.rng, rough) for n in range(self.rng.randrange(1, 4))]
         self.agents = {}        # agent id -> its daemon
-        self.sessions = []      # [session id, agent id, ns, open]
+        self.sessions, self.subscriptions = [], []     # [session id, agent id, ns, open]
         self.groups = []        # [group id, name, ns]
         self.messages = []      # [message id, author, ns, recipients, thread id]
         self.claims = []        # [claim id, agent id, ns, event ids of grant and renewals]
@@ -143,6 +143,15 @@ class History:
             self.emit(daemon, "session.update", start, session_id=session_id, agent_id=agent, intent=self.text(),
                       **({"current_task": self.text()} if self.chance(0.5) else {}),
                       **({"scopes": self.pairs(), "refs": self.pairs()} if self.chance(0.5) else {}))
+        elif step < 0.9 and not daemon.rough:
+            own = [number for number, of in enumerate(self.subscriptions, 1) if of == session_id]
+            if own and self.chance(0.4):
+                self.emit(daemon, "subscription.remove", start, subscription_id=rng.choice(own), session_id=session_id)
+            else:
+                self.subscriptions.append(session_id)
+                self.emit(daemon, "subscription.add", start, subscription_id=len(self.subscriptions), session_id=session_id,
+                          agent_id=agent, scopes=self.pairs()[:1], mention=rng.choice(("", *ROLES)), all=self.chance(0.2),
+                          topics=self.some(("agents", "claims"), 2))
         else:
             stamps = [thrum.stamp_of(self.now + self.rng.randrange(-DAY, DAY)) for _ in range(3)]
             self.emit(daemon, "agent.update", start, agent_id=agent, work_contexts=[{
