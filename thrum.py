@@ -28,6 +28,7 @@ machines on a branch of its own.  Read from the top: a section uses only those a
    22  Commands      what the shell accepts and the daemon runs: one table
    23  Daemon        sockets and threads: the only asyncio
    24  Client        one command, sent to the daemon
+   25  Pages         the web page, generated from web/
    26  Main          what the shell accepts and this process runs
 
 The numbers are those of the design; the missing ones belong to parts still to come.
@@ -49,7 +50,7 @@ TYPE_CHECKING = False           # type checkers read this name as True
 if TYPE_CHECKING:
     import asyncio, base64, bisect, calendar, codecs, collections, concurrent.futures, difflib, errno, fcntl, hashlib, hmac  # noqa: E401
     import json, logging, queue, re, resource, select, shlex, shutil, signal, socket, sqlite3, struct, subprocess  # noqa: E401
-    import threading, unicodedata  # noqa: E401
+    import threading, unicodedata, zlib  # noqa: E401
 
 
 class _Lazy:
@@ -68,7 +69,7 @@ class _Lazy:
 
 LAZY_MODULES = (
     "asyncio base64 bisect calendar codecs collections concurrent difflib errno fcntl hashlib hmac json logging queue re resource "
-    "select shlex shutil signal socket sqlite3 struct subprocess threading unicodedata"
+    "select shlex shutil signal socket sqlite3 struct subprocess threading unicodedata zlib"
 ).split()
 globals().update((name, _Lazy(name)) for name in LAZY_MODULES)
 
@@ -6846,6 +6847,10 @@ class Method(Record):
     private: bool = False       # it is for the Unix socket only
     slow: object = False        # it asks git, or ONE_BY_ONE: threads of their own, so that it keeps no quick question waiting
 
+    def takes_long(self) -> bool:
+        """Whether what comes after it should not wait for it."""
+        return bool(self.waits or self.queues or self.slow)
+
 
 def check_params(method: Method, params) -> dict:
     """The parameters of a call as its row wants them; raises InvalidParams naming the field."""
@@ -7811,7 +7816,9 @@ def message_list(context: Context, params: dict) -> dict:
         scope=_pair(params.get("scope")), ref=_pair(params.get("ref")), mention=mention.lstrip("@"),
         thread_id=params.get("thread_id", ""), after_ns=after_ns, after_seq=after,
         by_update=sort_by == "updated_at", ascending=order == "asc", limit=size, offset=(page - 1) * size)
-    return {"messages": [_summary(row) for row in found["messages"]], "total": found["total"], "unread": found["unread"],
+    return {"messages": [_summary(row, **compact(audiences=_audiences(row) if params.get("audiences") else None))
+                         for row in found["messages"]],
+            "total": found["total"], "unread": found["unread"],
             "page": page, "page_size": size, "total_pages": -(-found["total"] // size),
             "last_seq": store.reached()[0], "epoch": store.meta("epoch", ""),
             **compact(overdue=len({row["message_id"] for row in _overdue(context, receiver)}) or None if receiver == caller else None)}
@@ -8683,7 +8690,7 @@ METHODS = {
         message_list, {"scope": PAIR, "ref": PAIR, "thread_id": str, "author_id": str, "mentions": bool, "mention_role": str,
                        "caller_mention_role": str, "unread": bool, "unread_for_agent": str, "exclude_self": bool,
                        "for_agent": str, "for_agent_role": str, "created_after": str, "after_seq": int, "epoch": str, "sort_by": str,
-                       "sort_order": str, **PAGING, **CALLER}, "Messages, newest first."),
+                       "sort_order": str, "audiences": bool, **PAGING, **CALLER}, "Messages, newest first."),
     "message.outbox": Method(message_outbox, {"to": str, "unread": bool, "overdue": bool, **PAGING, **CALLER},
                              "What the caller sent, with each recipient's state."),
     "message.edit": Method(message_edit, {"message_id!": str, "content": str, "structured": dict, **CALLER},
@@ -10745,6 +10752,7 @@ OWN_FILES = 40                  # descriptors that the daemon needs itself: data
 BACKLOG = 512                   # of the listen queue
 QUEUE_MAX = 256                 # frames on their way to a client; one that is so far behind is closed, and comes again where it was
 QUEUE_BYTES = 4 << 20           # bytes of them
+ASIDE_MAX = 16                  # calls of a WebSocket that wait or ask git, while later ones are answered
 AHEAD_MAX = 64                  # messages of a WebSocket that wait for their turn: then nothing more is read
 HANDSHAKE_S = 10                # seconds for the head of a request, and for its body
 PING_S, DEAD_S = 54, 60         # seconds without a frame from a WebSocket until it is pinged, and until it is given up
@@ -11264,8 +11272,10 @@ class Daemon:
                 connection.task.cancel()
             elif connection.waiting and connection.reader and connection.has_left():
                 connection.task.cancel()    # it had only stopped to send when we looked last
-            elif connection.busy and connection.agent:      # whoever waits is here
+            elif (connection.busy or connection.waiting) and connection.agent:      # whoever waits is here
                 self.ledger.seen[connection.agent] = self.world.now_ns()
+            elif connection.person:         # and who has the page open
+                self._heard_of(connection.person, connection)
         if not os.path.exists(self.places.var + "/thrum.pid") or read_pid(self.places) not in (0, os.getpid()):
             self.log.warning("%s is gone, or another daemon's: stopping", self.places.var)
             self.stopping.set()
@@ -11599,7 +11609,7 @@ class Daemon:
                 return await connection.outbox.send(encode_reply(Call(), error=error) + b"\n")
             for line in complete:
                 connection.busy = True
-                reply = await self._answer(line, connection)
+                reply = await self._answer(decode_request(line), connection)
                 if reply:
                     await connection.outbox.send(reply + b"\n")
                 connection.busy = False
@@ -11771,16 +11781,31 @@ class Daemon:
 
     def _work_calls(self, head):
         async def work(connection: WebConnection, inbox) -> None:
-            """JSON-RPC: one call, or a batch, in each message."""
-            while True:
-                _, message = await inbox.get()
-                connection.busy = True
-                reply = await self._answer(message, connection)
+            """JSON-RPC: one call, or a batch, in each message.  What waits, or asks git, is answered when it is done."""
+            aside = set()
+
+            async def answer(calls):
+                reply = await self._answer(calls, connection)
                 if reply:
                     await connection.outbox.send(connection.framed(reply))
-                connection.busy = False
-                if self.stopping.is_set():
-                    connection.close(1001)
+            try:
+                while True:
+                    _, message = await inbox.get()
+                    connection.busy = True
+                    calls = decode_request(message)
+                    if len(aside) < ASIDE_MAX and any(call.method in METHODS and METHODS[call.method].takes_long() for call in calls[0]):
+                        aside.add(self.loop.create_task(answer(calls)))
+                    else:
+                        await answer(calls)
+                    for task in [task for task in aside if task.done()]:
+                        aside.remove(task)
+                        task.result()       # it raises what has ended it: the client has gone
+                    connection.busy = False
+                    if self.stopping.is_set():
+                        connection.close(1001)
+            finally:
+                for task in aside:
+                    task.cancel()
         return work
 
     def _work_echo(self, head):
@@ -11791,9 +11816,9 @@ class Daemon:
                 await connection.outbox.send(encode_frame(kind, message))
         return work
 
-    async def _answer(self, line: bytes, connection: Connection) -> bytes:
-        calls, is_batch = decode_request(line)
-        replies, size = [], 0
+    async def _answer(self, request: tuple, connection: Connection) -> bytes:
+        """The answer to what `decode_request` gives."""
+        (calls, is_batch), replies, size = request, [], 0
         for call in calls:
             try:
                 if call.error:
@@ -12497,6 +12522,137 @@ def run_now(coroutine):
     except StopIteration as end:
         return end.value
     raise RuntimeError("a command that runs here has waited")
+
+
+# ================================================================== 25  Pages
+#
+# The web page, one file, too: the table below is written by `python3 web/embed.py` from the files in web/.  Edit those,
+# never this; a test fails when it is stale.  Only the daemon decodes it.  Every start of this script compiles it: 200 KB
+# of page cost 0.6 ms in this form and 1.4 ms as plain text, which would make this file a quarter longer.  Base64, because
+# b85decode() is Python and would take the daemon's start 10 ms to save 6 % of the size.
+
+PAGE_FILES = {
+    "app.css": ("text/css; charset=utf-8", '"cbee04a039f4484c"', """
+eNq9WW1v4zYS/p5fwUsQwM5aWkm2/Io7FNjtAcWhe0C3vS9FP1ASZfEiiYIoJXEX+e83Q4p6s+VkcYfrook1GpOcmWeemWE+PpBfE0YKemRExKRKyjqzCfkkUlGXktCS
+kZxmLCKxKMlzQitQYSci6elAUn5MKkLziES0fASNNBXP+J7Ik6wYrPPw8WZfClGRbzeEWNaxFHUe7cldvIr9eHsAUUFzlqIkjvGR54/w4O7c0PPwOasrhl/w6Xq5UZKU
+5wwEzGUrRlFAw5DlFYiWgR9EwUHvJAR+zQk2dMlQ65ly1NnCvo6DgoCiAmzje/6h+YYlRYxazIt9vTh+zUjjKHajTfPdTsjWbK03rQQebeXdo45MaCSe98QhbvFCPPi/
+PAYzzyGeT1YO+UjW9/MFvMU32/O3q/u5XjQTudiTmqsPsqAhW5Dbr38nP8PjLXz8RGVII06N4GeWp2IBAcylSKkEjc/s3/RfNflKc2mU2rVwj1ig+1zHuf/o2n4TO6vm
+C2LRokiZpSW4LTsKRn77CVb4RQSign1uv8AvtTYIJfyyJCt5bNa1JP8TfBKmNCtmrl+8LIiLFn8gtuc9PS+IB0/zA9H/fXwgrk/gdV0QWJWSlBaVKEDLQSmAb/UPxNTr
+zQ8ASbB5VpQsZqW0QsBrackwYRlsh3CcK8x16Bvgz2Gu6677+HM3bqAhpyHINozGTh+Cuy31gmUPgt7Gi5bbAQR3Lt3EyvgeCH03jLduD4SxF+yWUQfCON7SLR2D0HWX
+jhuPQbj0Peo6IxAuA5e6kdlWw3C9HsAwByEqvILzHsg3EogXjA3Pj3v4XEastEB0gPe/JzyKWP4HKEVcFik96W+Tv/CsEGVF8wrVAhGdQCWj5ZHnAPMDyXhuJQw5QaHp
+KTmQgIaPxulPtJyZEEDEVcSMFHwOIvHEyhgoxHouabEHYjk9J6xkuFviLkjiLQhgQaQLUqfDrQsaRcoUB5VbjZRLcFx1SlnjAHi5j0VYS+uJSx6kDJREXemAIi4hZ3jU
+HEpHFc+lNSwRx5JVSvFgnFZC7tUSsr5QzgtFhGvqlLJ3HsuaxTDj5lcdohfcK7roHwO3nl/erzXbdnzYyV7CTzyFXeeSsRwOUgjJKy7ASzSARQHKB/LMoypR+xxIGy98
+MP7fEw0BCFLKC0gRVOewZDXzHeAlqAO8AlpAAkHHYrjUtvKRFxObpgyRavslnhByek+slfr8JwQ/Yi97suzbg3rEVQrnLlM5O4ZQG63mHDrOcBq1WbPx681Nwij4UVFC
+d05Z8fDx1BzM6R0KGKFNgjhl4CQKVS+3wP4MooBbsvJAjohXe6326IzAZ0DpywwNWRDfeXomFtQHeFLkPm1Zm5FVJbIpSEAmN8bw7AiGmrjaG21sG1sjwDRqwNnwsmu7
++lXKKjBEhVSd3bIdV3/lLkNAD1ytGHGuE77Z1JkAxTmkKvZSWZ2YpQAxyaXaSla0Yio0OrctjRpaV+J74rDyR4FQRkI8tHyUSQplw3JlHKZEz40b175z7ieVeCMkIl1f
+TPWWx1XstLX7fcCgtdI+BiOQN25v2yS1h6G0L1oASTncLqzLElZSp+oc+3tEK2qpj3+9/fTPL19+/PTrj59v/xiHF4vQZaoy1Wk+sejnn75eWRcK1sVlTSHTq+YCcpFd
+y8+QpuHMs3cqqB8wOea9jHUxliOs4M+mqGhYXgHPUkFlO0KQ7393Lvei/e58NtYHNSgq/m4Lm6GXPkx3htTuwNF1lst+zT6WHHoM/GmBnSCD7GzU9pi6ypiVssZz0Awj
+dKBHi8t54xBP7QFyk+rbdSNpqm+Tnu1JXdtr2ZusDPF4Q+JpHPyeBFurioGsUZXQX0KygAfromBlSCU7TFCT5g/j8MZ3UBpCCFFlzmJ2XjkXdnbOdzU9xF3FaAaLaBhJ
+lsYIUVpCYzSB2aXtDbxmKe9Y9mqIMyVthOhyk/cK8qqnAtDptfr90slwpAxLGMICWppgVQnP1YljBjPct7NWpq2LNkCkOk0xfXtAr1+ZlXuUD7ok6ncxEZUJu97GdKXp
+xs5YFkAvfwHDtF/BGz3FEO8DO/pmBO7GX2rlNrUussKYA+xNUy/eqt7v7eSMC1RH3nTrWl8/KWIwRtsxDSt0kTJVWwhRgYHRcofcsNWrXgznW/Ro3LIZudzmqkK9Z/vd
++KswAsrkcknoaQF8J9uNC9adZ/GgcbAN/dgwJ0qWY135jj5i6Z8x7mY77dWprtjs/b8r9QZftt8ibFzy211tHKEmSvxYrXfCa+0Ejn77hMrZmy3AnPQ9f9Frr+3onws1
+Uz6C6yQ4UxAuiTo8CHDqtwNg4jAx5B3TjKen/XC+GkCwmYYiVlGeynZitPREsG2wIesM5JPUB8ZLlBaCa2yMS4s/WZbvgGUx50lLWQO36mrST3tTX7DplpIe2SQZrrv0
+Uor/HRt2GT/ue7Yt2//fGQ+YTpvV5Idnu4MEMc/jxbVrRr6AzyEbZ/l59zHdZsA5GngkMp3p0yY1m5O1c98cHu9d5qMO97oy8KarLvqGBM8Gw9x4lrto9DkIt229xPvb
+ccejrIV3OECec+L1fjkAf2BgO9S0W6nlbMDXVLI3KhVXR7ow5b3N/F5nKmhxCr/zOmMlD6HdoUGdQvcDAjlNyBhldHH/NdCUpRUGJOGOu9+NHyYHUuccb3qsgEd8j+BC
+bnip2tXtVORHZWDXw7mqkT0fiDMqHy2eQRLvCboVjn/EuAJIZ3eO48CW9wuiQFnQsr3jgGM+yneEblDKBrZdKG9Xqluz5Wgm6Rep96a/26DFDDntFTTPge55NXWxc4k7
+v4t2xtcC/VFvTPM35nz7BEOmbkzVapOXTgpVH7rR7U1fn91S6EuKtnik6p6qC3CQivCxGyGUuiJz59olGTIplGAsmzQHmDUXc2XJnxjQyVoSBvlswWCAuj88slNcAmFI
+owLEUYrsLfv7VO6of8vmbxrrNdntiLf0gew8715V/PP7+5JFdcgiKOP6fPp5Dts+DA9+dhOtEoNPvNTzkBWwhD5xPLby1+AiW40eQM4O7KNYGposFKPM7WTe1gi9Trhq
+hctOuG2/vuqE7soxUr8nXW81J9Zs3ZPuPKO76R3AbaXbnnTZ7rbrSdetrtuzy9u1h3B7pi2Xqha0Memxna8mTZWivSuG63cKw56iuQ3o43ynxyg1TS0btMP6zUzdH6Ah
+5uFwENZ5P3nzD8vAfKRh+z5ibCaEtgnt9Z0LICSCiDqmFNt39ZdNSKUKFSDFKRZpSFEAGV62Q4fabd91fJ3dnt8mePug7b/WqbU/znm0bYDOO8jeSZqG4tIgMdDD0WvR
+PepRbzFYBybPv5F9LqqZHufm478R6SW7prRn/aZHtsOxe/CVs/5nO+p/TNv+evMfSpvysA==
+"""),
+    "app.js": ("text/javascript; charset=utf-8", '"59130d62609ba204"', """
+eNqtXO9y20aS/+6nGKN8WcCmIWmTXF2RkXVeR5v4zrFTkbeclOMVIWJIIgIBBgCtcGVW7ad7gPt893L7JNe/7pnBDEg5yda5tjbE/Onp6en/06OjI/V6qdU6W2hVz1W3
+bDarsbpZ1qpo1VI3eqSyKqeGrKNOvVVttlVdrXQ2W6qaWpqRKov3Or13dET/U68qrd7oq4t6dq27VKmn8043MnpWV5WeMRhZry0WVauKaqTazVU7a4or3cpydVVuMa5S
+WXvdqnndCAZFp8psdk2j2pr6qaUiHIpqgaXnWVm26kp3N1pXE5Wp9aZdAt9Whrb1SvNgtcxawmZl9gZ82myl1c8b3XZFXamrhkYRZtjAdLZp2rqZgh4YWW1WV7SjosKS
+aMgzvaqrP7Tqp3rTVFmpNmsQ6GZZ0J7dXq+r+qZVhKFa6ballnaipnpdz5ZTVdHiAtyCkK3xSoKpmjf1CjRWb9DFhG/VTVN3mnaMEQRA/wJ65PQT2zKUUbps6XTuEfXb
+Tn379Ktzdao+P56oA/8IvMVO0Srzomk7oRFOgA8xqstcN5EB9+zp62dfX/7lWwJ5crwH0wdXVHSommC1N7oZh4SrbyrioVXRGagXX7968/Lym6ffM6ZDsD7Ua73uAJrB
+1bPNSlcdKF/SOdVXdU7sOmtqZgtiG/DEIlsTCzULOkIiciWUvtKLogLV9I1B4bvz19/9cPnNhWzseGQbnn4vjZ9S4/HEDP76/Ltzaf5cPVT/ekz/h0kThy84j7FZ6qzJ
+IWc3BQ5HVu8KOl8jbQbi6/On3/SrH6ArTVvVNBA0Lev6Wol4Eg9kK+UDHkNmWIgWjr6vz79/ffni1cuvAP9z7O7F85fnF67p3yaWXa62z3NqiYs8UadPHInThe7OS42f
+f6IR6KYpRw8fqqcV8ZuWY6AtEsFnZdYKQ87oXPIGoglObQ3femybqodH9+abasZCuMquddxlixHLB2ERRSOVpqkFk6jbe0oJnnbN0x7FWaOzThssAYdQVKqYqxjgEjsl
+ZfxeygrowSjbl63Xuspjb9F0XpSk0OKYG5go/EvdP6XpGxLvTz7xWqIo4WUb3ZFgW7iTeztL4HZZN51Z3VK5yNNGr0nP6fjor5uWxOVoBEiGxFDX7c+brNGGxBUdeNEV
+pDautkbtgC06Db5f63pN0pCts6abELVK0jBgtkq/ZxHQomuhikPyz7E+MAKVS91BaS4Jy2PsB+oglh1QFzQ88TQGm0Ex//eh+vREPTIj0hkd8bd1UXVPu/g4SdSTJ08E
+2PAI+eCjdp1VdOBT4KGWG/3glmH+izr54246Um/pUBzxgOe7t8fv1NmZis6iJDjDpsi+LvKcbAmdR9dsdHTHibitZ4s6XrU+f62KatORvjlV32TdMp2TyDU0RB2RtNM/
+/4zt0C/UiSJsSO1Hauy1kno4U9MHt6Zlh65pMOLks8/MGH8x040Vk51aYspdIwCAxuRTj9GevXj17D/B4vpGPa+6Mv2SpOM1KYg/180q6+JNlet5Uel8pG6XxCNjFf3x
+cV6Q0qBDENBe0y6xuu/Lpz/8Rqh5tiUIZNR0U8wAtK66JbXwKdL371n1zdevXpz/5nU7fdFtS0Cak4QSZChG27TSebFZMeyeAzDg1Txuu2y19vkAsMyyWNEMuJuJASca
+seaKMTft6i8ZHTgYMUn7qQcsGfaemVMbg8pJOpe9AU4SsHhuNk/LMkJ+X1d0JTqYYgGIO6QAPsZj+se6wbhsRBLiI1bkz8iFOW8auAO/dKQcWyVftztjmXrLTk5VATfE
+zHxB9uqjM8lQzepNyZ4LGQdYLZ1b/i3pNGkbty07lmPWtWQZCNRYnYwU9DQRbczU/CZbxwmdclPodqyO5bwb/pVv6MyPd/5Zt7q76MxhElkOWhXYQVJJGBA5O+KRPyMg
+KXez2vcgBafkDTODJsEQmMJnJBayqBuww7lA9cO5ZkJc6bK+YVKTR0H+2ETp1brbGsPaEe+x2b/JtqFSJ8oWpNZJd8IeGBUnm5OuKLG255mxeP3gyf7YpVWs93lIWupq
+0S1DbTojjonhedckjTQsW0GP3u5kccOBOLZvycUtWh3HjW7r8j15543+ibiPjaLQEmQHAVJhgzNCNsu3F47wfeTx6tvzl4mFLnBiLOK4kHdhGVznxlArpm9q2Cml85L1
+wGikSwaY7fw5ghJNIY/hPy5evaSDhhwX8218+1NbV816Bl2WHpMyKPKxcnAfPSJdF9BnJ8gAvE/JRs80hVo55DcLzJP4w0RWXpiAEBl5kOVVMyKVdRxhcJDzgiCG/Z7/
+ISNmGRD4MRVHZGQXTAVdTwHeZOSJUNBxGtKR/EW3BDuLAzrnJAEkgYMhPuIaZ5ZY+Dh4d6ROJYWDU/NldWWr/dl8jm4CfW/KbkBuwxuxoXRJvju0bL0xPMFapd8Lf1oH
+ySmV6Nmrly/Pn71+/vKryKOTMIslk/vCdhwPx9Obdnx09OC2rIX+6ZKYd3d0005lVZpSEwU1XHQKflviy3VTX5EyYW+Z8RCmrKueRWLy/CoRKsdQ3JQ6jnGzAJ6mZO22
+mqnYE0S3LhwqEYKu2ZpOBc1TmLAqNjJiqQSlbKmEf3uUOv8yMlN2pDs68mZjc/gWer9J7iD3l1RlNdPkg/ZGhnwvOF4BK7g1ZX+zsiY5sYtB4ILNc/fB3Xvu763RBHCA
+A5Z+n5Ub3cZJcof26U0rBXBtd1j/MNNZDHtKffn8Yo9YvfxZL5X8p9jFsQ/VHxVZkP4MoHX8oDahITHcdZ7bUMBWr2jPR+ozHzHL5ISLlQWzkRGvnUxshMoZg/cwu5lk
+QFbZFiZty7xDe65cDF6QzRKXoV+IDDUtA3coJReaEHnE8CfODNw3LEjxlnBbo+cULOWguCcFXX2tq8gQMNu+EQ0QmxGiZifWvr5ZaiRWfB9Gsj6NlixYVhGqmWKgbmOI
+psiUdHWJPNmWt+OEmASzKHXOZlgYyVPnBmHmql58jG6OZVtzTSIQR0dk6MtuSbbjdpbNlvBcq/px29WNJt81Ya9i07JD+dnxCW/LSE8AlNWE8yl6H2ifMjyPCe0pOwOm
+12PZIisq5+5ebbqurozDG72mHSH8IXtR6vkgsvN0ITl97O8YCePBA1do+hJJApCIVjNRzyr7JSbPj3+TGivj2DHOY49xwMJIoiQUEbXpdCJCznin3XbNiQWDd98B4S9m
+19RnuFv07fxwOBkkZmyCkDMwM2Jv5Kk4ddZqApb37AIfF/6Lyigozw21HeueOuZNrNsWBMZC4mVhRWfInM2mUgiieA5ibzuHU7zORWe2wRFFLLEZpO86jTyjedfiFtMP
+H4CHE5i81rJBSfWl9vhHQlpz7nTisccCtMK1uA2kWCig0w2pz1gYwjO2EHY+haJ9Zh03UvQGHGl71pduvoGaEAYnEqUbOb8oFlWYdzZZTsiaZJpvspYC0LY9LLrGsnku
+2LJgRhWZRTblubF8Vop1zl7GSvvNSNdR85x6lnEyGWb5KG4iuuFcPI0kdOWMKos0EEdCmxiKIiZO8ynP0QdisvPBHiySLsGDpD855sg4IRFGGmaBhDgddV605A8ifP+K
+W3bwAEd2z2/fTQL9JXBkg+z8RwBJTh3JMnnDIvqHbTuHVXfa9ATXExT38AhR6RaFfdH4od4o5MhEebfqH3//H97OP/7+v2MQyWTkq5qzfqn67g55+cOC49JqXiwU74Oz
+kQDfKOSeoj9AeEZyW9FQXJblxPPvRMf6ZOH4fI8qDXFSS/wKxd5TnkiY2i+P/Gg2H7t/mooQWB++qBo56t9D4elHKfzgNvC8dulUaPL76HA3ByaWwBKRrhCNhjaDDtXM
+uuRt0rapycLGdJKwp6Rw2rYQQ98uaTs5sqi4p+myqxZeHVl5Ere6EhVB9Gw4wkGKlbMYkkNFTE6CSji3taRfsysk5TNOPni3WjdMLvEp2BSQcuvDAmDgTKHTTrFB/NIE
+RkK9uMreF4uMXICUIoTrljThoIWoyndasSj9xxD5xwUOkBeCxuQfcZClxokfVBgOHeDy3KSG2ReG+mDK9LHIRE0sP/qRgVnDP38HF2dPLWMOKkii6nUxa8fqbfQwerf7
+lZgAPH+UlZwPUPoX4qX2iBiC9j4IBl3ouynLiTfZok9scv+ItEJGm36vLXvcAWtPWlS4M5mcMmze3YJ48xLRv5Bw54Kjnnp9RLXzcz9P+TozVer1EmEJMaa7BRO+QtIH
+vAhTMzL3AHzxQ/wsPgnzZqauNg2xWtEym9o7T+FQcsbrJpd0ftY0BVlRx6R7iSROHMBY2rRF7zOyCWW9YpAkzcImcIZsvZc1YA/j4AyTE4hEXQ07GzKF7wHVBGSAzf5F
+7MdpytpdDDbL2tOjU2hxX/B2r/mdOxTrNAsQz2tBbiZlRowbva6bzmjjA9tZbxpkJH7Rsw2nmfZxNeBhOUgQ98EeAkoOg66QghMXgu8VX83tFi2b2YNJ4UhctlpXl9kA
+5tFfYx79wfDqh1mZFavkx/TDX2/q5vqBYXwsnZjFxKnN42Q/X2xZ0mZtsTX4FAirl/VNFeRn7759VkWuHtMhms8RXw9CGvjCfMzmR67lkdSl9mXdFH+rK+lRd1xt4wqd
+sEREh2S5cDFfkRfi69HPiakzIOHAPTe7gZA7iBQpOpwRfpLHXmlaFyQa28Slyyr5e6N1fTHzTYItYcjMXsyd3AIONK6rAV+CsrFJ79yD0SJd8KUxMYx8xhUWbIVgVXDJ
+jYSCl7sXO1V0fbkD0o5yHw8FgXtvFm8T/sQdNVvRMhcfNaffQb0Um07h7sg4k/2xPXwHS+pC2NhIo9VzRqAwgAWGd+TrBM+DMayr84Lkxqnt93WRy2K+CHHDZo17jX0x
+PyRTsoQgLTT2Y1u7HZfM9LJcw6WtphnMcIG2t20ewqj8ZS1ry8GPGP7HFAvTyYYPwcG0+mek03AdyhBZzFzy6R1Fyes4toK0Y4ytDqWp4bHs7U2QZKEj5yJA32WYgn3g
+UpYQklUBn90Y/TNF5CdJMrKGHbtVYwHoFJ+3U3vNTXyp+/R2O0LMw4lptk+lqZNhzw27NizMXosFGxBrTho8H3iflhplwY7mLVI6l23xN/LkUCyzC9JrzuRaGORIlzpm
+uJbjWl8iBLEgjWcdVhl84MLFny+0PxXM5cvrNXrDdhst/7M3wihGN8Qum2Zd/PgkOTNlEjnZBb48jwa4x4c2JYZQAHZ1l5WDo3vqVTkZ9WTTIhOpWZium02lpyOnbZlO
+Jsdm0gcU6y6grFYc3V6R8VLiEuQEPKu4yic4csuavCJ0XUUYzrSfHN9U7jPkjJVLv19oZ+Ph1ZLvQPIw1AJSYhS7zt4P/e2MxmjiuMbKYExn2V2y/0WGLGtxSe5xo621
+6n1GqDCPMfgGzOMacpy8M1JPvLqqRw5aEgi/lZqJr9SYD3x2FzqeDViKBHrAY7ZW5rbXxaKB7nuyQYcb+7o66U/OoeHn2z1Y0AID0cNBplme+yB7LdwfZUiYAd72FtM4
+9MzAp970s8PCBNXniBDK4lBeXQIz0J68kncdYTOCRO3Eng97sgNtf623rOstvU0d0X3QAuRlsnry2zXFyp6xyUMJcM/DFWkWwTKG1RYDebazP0KscQe7vPXObEyu3e5d
+srcEe1tOW0PwJJy2PocsBEEYCYEF+7weCB6SOtXH7OGQJ0OT6GnDJ6eBBk0GXPFPmBKR5rFfQiToHnE3rjhOdr8iev8vEhau8U+aiJ1VgoPz4QDFHN4nnxiYfE/yhS91
+l+vfY1UCU7Sv2kNdDvK7mo3ezhLjIM3qEpaBWrGBhxdWJ3ewlrdf/1rbo7DEK7g8oKjMDgi0dhjj5v1SKpTzfeB9cMp4kbe5cW7mbsg6FRcw7AMZDUMrBxRfaX9XPLg3
+BepMBh9hbkh5ovFk3pCJj9HwG3CFqHM0csrnlnLNsanaZI/IX5tHQLP6A8BlRfsigyAcHJC6vfaJG7OknwQy7Mw9Hkh8fwwCuvF/ZsWL4qpEHOnuvAmhomp10/2JZYLp
+IoVLAUc4m+dRlmnKxVMvAAZmLWIejjzCckOKGHWP03YDSyJDRY8lXB/6Ut+00hzEGcx8Re5EwBOUIpdST088BgJBAnBm2YEB7au0yhZ8OOu8CxzIP9cNQZKYlgwD7rWR
+XTcXsQ3ukqvtSG2qknbcV1eTH4n8XyF+Y2O9QzF3h00Xa6wvTgPXiGvkyXmS0vEfyD8oKJJuvtbFYtmFYeJHFU7gKg7X9Lyxg5Q0BPooQ6cHnJzDE8KT2B2KD9763yP1
+8YV7k/AuhdcaJ29P3g1tuvMnbBq41/LxbzSbJ7jaHhoDASGtBrSQHtmmx9y7dxkgnt6Z/Jcgvqhp7b7ScuzMmkCSRw5efdve8RmQ/iQuwfvoJFv1Eo4fxn/Ry7p/psJx
+DxdSbvGe5uANldzoovBMRUuS6lrupCAPmVxVwm1NI0vDnavvN0oONw7ZSF1J0J/5Fp+teeACqIwd3SfULA5vMP5JMNrWrH9jYwSO/kg4CwoJN3mBHObE5LIkEFzgw8V3
+aOHagXrTHbqHFaeoqW+Cau3QN7PZOeI1iu26Uuc8IcyMOMcpZEnSQtEoiDmM92QEv2bBF59lXlQ5AaS9t3W1M/VV+H34LtMWuAGGvUjA71QmefcxFrxx9eTKXhbwqj5Q
+20xjSuSYzd7Y65WB/DPtDURQ7m4O4tXcWRCPmLgs4zcgliZ2uGTP39nFUEsxUt6SsVRXALWrhqLKGSmTCGVZyHJu6ZhRnjX99we3fRk/z0520+A6ihEwVovY6zMpjZfW
+tsQt9/FIfZqkP9UFyQ7xfbLjRIIdY2Y+Vp/u1IosMCrnpaefMaxY9dw2jxTZplty+NaTAg1eun3m3T7KEBim1DY799lUPYgLIQK95toMaokcGKYCmtK8wLIRrVd781H7
+6+bnxXtAQJtTEva2FtvlSz9LaEGcYm25kQ0G0xIjNf3Hf/03UfAAa9DpjGx9/L458KVjlTXXnJvsL23W5fayq8EE/DtSkrG3AyTQNGomkszvcIygToOutuCEm6boiFa4
+5PI56cBowlxA8Z4pPnSD2lm97tnZCRr4V1iZOZnf8yyaerOO7uR5YkyehftvaZ72MeefalJWWeVRiL2WwQHiJQSd4YgP3mkJwxG9GPRvuMhTsb3tuiy6OPqxipJ+ZP+2
+KwyTpOjpjtqtC7JayLBaL0Z6DxVMuT5URp3/QkyUs76IODKz+UQw8cCTRQXgAHxfdhXm1k2d2IYteQiqqxcLMgEBtB7dwAfA/DNva+AG/oAXGQ2mDnZjPIX7BMM6UQZz
+yLd5JyZTXWUCB3qQAedy+4M9qedB8rhNxjN34ackJwLxRDMLOPUmgaKUcWXBo8y160jecRl5HzEGou0QeG0q3AlKNa4URmVbqUaTqyLzslLekHAphPFt1hwMsc1eZUXp
+HtSGl8QuwghDamM7s9bTkzbb4L0xoIkHajqCFB1x94l5TRV27DiVaxunfFJjVBG6RrkN9FUGEBpq9IQlmXt8Rd7bnZPjY9IrVkrd40MhU2IJ/GgPcy40zravQdl4YH76
+diaXA2qf8higtO/4wa187BJ5uc0ajn9F+5ezuLy1jh+/E5WL2ZXmZ8ZjUn7+Sxm8KtU53696Hr2pVPM9ehkYFOt6WR0DnT1Mz+fni2Tr8Bck9ptcX9bzOWr9pP4Dnr+Z
+7IEj/5gTheGFwwt+AYuLqxE5kzMtpYz2fmjJEtfaN7fmba0JDt1ltr8lKTb88CGocz5w3ReU/Hs4Giodunbcjfrk7+d4muSR8JF79xsUsHqbtff88DW8x2n9LQaXnp4G
+pLeOqeVpsVT2ix00Fz9yva/MCy8GvDt/qeHCkL6swH95dudJ2ZYAZVNms4fyrzi7Mg1JPcM0vwfCfR+CH8hL7csgGHKU+oJCG/dxph6fkLCdBJd6FuahN1TSJ9EyryNO
+hOD7jI41CUCZbR2GZTp/MzBI2x2BsUHL6NOzwTdXmdvcClIqQZSM92XBIzCLl58q74c+ZgW2hwFp73Dezp7p1ItX+2fhbo+xZdTeqBhe3GPPM/8lgREueSU1HIpcwPNq
+jhfVW9/TbnQP9wAjImPIK31h/xpAP9kW6wyfNjPQs76YRwgMmrvynn6Q7ZMd0soWSX5kzIUj6IrkWTBeMPNudnjMPPWL7fEHCE4HvgJ2ZV0Fs0dnAQ+FCHvxxN6kwYSG
+PF/24XnYdVGJ3uHST44JpcSSX0rLGMzAXaAlhbeFvJY7vI+cxpntLITLuPaTG2abpgGSKF1xaR+x3XyPC/occNEEDgpReVgQ5VRbfrzf6VU7QkWQ3L5Jw1kvWfsFtA9u
+eYxj+we3mL0Lm42PE7USCFFAoeT1q4cDHVzX/hpF3vqa+6rJqtk+VtLcn5R82xVHvFl72KRh9aV54EBT8clPA70hXEuGTv4RJX7oJQPqiiQdyPu5hHVWNAc8Xzj9wG3K
+P2wyyXfhjJeO+Sk6E84l7AVgamyugDgpDto5D/2O4+dB4qHzz8DvxpzQ22LfkiUX2Z8ObzHa4B0nHAK/gpXt7scq3+9+A7L31tF3JeFYxP0Se/5pn8v2Q4HQNfVe3ZpH
+QO5h5ORAlZ3LxmNt8ipRYI8qQPxJHPL/gF6YYx0GfYfrI80F8Z5P5bZEMeU5XjEiKtQVjY3eF21xVVBEvBUujcSppUn7Y+uKra0bsf8MZUA7qBTzekO8mpH9UxCWENGn
++AsG0L+R+xM9n01Ub0/lfXtPzHv/B2QDl2k=
+"""),
+    "icon.svg": ("image/svg+xml; charset=utf-8", '"e0be07126f94f680"', """
+eNpdz8EOgjAMANC7X9HUs2xjRIlhHLz7EQhjW5xAxtz4fEdUEk3apH1p2rSag4LlYYdZoPZ+OhMSY8wiz0anSE4pJWkCIRgZL+MikAIFnqfAunKy9RBN57XABKClUdq/
+a5dmS4TeWCtwX+RHLm9I6krB7N14lwn7vsdPd/hu2cCaQbbNJNCNz6FLx6bGa+gEXktgPBzXXRsxnnEoA/vTMjsBY4HRH84LYEUoViMqZfqv3r0AcbRNSw==
+"""),
+    "index.html": ("text/html; charset=utf-8", '"88c098d9a528bd41"', """
+eNqNVL1u3DAM3vMUrDo2d0YyZbBvSYMiBZoUyC0ddRbvrEY/hiT74i0P0r5cnqS0JPuctEU72SQ/Uh8/kSrffby/3n77egNN0GpzVo4fUNwcKoaGjQ7kYnMGUGoMHOqG
+O4+hYl3Yr67YKWC4xor1Eo+tdYFBbU1AQ8CjFKGpBPayxlU0zkEaGSRXK19zhdXFb2Vqq6yjaIMaF6WUPDQBBHePKSPIoHATGtfpskjG6FbSPIJDVTFJqQwah/uKFaOx
+9v2BQRhaOkRqfsCCHB+etGJvMn0YFPoGMcz5vG3XtfcJ6Wsn25AraSs6RUS9qzPuO8HKIoFIwyKJWO6sGGI6Cam493TOo2ynE97vEQXbPJALgoXQIGj0nlj6suAxb6yD
+bvwlQ+pDPvLUGlekE4MkOru8oto4qhb/c15zMWlGf8nlW25ACmoFI3Eyc6SNbh94oAadpeuKRucZXUTgqxip2PX93d3N9fb27hPbnP7Loo20ixPvUsg+ljQ20ES8rdlI
+IdAQBYJFuLFZRWKSNUPdhoFtto300JI6QF8lewRuBBjS0MNn3vOHmLeGWwMcAjotDVfn8PL8I3ZPQ7izTy/PP8E39uhhsJ0DzaVaj6zLYj54SZoGs9PGT0p6rIO0SbmA
+XJP+TvKV4jtUCsVuSO5VnM2cNF7A5Zwxhbb0v7iGGKptZ8ZNSl0na7ockvRyrtepmMSJTI9zgka9QxcHsVMzVtCWSeVTwpEPs+QZMHbVac3dMEMmjvf7PS0IEoMEWKRk
+BjYh/kGhyByyiEVWMZt0BUmDuA0Q+E4agU8VW138Qd4R9Bd5l6EveY8WEsfwf0uc1iBN3us5PI1sO6OtysuUTh1L2lP/uy6EPDRW0VpMD1LyzwUfaCwhAhbPQMJMyo1a
+pQWb1iXxNHj0M83OeKSn/PWiJbpUL75I1Gp8/X8B0vbsJw==
+"""),
+}
+
+
+def pages() -> dict:
+    """What the daemon serves: path -> (content type, bytes, ETag).  `/` is index.html."""
+    found = {"/" + name: (kind, zlib.decompress(base64.b64decode(text)), tag) for name, (kind, tag, text) in PAGE_FILES.items()}
+    return {"/": found["/index.html"], **found}
 
 
 # ================================================================== 26  Main
@@ -13532,7 +13688,7 @@ async def daemon_run(console: Console, args: Args) -> int:
                 pass            # the starter did not wait; whoever comes next finds the daemon
             if problem != "...":
                 os.close(args.ready_fd)
-    return daemon_process(places, report, {})
+    return daemon_process(places, report, pages())
 
 
 # ---- the guard

@@ -26,7 +26,8 @@ class Team:
 
     def open(self):
         self.ledger = thrum.Ledger(self.places, self.world)
-        self.ledger.facts.update(started=self.world.monotonic(), stop=lambda: None)     # as the daemon does
+        self.ledger.facts.update(started=self.world.monotonic(), stop=lambda: None, port=9999,      # as the daemon does
+                                 link=lambda: "http://localhost:9999/")
         self.ledger.open("r_0123456789AB")
         self.reading = thrum.Store(self.places.database, self.world)
 
@@ -100,6 +101,7 @@ def abc(team):
 RIGHT = {
     "health": {},
     "daemon.stop": {},
+    "page.link": {},
     "agent.register": {"role": "x", "module": "new", "name": "newcomer", "display": "New", "force": True, "re_register": True,
                        "worktree": "repo", "dry_run": False},
     "agent.delete": {"name": "c", "caller_agent_id": "a"},
@@ -156,7 +158,7 @@ RIGHT = {
     "message.list": {"scope": {"type": "s", "value": "v"}, "ref": {"type": "r", "value": "v"}, "thread_id": "THREAD",
                      "author_id": "a", "mentions": True, "mention_role": "b", "caller_mention_role": "y", "unread": True,
                      "unread_for_agent": "b", "exclude_self": True, "for_agent": "b", "for_agent_role": "y",
-                     "created_after": "2026-01-01T00:00:00Z", "after_seq": 0, "sort_by": "created_at", "sort_order": "asc",
+                     "created_after": "2026-01-01T00:00:00Z", "after_seq": 0, "epoch": "EPOCH", "sort_by": "created_at", "sort_order": "asc", "audiences": True,
                      "page_size": 5, "page": 1, "caller_agent_id": "b"},
     "message.outbox": {"to": "@b", "unread": True, "overdue": False, "page_size": 5, "page": 1, "caller_agent_id": "a"},
     "message.edit": {"message_id": "MESSAGE", "content": "new", "structured": {"k": 2}, "caller_agent_id": "a"},
@@ -165,6 +167,9 @@ RIGHT = {
     "message.wait": {"after_seq": 0, "epoch": "EPOCH", "created_after": "2026-01-01T00:00:00Z", "timeout_ms": 1, "all": False,
                      "unread": False, "from": "a", "thread_id": "THREAD", "scope": {"type": "s", "value": "v"},
                      "mention_role": "b", "page_size": 5, "caller_agent_id": "b"},
+    "subscribe": {"scope": {"type": "s", "value": "v"}, "mention_role": "b", "all": False, "topics": ["claims"], "caller_agent_id": "a"},
+    "unsubscribe": {"subscription_id": 1, "caller_agent_id": "a"},
+    "subscriptions.list": {"caller_agent_id": "a"},
 }
 WRONG = {
     str: [0, 1, False, True, [], ["x"], {}, {"a": 1}, 1.5],
