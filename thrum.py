@@ -6933,11 +6933,16 @@ def _decode_fields(lines: list) -> dict:
 
 def encode_response(status: int, headers: dict, body: bytes = b"", *, head_only: bool = False) -> bytes:
     """A response; `head_only` is for HEAD, which is told the length of what it does not get."""
-    bare = status < 200 or status in (204, 304)             # these have no body, and no length (RFC 9110, section 8.6)
-    lines = [f"HTTP/1.1 {status} {REASONS[status]}", *(f"{name}: {value}" for name, value in headers.items())]
-    if not bare:
-        lines.append(f"Content-Length: {len(body)}")
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + (b"" if bare or head_only else body)
+    if status < 200 or status in (204, 304):                # these have no body, and no length (RFC 9110, section 8.6)
+        body = b""
+    else:
+        headers = {**headers, "Content-Length": len(body)}
+    return encode_head(f"HTTP/1.1 {status} {REASONS[status]}", headers) + (b"" if head_only else body)
+
+
+def encode_head(first: str, headers: dict) -> bytes:
+    """A head from its first line and the others."""
+    return "\r\n".join([first, *(f"{name}: {value}" for name, value in headers.items()), "", ""]).encode("latin-1")
 
 
 # ================================================================== 16  WebSocket
@@ -6950,7 +6955,7 @@ def encode_response(status: int, headers: dict, body: bytes = b"", *, head_only:
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 CONTROL_MAX = 125               # bytes of a control frame's payload (section 5.5)
 PONGS_MAX = 16                  # that wait to be sent: beyond, only the newest ping is answered (section 5.5.3)
-TRANSLATED_FROM = 4096          # bytes from which masking by tables is faster: 1 MiB in a third of the time, 100 bytes in the tenfold
+TRANSLATED_FROM = 4096          # bytes from which masking by tables is faster: 1 MiB takes 2 ms instead of 6, 100 bytes 9 µs instead of 1
 _STARTS = ({}, {})              # what `_decode_start` says to a server and to a client, of the 1,146 pairs that are valid
 _ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"      # section 1.3
 
@@ -6973,7 +6978,7 @@ def accept_upgrade(head: Head) -> bytes:
         raise HttpError(426, {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"})
     key = head.headers.get("sec-websocket-key", "")
     try:
-        if len(key) != 24 or len(base64.b64decode(key, validate=True)) != 16:
+        if len(base64.b64decode(key, validate=True)) != 16:
             raise ValueError
     except ValueError:
         raise HttpError(400) from None
@@ -6982,9 +6987,8 @@ def accept_upgrade(head: Head) -> bytes:
 
 def request_upgrade(host: str, target: str, key: str, headers: dict | None = None) -> bytes:
     """The request for a WebSocket; `key` is 16 random bytes in base64 (section 4.1)."""
-    fields = {"Host": host, "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Key": key, "Sec-WebSocket-Version": "13",
-              **(headers or {})}
-    return "\r\n".join([f"GET {target} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]).encode("latin-1")
+    return encode_head(f"GET {target} HTTP/1.1", {"Host": host, "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Key": key,
+                                                  "Sec-WebSocket-Version": "13", **(headers or {})})
 
 
 def check_upgrade(head: Head, key: str) -> None:
@@ -7150,7 +7154,9 @@ class WebSocket:
         text = self._character + piece
         try:
             self._character = text[codecs.utf_8_decode(text, "strict", ends)[1]:]
-        except UnicodeDecodeError:
+            if b"\xed\xa0" <= self._character < b"\xee":        # half a surrogate pair: to Python, a character that is incomplete
+                raise ValueError
+        except ValueError:
             raise ProtocolError("a text is not UTF-8", 1007) from None
 
     def _control(self, opcode: int, payload: bytes) -> None:
