@@ -5629,7 +5629,7 @@ SUBSCRIPTION_TOPICS = {                      # what one can subscribe to beside 
     "presence": (), "work": (), "sync": (),     # no events: `notification.presence` and so on
 }
 INTERNAL_FIELDS = frozenset(("event_id", "v", "origin_daemon", "sequence"))     # of an event, which are nothing to a listener
-TOPIC_OF = dict((kind, topic) for topic, kinds in SUBSCRIPTION_TOPICS.items() for kind in kinds)
+TOPIC_OF = {kind: topic for topic, kinds in SUBSCRIPTION_TOPICS.items() for kind in kinds}
 SUBSCRIPTION_CHANGES = frozenset((
     "subscription.add", "subscription.remove", "agent.session.end", "agent.register", "agent.cleanup", "purge.executed"))
 EVERYTHING = object()           # what a subscription with `all` is found by
@@ -12751,8 +12751,10 @@ class Daemon:
         """For a request that asks for a WebSocket: its message limit, and what serves it; None for any other."""
         if not head.upgrades and head.path != "/ws" and not head.path.startswith("/ws/"):
             return None
-        found = {"/": (REQUEST_MAX, self._work_calls), "/ws": (REQUEST_MAX, self._work_calls),
-                 "/ws/stream": (STREAM_MESSAGE_MAX, self._work_stream), "/ws/echo": os.environ.get("THRUM_WS_ECHO") == "1" and (ECHO_MAX, self._work_echo)}.get(head.path)
+        calls = REQUEST_MAX, self._work_calls
+        found = {"/": calls, "/ws": calls, "/ws/stream": (STREAM_MESSAGE_MAX, self._work_stream)}.get(head.path)
+        if head.path == "/ws/echo" and os.environ.get("THRUM_WS_ECHO") == "1":
+            found = ECHO_MAX, self._work_echo
         if not found:
             raise HttpError(404)
         if not is_label(head.query.get("instance_id") or "user"):
