@@ -6493,7 +6493,7 @@ class Streams:
 async def hear_stream(stream: ThreadStream, payload: bytes, change, now) -> None:
     """Take a message of the client; `await change(handler, params)` is a request to the ledger, `now()` the time (ns)."""
     ask = stream.take(payload, now())
-    if ask:
+    if isinstance(ask, Ask):
         stream.answered(ask, await _reply_to(change, ask), now())
 
 
@@ -12819,7 +12819,7 @@ class Daemon:
         """
         inbox = asyncio.Queue(AHEAD_MAX)
         working = self.loop.create_task(work(connection, inbox))
-        working.add_done_callback(lambda task: task.cancelled() or connection.close(1011 if task.exception() else 1000))
+        working.add_done_callback(lambda task: self._work_ended(connection, task))
         ending = None
         try:
             while not connection.web.closed:
@@ -12838,6 +12838,14 @@ class Daemon:
             for task in filter(None, (working, ending)):
                 task.cancel()
             await asyncio.wait({working})
+
+    def _work_ended(self, connection: WebConnection, task) -> None:
+        """Close what a task served that has ended by itself."""
+        if not task.cancelled():
+            error = task.exception()
+            if error and not isinstance(error, ConnectionError):
+                self.log.error("a WebSocket failed", exc_info=error)
+            connection.close(1011 if error else 1000)
 
     def _work_calls(self, head):
         async def work(connection: WebConnection, inbox) -> None:
@@ -12889,7 +12897,7 @@ class Daemon:
             stream = self.streams.open(head.query.get("instance_id", ""), self.world.now_ns(), send, connection.close, woken.set)
             serving = self.loop.create_task(serve_stream(
                 stream, lambda handler, params: self._read(handler, params), drained, wait, self.world.now_ns))
-            serving.add_done_callback(lambda task: task.cancelled() or connection.close(1011))
+            serving.add_done_callback(lambda task: self._work_ended(connection, task))
             try:
                 while (came := await inbox.get()) is not None:
                     await hear_stream(stream, came[1], lambda handler, params: self._write(lambda context: handler(context, params)),
