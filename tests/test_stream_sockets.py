@@ -384,7 +384,7 @@ def test_case_17_best_effort_events_and_a_stopped_reader(repo):
 
     def report(number):
         with repo.client() as client:
-            for count in range(250):
+            for _ in range(250):
                 client.call("task.report", task_id=f"t17-{number}", stream_type="tool_use", tool_name="Bash", error_msg=output * 4)
     with Stream(repo, limit=4096) as stopped, Stream(repo) as live, ThreadPoolExecutor(5) as pool:
         for page in (stopped, live):
@@ -419,7 +419,8 @@ def test_case_18_texts_are_throttled(repo):
         page.ping()
         with repo.client() as client:
             for number in range(1, 21):
-                assert client.call("task.report", task_id="t18", stream_type="text", text=f"word {number}", turn_num=1)["event_seq"] == number
+                done = client.call("task.report", task_id="t18", stream_type="text", text=f"word {number}", turn_num=1)
+                assert done["event_seq"] == number
             client.call("task.report", task_id="t18", stream_type="turn_end", turn_num=1)
         live = []
         while (event := page.next("task_stream")["data"])["stream_type"] == "text":
