@@ -6131,6 +6131,7 @@ class ThreadStream:
         self._send, self._close, self._wake = send, close, wake
         self._rate = Rate(now)
         self._turns = {}        # the Followed for which there is something to ask, in turn
+        self._promised = 0      # messages that the Ask that is out may bring
 
     # ---- what the client says
 
@@ -6215,6 +6216,7 @@ class ThreadStream:
 
     def _ask(self, followed: Followed, limit: int) -> Ask:
         del self._turns[followed]
+        self._promised = limit
         followed.asked = Ask(stream_rows, {
             "thread_id": followed.thread_id, "after": followed.cursor, "skip": max(0, followed.ahead - followed.number) if limit else 0,
             "limit": limit, "state": followed.stale or not followed.confirmed}, followed)
@@ -6231,6 +6233,7 @@ class ThreadStream:
         """What came of an Ask: what its handler returned, or the exception that it raised."""
         followed = ask.followed
         if followed:
+            self._promised = 0
             if followed.asked is ask and self.followed.get(followed.thread_id) is followed:    # else it was left or begins anew
                 followed.asked = None
                 self._take_rows(followed, ask.params, reply, now)
@@ -6306,7 +6309,7 @@ class ThreadStream:
             return
         followed.latest, count = rows[-1][0], len(rows)
         at_once = followed.confirmed and not (followed.left or followed.asked or followed.stale or self._turns) and count <= STREAM_BATCH \
-            and followed.lag() + count <= STREAM_LAG and self._rate.room(now) >= count
+            and followed.lag() + count <= STREAM_LAG and self._rate.room(now) >= count + self._promised
         told = [(followed.number + place, message) for place, (_, message) in enumerate(rows, 1) if message]
         if not at_once or not self._give(followed, told, followed.latest, followed.number + count, 0, followed.latest, False, now, encoded):
             followed.left += count
@@ -12398,6 +12401,8 @@ class Daemon:
 
     def _keep_acks(self) -> None:
         """Keep what streams have acknowledged; what a crash loses of it only repeats messages."""
+        if self.stopping.is_set():
+            return              # they are kept at the end
         acks = self.streams.take_acks()
 
         async def keep():
@@ -12405,8 +12410,7 @@ class Daemon:
                 await self._write(lambda context: note_stream_acks(context, acks))
             except ThrumError as error:
                 self.log.warning("acknowledgements were not kept: %s", error)
-        if acks and not self.stopping.is_set():
-            self._keeping = self.loop.create_task(keep())       # a task that nobody holds may be collected
+        self._keeping = self.loop.create_task(keep())       # a task that nobody holds may be collected
 
     def _heard_of(self, agent_id: str, connection: Connection) -> None:
         """Note that somebody calls: it is here, and what concerns it can be pushed over this connection."""
