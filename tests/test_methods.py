@@ -169,6 +169,8 @@ RIGHT = {
                      "unread": False, "from": "a", "thread_id": "THREAD", "scope": {"type": "s", "value": "v"},
                      "mention_role": "b", "page_size": 5, "caller_agent_id": "b"},
     "subscribe": {"scope": {"type": "s", "value": "v"}, "mention_role": "b", "all": False, "topics": ["claims"], "caller_agent_id": "a"},
+    "event.wait": {"after_seq": 0, "epoch": "EPOCH", "created_after": "2026-01-01T00:00:00Z", "topics": ["messages", "claims"], "from": "a",
+                   "to": "b", "scope": {"type": "s", "value": "v"}, "limit": 5, "timeout_ms": 1, "caller_agent_id": "b"},
     "unsubscribe": {"subscription_id": 1, "caller_agent_id": "a"},
     "subscriptions.list": {"caller_agent_id": "a"},
 }
@@ -271,7 +273,7 @@ def test_no_number_is_an_internal_error(rich, method, field):
             assert error.code in (-32602, -32000) and field in str(error), f"{value}: {error}"
 
 
-@pytest.mark.parametrize("method", ["message.list", "message.wait", "message.search"])
+@pytest.mark.parametrize("method", ["message.list", "message.wait", "message.search", "event.wait"])
 def test_no_time_is_an_internal_error(rich, method):
     for stamp in ("1970-01-01T00:00:00Z", "2262-04-12T00:00:00Z", "9999-12-31T23:59:59.999999999Z"):
         try:
@@ -280,7 +282,7 @@ def test_no_time_is_an_internal_error(rich, method):
             assert error.code == -32602 and "created_after" in str(error), stamp
 
 
-@pytest.mark.parametrize("method", ["message.list", "message.wait", "message.search"])
+@pytest.mark.parametrize("method", ["message.list", "message.wait", "message.search", "event.wait"])
 def test_a_time_that_is_none_is_refused(rich, method):
     for stamp in ("yesterday", "2026-03-10", "2026-13-10T00:00:00Z", "2026-03-10T09:15:00", "-30s"):
         error = rich.refused(method, query="x", caller_agent_id="b", created_after=stamp)
