@@ -16,7 +16,7 @@ machines on a branch of its own.  Read from the top: a section uses only those a
     9  Store         the one place that speaks SQL
    10  Ledger        the one way to change anything
    11  Work          what agents are doing: git state, claims, conflicts, why
-   12  Routing       who is told what: waiting, subscriptions, notifications
+   12  Routing       who is told what: waiting, subscriptions, thread streams
    13  Sync          the branch that carries the log
    14  JSON-RPC      lines in, calls out (JSON-RPC 2.0)
    15  HTTP          requests in, responses out (RFC 9112, as much as a browser needs)
@@ -40,7 +40,7 @@ import os
 import sys
 import time
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = [
     "main", "connect", "read_log", "World", "ThrumError", "InvalidParams", "Unreachable",
     "decode_request", "Lines", "decode_head", "WebSocket",
@@ -5852,7 +5852,7 @@ class Subscriptions:
             if not self._rows or not self.listening:
                 continue
             if kind == "message.receipt" and (row := store.message(event["message_id"])) and row["thread_id"]:
-                threads.setdefault(row["thread_id"], {})[event["agent_id"]] = seq
+                threads.setdefault(row["thread_id"], {})[event["agent_id"]] = True
             if receipts and not (kind == "message.receipt" and len(receipts) < RECEIPTS_TOLD and all(
                     event.get(field) == receipts[0][1].get(field) for field in ("agent_id", "receipt_type"))):
                 tell_receipts()
@@ -5867,7 +5867,7 @@ class Subscriptions:
         tell_receipts()
         for thread_id, readers in list(threads.items())[-THREADS_TOLD:]:
             newest = store.newest_of(thread_id)
-            notes += self._of_thread(store, max(readers.values()), thread_id, {
+            notes += self._of_thread(store, events[-1][0], thread_id, {
                 **(self.matching(newest) if newest else {}), **{one: None for one in readers if self._hears(one)}})
         return notes
 
@@ -12089,7 +12089,7 @@ CONNECTIONS_MAX = 2_000         # open at once; more are turned away
 OWN_FILES = 40                  # descriptors that the daemon needs itself: databases, log, journal, git
 BACKLOG = 512                   # of the listen queue
 QUEUE_MAX = 256                 # frames on their way to a client; one that is so far behind is closed, and comes again where it was
-QUEUE_BYTES = 4 << 20           # bytes of them
+QUEUE_BYTES = 1 << 20           # bytes of them
 ASIDE_MAX = 16                  # calls of a WebSocket that wait or ask git, while later ones are answered
 AHEAD_MAX = 64                  # messages of a WebSocket that wait for their turn: then nothing more is read
 HANDSHAKE_S = 10                # seconds for the head of a request, and for its body
