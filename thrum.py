@@ -6108,7 +6108,7 @@ def stream_rows(context: Context, params: dict) -> dict | None:
 class StreamNews(Record):
     """What a batch of events means for thread streams; worked out where it was written."""
 
-    rows: list                  # (sequence, ids of its thread, the message or None when it was taken back at once)
+    rows: list                  # (sequence, its thread, ids of that, the message or None when it was taken back at once)
     mail: list                  # (author, readers, `inbox_message` without `to_inbox`)
     stale: set                  # threads whose status or title may have changed
     joined: set                 # threads that were put together
@@ -6126,7 +6126,8 @@ def stream_news(store: Store, events: list) -> StreamNews:
         message = stream_message(store, row, store.thread_title(row["thread_id"]) if row["thread_id"] else "", asker)
         # The thread may go by another id since this message; whoever follows it under the one before is found by these.
         threads = {row["thread_id"], created[row["seq"]].get("thread_id"), row["reply_to"] and thread_of(row["reply_to"])} - {None}
-        rows.append((row["seq"], threads, None if deleted else message))
+        if threads:
+            rows.append((row["seq"], row["thread_id"], threads, None if deleted else message))
         if message["kind"] in ("question", "result"):
             stale |= threads
         if not deleted:
@@ -6188,7 +6189,7 @@ class Followed:
 
     def lag(self) -> int:
         """How many messages it was sent and has not acknowledged."""
-        return self.number - self.acked if self.acked < self.sent else 0
+        return max(0, self.sent - self.acked)
 
     def wants(self) -> bool:
         """Whether there is something to ask for it."""
@@ -6225,8 +6226,8 @@ class ThreadStream:
             return self._error("PARSE_ERROR", "an event is an object", now)
         kind = (event or {}).get("type")
         if kind == "ping":
-            return self._answer(stream_event("pong", now))
-        if kind == "pong":
+            self._answer(stream_event("pong", now))
+        if kind in ("ping", "pong"):
             return None
         if kind not in ("subscribe", "unsubscribe", "ack"):
             return self._error("UNKNOWN_EVENT", "an event is subscribe, unsubscribe, ack or ping", now)
@@ -6334,10 +6335,7 @@ class ThreadStream:
             return self._lose(followed, now)
         else:
             followed.failing, followed.not_before = False, 0
-            if reply["thread"] != followed.goes_by:
-                self.streams.lose_by(followed)
-                followed.goes_by = reply["thread"]
-                self.streams.find_by(followed)
+            self.streams.rename(followed, reply["thread"])
             at = followed.number + reply["skipped"]
             if followed.confirmed and not params["limit"]:      # only its state was asked for
                 followed.reached, followed.left = reply["reached"], reply["passed"] + reply["left"] + (followed.latest > reply["reached"])
@@ -6497,6 +6495,13 @@ class Streams:
             if not found:
                 del self._followed[thread]
 
+    def rename(self, followed: Followed, thread: str) -> None:
+        """Its thread goes by that id now."""
+        if thread != followed.goes_by:
+            self.lose_by(followed)
+            followed.goes_by = thread
+            self.find_by(followed)
+
     # ---- acknowledgements
 
     def note_ack(self, followed: Followed) -> None:
@@ -6527,8 +6532,9 @@ class Streams:
             for followed in list(self._followed.get(thread, ())):
                 followed.stream.begin_anew(followed)
         came, encoded = {}, {}
-        for seq, threads, message in news.rows:
+        for seq, goes_by, threads, message in news.rows:
             for followed in [followed for thread in threads for followed in self._followed.get(thread, ())]:
+                self.rename(followed, goes_by)
                 came.setdefault(followed, {})[seq] = message    # whatever ids led to it
         for followed, rows in came.items():
             followed.stream.came(followed, list(rows.items()), now, encoded)

@@ -173,10 +173,20 @@ RIGHT = {
                    "to": "b", "scope": {"type": "s", "value": "v"}, "limit": 5, "timeout_ms": 1, "caller_agent_id": "b"},
     "unsubscribe": {"subscription_id": 1, "caller_agent_id": "a"},
     "subscriptions.list": {"caller_agent_id": "a"},
+    "task.report": {"task_id": "t", "thread_id": "THREAD", "stream_type": "tool_use", "turn_num": 1, "text": "x", "tool_name": "Bash",
+                    "tool_input": "ls", "tool_output": "a", "error_msg": "e", "status": "running", "tokens_in": 1, "tokens_out": 2,
+                    "cost": 0.5, "duration_sec": 3, "workspace": "/w", "directive": "d", "directive_full": "dd", "agent_id": "a",
+                    "source_type": "direct", "caller_agent_id": "a"},
+    "task.list": {"limit": 5},
+    "task.events": {"task_id": "t", "limit": 5, "turn": 1, "type": "text", "format": "json"},
+    "telemetry.report": {"instance_id": "a", "pid": 1, "turns": 1, "tokens_in": 1, "tokens_out": 1, "cost": 1, "status": "running",
+                         "duration_sec": 1, "caller_agent_id": "a"},
+    "telemetry.list": {"limit": 5},
 }
 WRONG = {
     str: [0, 1, False, True, [], ["x"], {}, {"a": 1}, 1.5],
     int: ["1", "", False, True, 1.5, [], {}],
+    float: ["1", "", False, True, [], {}],
     bool: [0, 1, "true", "", [], {}],
     dict: [0, "x", "", False, True, [], [{}]],
     thrum.PAIR: [0, "a:b", "", True, [], {}, {"type": "a"}, {"type": "a", "value": 1}, {"type": "", "value": "v"},
@@ -193,6 +203,7 @@ def rich(abc):
     sent = abc.send("a", "first", mentions=["@b"], scopes=[{"type": "s", "value": "v"}], refs=[{"type": "r", "value": "v"}])
     known = {"SESSION": abc.sessions["a"], "MESSAGE": sent["message_id"], "THREAD": "thr_" + sent["message_id"][4:],
              "EPOCH": abc.ledger.journal.epoch, "TOP": abc.places.root}
+    abc.call("task.report", task_id="t", stream_type="turn_start", turn_num=1)
 
     def right(method):
         return json.loads(json.dumps(RIGHT[method]), object_hook=lambda d: {
@@ -1145,6 +1156,7 @@ def test_every_method_answers_through_the_daemon(served):
         session = client.call("agent.whoami", caller_agent_id="a")["session_id"]
         client.call("group.create", name="g")
         sent = client.call("message.send", content="first", mentions=["@b"], caller_agent_id="a")
+        client.call("task.report", task_id="t", stream_type="turn_start")
         known = {"SESSION": session, "MESSAGE": sent["message_id"], "THREAD": "thr_" + sent["message_id"][4:],
                  "EPOCH": client.call("health")["epoch"], "TOP": str(served.path)}
         last = ("group.delete", "message.delete", "session.start", "session.end", "agent.delete", "daemon.stop")
