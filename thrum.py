@@ -3250,7 +3250,8 @@ class Store:
                 places[seq] = passed + 1
             passed, end = passed + 1, seq
         cursor.close()          # one that is not at its end would keep its snapshot
-        cursor = self.db.execute(f"{_MESSAGES} m.seq in ({_text(places)}) order by m.seq")
+        cursor = self.db.execute(f"{_MESSAGES} m.{where} and m.seq > ? and m.seq <= ? and m.deleted_at is null order by m.seq",
+                                 (value, after, max(places, default=0)))
         names = [c[0] for c in cursor.description]
         for values in cursor:
             row = dict(zip(names, values))
@@ -3263,10 +3264,9 @@ class Store:
         left = self.value(f"select count(*) from messages where {where} and seq > ?", value, end) if more else 0
         return {"rows": found, "passed": passed, "after": end, "left": left, "more": more}
 
-    def messages_at(self, seqs: list) -> list:
-        """Those of some journal sequences that are messages, in order."""
-        self.flush()
-        return self.rows(f"{_MESSAGES} m.seq in ({_text(seqs)}) order by m.seq")
+    def message_at(self, seq: int) -> dict | None:
+        """The message with a sequence of the journal."""
+        return self.row(f"{_MESSAGES} m.seq = ?", seq)
 
     def askers(self, message_ids: list) -> dict:
         """Who asked: message id -> author, of those that are questions."""
@@ -6014,6 +6014,7 @@ class Rate:
 
     def spend(self, count: int, now: int) -> None:
         """Let messages out."""
+        self.room(now)          # what flows over until now is lost
         self._tokens -= count * NS
         self._sum += count
         if self._spent and self._spent[-1][0] == now * 10 // NS:
@@ -6041,10 +6042,11 @@ def stream_message(store: Store, row: dict, title: str, asker: str) -> dict:
     """A message (a row) as it is told; `thread_id` and `message_seq` are each client's own.  `asker` as in `kind_of`."""
     refs, scopes = stored_pairs(row)
     readers = store.readers(row) if row["delivered"].isdigit() else []
+    structured = row["structured"]
     try:
-        structured = decode(row["structured"] or "null")
+        structured = structured and decode(structured)
     except ValueError:          # of another program
-        structured = row["structured"]
+        pass
     metadata = {"refs": pair_dicts(refs), "scopes": pair_dicts(scopes), "structured": structured}
     metadata = {name: value for name, value in metadata.items() if value}
 
@@ -6119,13 +6121,13 @@ def stream_news(store: Store, events: list) -> StreamNews:
     """What to tell streams of (sequence, event) pairs that were just committed."""
     rows, mail, stale, gone = [], [], set(), ""
     created = {seq: event for seq, event in events if event["type"] == "message.create"}
-    found = store.messages_at(created) if created else []
+    found = [row for row in map(store.message_at, created) if row]
     askers = store.askers([row["reply_to"] for row in found if row["reply_to"]])
     for row in found:
         asker, deleted = askers.get(row["reply_to"], ""), bool(row["deleted_at"])
         message = stream_message(store, row, store.thread_title(row["thread_id"]) if row["thread_id"] else "", asker)
         # The thread may go by another id since this message; whoever follows it under the one before is found by these.
-        threads = {row["thread_id"], created[row["seq"]].get("thread_id"), row["reply_to"] and thread_of(row["reply_to"])} - {None}
+        threads = {row["thread_id"], created[row["seq"]].get("thread_id"), row["reply_to"] and thread_of(row["reply_to"])} - {None, ""}
         if threads:
             rows.append((row["seq"], row["thread_id"], threads, None if deleted else message))
         if message["kind"] in ("question", "result"):
@@ -6212,6 +6214,7 @@ class ThreadStream:
         self.dropped = 0        # events that it may miss and did
         self._send, self._close, self._wake = send, close, wake
         self._rate = Rate(now)
+        self._promised = 0      # messages that the present Ask may bring
         self._turns = {}        # the Followed for which there is something to ask, in turn
 
     # ---- what the client says
@@ -6281,22 +6284,23 @@ class ThreadStream:
         ready = [followed for followed in self._turns if followed.not_before <= now]
         if len(ready) < len(self._turns):
             wait = (min(followed.not_before for followed in self._turns if followed.not_before > now) - now) / NS
-        for followed in ready:
-            if followed.confirmed and followed.stale:
-                return self._ask(followed, 0)           # a state costs nothing
+        for followed in ready:          # a state costs nothing, and an empty thread is confirmed at once
+            if followed.stale if followed.confirmed else not followed.left:
+                return self._ask(followed, 0 if followed.confirmed else max(0, min(STREAM_BATCH, room)))
         if not ready:
             return wait
         followed = ready[0]
         free = STREAM_LAG if followed.ahead else STREAM_LAG - followed.lag()
         if free <= 0:
             return self._pause(followed, now)
-        wanted = min(STREAM_BATCH, free, max(followed.left, int(followed.confirmed)))
+        wanted = min(STREAM_BATCH, free, max(followed.left, 1))
         if room >= wanted:
             return self._ask(followed, min(STREAM_BATCH, free, room))
         return min(self._rate.wait(wanted, now), FAR if wait is None else wait)
 
     def _ask(self, followed: Followed, limit: int) -> Ask:
         del self._turns[followed]
+        self._promised = limit
         followed.asked = Ask(stream_rows, {
             "thread_id": followed.thread_id, "after": followed.cursor, "skip": max(0, followed.ahead - followed.number) if limit else 0,
             "limit": limit, "state": followed.stale or not followed.confirmed}, followed)
@@ -6313,6 +6317,7 @@ class ThreadStream:
         """What came of an Ask: what its handler returned, or the exception that it raised."""
         followed = ask.followed
         if followed:
+            self._promised = 0
             if followed.asked is ask and self.followed.get(followed.thread_id) is followed:    # else it was left or begins anew
                 followed.asked = None
                 self._take_rows(followed, ask.params, reply, now)
@@ -6385,7 +6390,7 @@ class ThreadStream:
             return
         followed.latest, count = rows[-1][0], len(rows)
         at_once = followed.confirmed and not (followed.left or followed.asked or followed.stale or self._turns) and count <= STREAM_BATCH \
-            and followed.lag() + count <= STREAM_LAG and self._rate.room(now) >= count
+            and followed.lag() + count <= STREAM_LAG and self._rate.room(now) - self._promised >= count
         told = [(followed.number + place, message) for place, (_, message) in enumerate(rows, 1) if message]
         if not at_once or not self._give(followed, told, followed.latest, followed.number + count, 0, followed.latest, False, now, encoded):
             followed.left += count
@@ -6466,6 +6471,10 @@ class Streams:
     def __len__(self) -> int:
         """How many there are."""
         return sum(map(len, self.streams.values()))
+
+    def __bool__(self) -> bool:
+        """Whether there are any.  Any thread may ask."""
+        return bool(self.streams)
 
     def open(self, instance_id: str, now: int, send, close, wake) -> ThreadStream:
         """A new ThreadStream."""

@@ -5,6 +5,7 @@ has `got` are the events that reached it, and while it is `stopped` they wait in
 """
 
 import asyncio
+import bisect
 import json
 import random
 
@@ -110,13 +111,15 @@ class Hall:
 class Client:
     def __init__(self, hall, instance_id="tab", places=PLACES):
         self.hall, self.got, self.queue, self.stopped, self.places = hall, [], [], False, places
-        self.closed, self.woken = 0, False
+        self.closed, self.woken, self.sent = 0, False, []
         self.stream = hall.streams.open(instance_id, hall.world.at, self.send, self.close, self.wake)
 
     def send(self, payload, spare):
         if self.places - len(self.queue) <= spare:
             return False
         self.queue.append(payload)
+        data = json.loads(payload).get("data", {})
+        self.sent += [self.hall.world.at] * (len(data["messages"]) if "messages" in data else int("message_seq" in data))
         if not self.stopped:
             self.read()
         return True
@@ -204,7 +207,8 @@ class Client:
 
 
 @pytest.fixture
-def hall(tmp_path):
+def hall(tmp_path, monkeypatch):
+    monkeypatch.setattr(thrum, "durable_sync", lambda descriptor: None)         # it is not about power cuts
     made = Hall(tmp_path)
     yield made
     made.close()
@@ -616,8 +620,8 @@ def test_only_so_many_acknowledgements_are_kept(hall, monkeypatch):
         hall.world.at += SECOND
         Client(hall, f"i{number}").subscribe("thr_t")
         Client(hall, "i0").subscribe("thr_t")       # is used
-    kept = [row[0] for row in hall.ledger.store.db.execute("select instance_id from stream_acks order by instance_id")]
-    assert kept == ["i0", "i4", "i5"] or kept == ["i0", "i5"]
+    kept = hall.ledger.store.db.execute("select instance_id from stream_acks order by instance_id").fetchall()
+    assert kept == [("i0",), ("i4",), ("i5",)]
 
 
 def test_an_acknowledgement_survives_a_purge(hall, client):
@@ -690,38 +694,25 @@ def test_who_has_acknowledged_all_is_not_paused_by_what_was_taken_back(hall, cli
     assert stored(hall, "thr_t") == 2100
 
 
-def timed(hall, client, threads, seconds):
-    """When each row of some threads came, in seconds, while all that is due is done at once."""
-    times, start = [], hall.world.at
-    while hall.world.at - start < seconds * SECOND:
-        due = client.pump()
-        count = sum(len(client.rows(thread)) for thread in threads)
-        times += [(hall.world.at - start) / SECOND] * (count - len(times))
-        for thread in threads:
-            client.ack(thread, 10**6)
-        if due is None:
-            break
-        hall.world.at += int(due * SECOND) + 1
-    return times
-
-
 def most_within(times, seconds):
-    return max(sum(at <= other < at + seconds for other in times) for at in times)
+    """How many of some times (ns) lie within so many seconds."""
+    return max((bisect.bisect_left(times, at + seconds * SECOND) - i for i, at in enumerate(times)), default=0)
 
 
 def test_no_connection_gets_more_than_the_rate(hall, client):
-    """Case 9: from one thread or several, live or not."""
+    """Case 9: from one thread or several, of which all is acknowledged."""
     hall.fill("thr_t", 2500, batch=250)
     hall.fill("thr_u", 700, batch=250)
-    client.say({"type": "subscribe", "data": {"thread_id": "thr_t"}})
-    client.say({"type": "subscribe", "data": {"thread_id": "thr_u"}})
-    # No acknowledgement ahead of what was sent: that would skip it.
-    ack = client.ack
-    client.ack = lambda thread, _: ack(thread, (client.numbers(thread) or [0])[-1])
-    times = timed(hall, client, ["thr_t", "thr_u"], 60)
-    assert len(times) == 3200 and most_within(times, 1) <= 200 and most_within(times, 10) <= 1000
-    assert times[99] == 0 and times[-1] < 33
-    assert most_within(times, 1) > 100          # the bucket is used
+    start = hall.world.at
+    for thread in ("thr_t", "thr_u"):
+        client.say({"type": "subscribe", "data": {"thread_id": thread}})
+    while (due := client.pump()) is not None:
+        hall.world.at += int(due * SECOND) + 1
+        for thread in ("thr_t", "thr_u"):
+            client.ack(thread, (client.numbers(thread) or [0])[-1])
+    times = client.sent
+    assert len(times) == 3200 and 100 < most_within(times, 1) <= 200 and most_within(times, 10) <= 1000
+    assert times[99] == start and times[-1] - start < 33 * SECOND
 
 
 def test_after_a_pause_a_burst_is_there_again(hall):
@@ -730,8 +721,9 @@ def test_after_a_pause_a_burst_is_there_again(hall):
     rate.spend(100, 0)
     assert rate.room(0) == 0 and rate.wait(50, 0) == 0.5 and rate.room(SECOND // 2) == 50
     assert rate.room(9 * SECOND) == 100
-    rate.spend(60, 9 * SECOND)
-    assert rate.wait(100, 9 * SECOND) == 0.6
+    rate.spend(60, 9 * SECOND + 1)      # the bucket was full, and ran over
+    assert rate.room(9 * SECOND + 1) == 40
+    assert rate.wait(100, 9 * SECOND + 1) == 0.6
     assert rate.room(5 * SECOND) <= 100 and rate.room(6 * SECOND) == 100        # a clock that was set back
 
 
@@ -742,6 +734,27 @@ def test_threads_take_turns(hall, client):
     client.settle()
     assert [batch["thread_id"][-1] for batch in client.of("batch")] == list("abcabcabc")
     assert all(client.numbers(f"thr_{name}") == to(1, 150) for name in "abc")
+
+
+def test_an_empty_thread_is_confirmed_at_once(hall, client):
+    hall.fill("thr_t", 250)
+    hall.emit(("thread.create", {"thread_id": "thr_e"}))
+    client.subscribe("thr_t")
+    assert [event["type"] for event in client.subscribe("thr_e")] == ["batch", "thread_state"]
+    assert client.settle().numbers("thr_t") == to(1, 250)
+
+
+def test_what_is_asked_and_what_is_live_share_the_rate(hall, client):
+    hall.fill("thr_t", 50)
+    hall.fill("thr_u", 1)
+    client.subscribe("thr_u", 1)
+    client.say({"type": "subscribe", "data": {"thread_id": "thr_t"}})
+    due = client.stream.due(hall.world.at)
+    hall.fill("thr_u", 40)              # while the answer is on its way
+    hall.fill("thr_u", 40)
+    client.stream.answered(due, hall.ask(due.handler, due.params), hall.world.at)
+    assert client.settle().numbers("thr_u") == to(2, 81) and client.numbers("thr_t") == to(1, 50)
+    assert sum(at - client.sent[0] < SECOND // 100 for at in client.sent) <= 101
 
 
 def test_a_live_row_waits_for_the_rows_before_it(hall, client):
@@ -978,7 +991,7 @@ def test_mail_that_was_taken_back_in_the_same_batch_is_not_told(hall):
 
 # ---- properties
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(40))
 def test_every_subscriber_gets_every_row_once_and_in_order(hall, seed):
     """Whatever is sent, deleted, acknowledged, stalled, left and asked again meanwhile, and whatever is answered late."""
     rng = random.Random(seed)
@@ -1010,7 +1023,7 @@ def test_every_subscriber_gets_every_row_once_and_in_order(hall, seed):
             assert [pair for pair in rows if pair[1] not in deleted] == [pair for pair in kept if pair[0] <= last]
 
     join()
-    for _ in range(250):
+    for turn in range(250):
         hall.world.at += rng.choice((0, 1, SECOND // 100, SECOND))
         step, one = rng.random(), rng.choice(clients)
         thread = rng.choice(threads)
@@ -1052,7 +1065,7 @@ def test_every_subscriber_gets_every_row_once_and_in_order(hall, seed):
             due = one.stream.due(hall.world.at)
             if isinstance(due, thrum.Ask):
                 asks[one] = due, hall.ask(due.handler, due.params)
-        for key in begun:
+        for key in begun if turn % 10 == 0 else ():
             check(*key, complete=False)
     for one in clients:
         one.stopped = False
@@ -1068,6 +1081,7 @@ def test_every_subscriber_gets_every_row_once_and_in_order(hall, seed):
             one.settle()
         check(one, thread, complete=True)
     for one in clients:
+        assert most_within(one.sent, 1) <= 200 and most_within(one.sent, 10) <= 1000
         one.leave()
     assert not hall.streams._followed and not hall.streams.streams and len(hall.streams) == 0
 
@@ -1419,6 +1433,7 @@ def test_only_so_many_processes_are_kept(hall, monkeypatch):
     ("select seq from messages where thread_id = ? and seq <= ? order by seq desc limit 1 offset ?", "COVERING INDEX messages_stream"),
     ("select max(at) from messages where thread_id = ?", "COVERING INDEX messages_thread"),
     (f"select count(*) from messages m where thread_id = ? and {thrum.ASKS} and deleted_at is null", "INDEX messages_asks"),
+    (f"{thrum._MESSAGES} m.thread_id = ? and m.seq > ? and m.seq <= ? and m.deleted_at is null order by m.seq", "INDEX messages_stream"),
 ])
 def test_questions_about_threads_go_by_an_index(hall, sql, index):
     plan = " ".join(row[-1] for row in hall.ledger.store.db.execute("explain query plan " + sql, ("x",) * sql.count("?")))
