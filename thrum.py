@@ -3335,7 +3335,7 @@ class Store:
     def add_telemetry(self, data: dict, ns: int) -> None:
         """Keep what a process reports of itself, in the place of what it has said in the same half minute."""
         instance_id, slot = data["instance_id"], ns // (TELEMETRY_SLOT_S * NS)
-        if not self.value("select 1 from telemetry where instance_id = ? limit 1", instance_id):
+        if not self.value("select 1 from telemetry where instance_id = ? and slot = ?", instance_id, slot):     # one row more
             self.db.execute("delete from telemetry where at <= ?", (self._too_old("telemetry", "at", TELEMETRY_MAX, ns),))
         self.db.execute("insert or replace into telemetry values(?, ?, ?, ?)", (instance_id, slot, ns, encode(data).decode()))
         self.db.execute("delete from telemetry where instance_id = ? and slot <= ?", (instance_id, slot - TELEMETRY_SLOTS))
@@ -13060,7 +13060,7 @@ class Daemon:
     async def _receive_body(self, connection: WebConnection, head, reader, buffer: bytearray) -> bytes:
         if head.length > BODY_MAX:
             raise HttpError(413)
-        if head.headers.get("expect", "").lower() == "100-continue":
+        if head.headers.get("expect", "").lower() == "100-continue" and head.version == "1.1":     # RFC 9110, section 10.1.1
             connection.outbox.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
         def take():
@@ -13153,7 +13153,7 @@ class Daemon:
     async def _respond_api(self, head, body: bytes, connection: WebConnection) -> tuple:
         """What agents report of their tasks, and its replay: the paths are those of the reference's coordinator."""
         method = {"/api/coordinator/events": "task.report", "/api/telemetry": "telemetry.report"}.get(head.path)
-        replay = re.fullmatch("/api/coordinator/tasks/([^/]+)/events", head.path)
+        replay = re.fullmatch("/api/coordinator/tasks/([^/]+)/events", head.target.partition("?")[0])      # an id may hold a %2F
         try:
             if method:
                 _only(head, "POST")
@@ -13162,9 +13162,9 @@ class Daemon:
             if not replay:
                 raise HttpError(404)
             _only(head, "GET", "HEAD")
-            numbers = {name: int(head.query[name]) for name in ("limit", "turn") if head.query.get(name)}
+            numbers = {name: decode(head.query[name]) for name in ("limit", "turn") if head.query.get(name)}
             texts = {name: head.query[name] for name in ("type", "format") if head.query.get(name)}
-            found = await self.call("task.events", {"task_id": replay[1], **numbers, **texts}, connection)
+            found = await self.call("task.events", {"task_id": unquote(replay[1]), **numbers, **texts}, connection)
             if "text" in found:
                 return 200, {"Content-Type": TEXT_TYPE, "Cache-Control": "no-store"}, found["text"].encode()
             return _json_response(found)
@@ -13174,8 +13174,10 @@ class Daemon:
             raise HttpError(500) from None
         except HttpError:
             raise
-        except (ThrumError, ValueError) as error:
+        except ThrumError as error:
             return _json_response({"error": str(error)}, 400)
+        except ValueError:
+            return _json_response({"error": "the body must be a JSON object, limit and turn integers"}, 400)
 
     async def _serve_socket(self, connection: WebConnection, reader, data: bytes, work) -> None:
         """A WebSocket: reads what comes, while `work(connection, inbox)` answers one message after the other.
