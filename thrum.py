@@ -11996,11 +11996,15 @@ class WebConnection(Connection):
         self.heard = self.loop.time()   # when the last frame was complete
         self._frames = 0        # that had come then
         self.reading = True     # False while it has sent more than we look at
+        self.gone = asyncio.Event()     # set when nothing more comes from it
         self._ping_at = self.heard + PING_S
         self._beat = self.loop.call_at(self._ping_at, self._look)
 
     def framed(self, payload: bytes) -> bytes:
         return encode_frame(TEXT, payload)
+
+    async def left(self) -> None:
+        await self.gone.wait()
 
     async def answer(self, payload: bytes, kind: int = TEXT) -> None:
         """Send a message, unless a Close went before it (RFC 6455, section 5.5.1)."""
@@ -12030,6 +12034,8 @@ class WebConnection(Connection):
     def _look(self) -> None:
         """Ping it when it is time; give it up when it does not even answer that."""
         now = self.loop.time()
+        if self.outbox.writer.transport.is_closing() and not self.gone.is_set():
+            return self.task.cancel()       # it reads no more, so that it has not noticed
         if now - self.heard >= DEAD_S and self.reading:
             return self.outbox.writer.transport.abort()
         if now >= self._ping_at:
@@ -12513,7 +12519,7 @@ class Daemon:
         token = self.waiters.add(what, wake.set)
         connection.waiting += 1
         waking = self.loop.create_task(wake.wait())
-        leaving = self.loop.create_task(connection.left()) if connection.reader else None
+        leaving = self.loop.create_task(connection.left()) if connection.reader or connection.web else None
         try:
             while True:
                 if waking.done():       # before asking: what comes while we ask wakes us again
@@ -12725,7 +12731,7 @@ class Daemon:
         visits = head.headers.get("sec-fetch-mode") == "navigate" and head.method == "GET" and not head.path.startswith(NO_PAGES)
         if (foreign or (site not in ("none", "same-origin") and not visits)) and not proven:
             raise HttpError(403)
-        if self.token and not proven and not (head.path == "/" and "link" in head.query):
+        if self.token and not proven and (head.upgrades or head.path != "/" or "link" not in head.query):
             if not hmac.compare_digest(_cookie(head, self._cookie_name()).encode(), self._cookie().encode()):
                 raise HttpError(401)
 
@@ -12831,6 +12837,7 @@ class Daemon:
                     data = await reader.read(65536)
                     if not data:
                         connection.web.feed(data)
+            connection.gone.set()
             ending = self.loop.create_task(inbox.put(None))
             await asyncio.wait({working}, timeout=CALL_S)
             connection.hang_up()
@@ -12853,23 +12860,31 @@ class Daemon:
             aside = set()
 
             async def answer(calls):
-                reply = await self._answer(calls, connection)
-                if reply:
-                    await connection.answer(reply)
+                try:
+                    reply = await self._answer(calls, connection)
+                    if reply:
+                        await connection.answer(reply)
+                except ConnectionError:     # nobody waits for it; what it has sent before it went is done all the same
+                    pass
+
+            def answered(task):
+                aside.discard(task)
+                if not task.cancelled() and task.exception():
+                    self._work_ended(connection, task)
             try:
                 while (came := await inbox.get()) is not None:
                     connection.busy = True
                     calls = decode_request(came[1])
                     if len(aside) < ASIDE_MAX and any(call.method in METHODS and METHODS[call.method].takes_long() for call in calls[0]):
-                        aside.add(self.loop.create_task(answer(calls)))
+                        aside.add(task := self.loop.create_task(answer(calls)))
+                        task.add_done_callback(answered)
                     else:
                         await answer(calls)
-                    for task in [task for task in aside if task.done()]:
-                        aside.remove(task)
-                        task.result()       # it raises what has ended it: the client has gone
                     connection.busy = False
                     if self.stopping.is_set():
                         connection.close(1001)
+                if aside:
+                    await asyncio.wait(aside)
             finally:
                 for task in aside:
                     task.cancel()
@@ -13046,7 +13061,10 @@ def _same_user_behind(sock) -> bool:
     """
     if sys.platform != "linux":
         return True
-    (host, port), (own_host, own_port) = sock.getpeername()[:2], sock.getsockname()[:2]
+    try:
+        (host, port), (own_host, own_port) = sock.getpeername()[:2], sock.getsockname()[:2]
+    except OSError:             # ENOTCONN: it has gone before we looked
+        return False
     pad = bytes(12 if sock.family == socket.AF_INET else 0)
     ends = struct.pack(">HH", port, own_port) + b"".join(socket.inet_pton(sock.family, one) + pad for one in (host, own_host))
     # struct inet_diag_req_v2: family, protocol, ext, pad, states, then the ends, interface and two words of no cookie
