@@ -7074,7 +7074,7 @@ class WebSocket:
         self._frame = True, 0, b""  # of its present frame: whether it is the last, how many bytes are missing, the mask for them
         self._character = b""       # the beginning of the character that its text breaks off in
         self._messages = []
-        self._pongs = []            # these are sent first
+        self._pongs = []            # payloads of those that are sent first
         self._frames = []
         self._close = b""           # and this last
         self._silent = False        # once the Close has left, or the peer
@@ -7162,7 +7162,7 @@ class WebSocket:
     def _control(self, opcode: int, payload: bytes) -> None:
         if opcode == PING:
             del self._pongs[PONGS_MAX - 1:]
-            self._pongs.append(self._encode(PONG, payload))
+            self._pongs.append(payload)
         elif opcode == CLOSE:
             code = int.from_bytes(payload[:2], "big") if payload else 1005
             if payload and not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):     # section 7.4 and IANA's list
@@ -7200,7 +7200,8 @@ class WebSocket:
         """What is to be sent now."""
         if self._silent:
             return b""
-        frames, self._pongs, self._frames = [*self._pongs, *self._frames, self._close], [], []
+        pongs = [self._encode(PONG, payload) for payload in self._pongs]
+        frames, self._pongs, self._frames = [*pongs, *self._frames, self._close], [], []
         self._silent = self.closing
         return b"".join(frames)
 
@@ -12017,7 +12018,7 @@ class WebConnection(Connection):
         messages = self.web.messages()
         if self.web.frames != self._frames:
             self.heard, self._frames = self.loop.time(), self.web.frames
-        if not self.web.closing:
+        if not self.web.closing and self.outbox.room():     # who does not read gets its pongs when it does
             self._flush()
         return messages
 
@@ -12835,7 +12836,9 @@ class Daemon:
                 connection.reading = True
                 if not connection.web.closed:
                     data = await reader.read(65536)
-                    if not data:
+                    if len(data) == 65536:
+                        await asyncio.sleep(0)      # there is more, and others wait, too
+                    elif not data:
                         connection.web.feed(data)
             connection.gone.set()
             ending = self.loop.create_task(inbox.put(None))
