@@ -7170,7 +7170,7 @@ class WebSocket:
         self._frame = True, 0, b""  # of its present frame: whether it is the last, how many bytes are missing, the mask for them
         self._character = b""       # the beginning of the character that its text breaks off in
         self._messages = []
-        self._pongs = []            # these are sent first
+        self._pongs = []            # payloads of those that are sent first
         self._frames = []
         self._close = b""           # and this last
         self._silent = False        # once the Close has left, or the peer
@@ -7258,7 +7258,7 @@ class WebSocket:
     def _control(self, opcode: int, payload: bytes) -> None:
         if opcode == PING:
             del self._pongs[PONGS_MAX - 1:]
-            self._pongs.append(self._encode(PONG, payload))
+            self._pongs.append(payload)
         elif opcode == CLOSE:
             code = int.from_bytes(payload[:2], "big") if payload else 1005
             if payload and not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):     # section 7.4 and IANA's list
@@ -7296,7 +7296,8 @@ class WebSocket:
         """What is to be sent now."""
         if self._silent:
             return b""
-        frames, self._pongs, self._frames = [*self._pongs, *self._frames, self._close], [], []
+        pongs = [self._encode(PONG, payload) for payload in self._pongs]
+        frames, self._pongs, self._frames = [*pongs, *self._frames, self._close], [], []
         self._silent = self.closing
         return b"".join(frames)
 
@@ -12361,11 +12362,15 @@ class WebConnection(Connection):
         self.heard = self.loop.time()   # when the last frame was complete
         self._frames = 0        # that had come then
         self.reading = True     # False while it has sent more than we look at
+        self.gone = asyncio.Event()     # set when nothing more comes from it
         self._ping_at = self.heard + PING_S
         self._beat = self.loop.call_at(self._ping_at, self._look)
 
     def framed(self, payload: bytes) -> bytes:
         return encode_frame(TEXT, payload)
+
+    async def left(self) -> None:
+        await self.gone.wait()
 
     async def answer(self, payload: bytes, kind: int = TEXT) -> None:
         """Send a message, unless a Close went before it (RFC 6455, section 5.5.1)."""
@@ -12378,7 +12383,7 @@ class WebConnection(Connection):
         messages = self.web.messages()
         if self.web.frames != self._frames:
             self.heard, self._frames = self.loop.time(), self.web.frames
-        if not self.web.closing:
+        if not self.web.closing and self.outbox.room():     # who does not read gets its pongs when it does
             self._flush()
         return messages
 
@@ -12395,6 +12400,8 @@ class WebConnection(Connection):
     def _look(self) -> None:
         """Ping it when it is time; give it up when it does not even answer that."""
         now = self.loop.time()
+        if self.outbox.writer.transport.is_closing() and not self.gone.is_set():
+            return self.task.cancel()       # it reads no more, so that it has not noticed
         if now - self.heard >= DEAD_S and self.reading:
             return self.outbox.writer.transport.abort()
         if now >= self._ping_at:
@@ -12878,7 +12885,7 @@ class Daemon:
         token = self.waiters.add(what, wake.set)
         connection.waiting += 1
         waking = self.loop.create_task(wake.wait())
-        leaving = self.loop.create_task(connection.left()) if connection.reader else None
+        leaving = self.loop.create_task(connection.left()) if connection.reader or connection.web else None
         try:
             while True:
                 if waking.done():       # before asking: what comes while we ask wakes us again
@@ -13090,7 +13097,7 @@ class Daemon:
         visits = head.headers.get("sec-fetch-mode") == "navigate" and head.method == "GET" and not head.path.startswith(NO_PAGES)
         if (foreign or (site not in ("none", "same-origin") and not visits)) and not proven:
             raise HttpError(403)
-        if self.token and not proven and not (head.path == "/" and "link" in head.query):
+        if self.token and not proven and (head.upgrades or head.path != "/" or "link" not in head.query):
             if not hmac.compare_digest(_cookie(head, self._cookie_name()).encode(), self._cookie().encode()):
                 raise HttpError(401)
 
@@ -13196,8 +13203,11 @@ class Daemon:
                 connection.reading = True
                 if not connection.web.closed:
                     data = await reader.read(65536)
-                    if not data:
+                    if len(data) == 65536:
+                        await asyncio.sleep(0)      # there is more, and others wait, too
+                    elif not data:
                         connection.web.feed(data)
+            connection.gone.set()
             ending = self.loop.create_task(inbox.put(None))
             await asyncio.wait({working}, timeout=CALL_S)
             connection.hang_up()
@@ -13220,23 +13230,31 @@ class Daemon:
             aside = set()
 
             async def answer(calls):
-                reply = await self._answer(calls, connection)
-                if reply:
-                    await connection.answer(reply)
+                try:
+                    reply = await self._answer(calls, connection)
+                    if reply:
+                        await connection.answer(reply)
+                except ConnectionError:     # nobody waits for it; what it has sent before it went is done all the same
+                    pass
+
+            def answered(task):
+                aside.discard(task)
+                if not task.cancelled() and task.exception():
+                    self._work_ended(connection, task)
             try:
                 while (came := await inbox.get()) is not None:
                     connection.busy = True
                     calls = decode_request(came[1])
                     if len(aside) < ASIDE_MAX and any(call.method in METHODS and METHODS[call.method].takes_long() for call in calls[0]):
-                        aside.add(self.loop.create_task(answer(calls)))
+                        aside.add(task := self.loop.create_task(answer(calls)))
+                        task.add_done_callback(answered)
                     else:
                         await answer(calls)
-                    for task in [task for task in aside if task.done()]:
-                        aside.remove(task)
-                        task.result()       # it raises what has ended it: the client has gone
                     connection.busy = False
                     if self.stopping.is_set():
                         connection.close(1001)
+                if aside:
+                    await asyncio.wait(aside)
             finally:
                 for task in aside:
                     task.cancel()
@@ -13413,7 +13431,10 @@ def _same_user_behind(sock) -> bool:
     """
     if sys.platform != "linux":
         return True
-    (host, port), (own_host, own_port) = sock.getpeername()[:2], sock.getsockname()[:2]
+    try:
+        (host, port), (own_host, own_port) = sock.getpeername()[:2], sock.getsockname()[:2]
+    except OSError:             # ENOTCONN: it has gone before we looked
+        return False
     pad = bytes(12 if sock.family == socket.AF_INET else 0)
     ends = struct.pack(">HH", port, own_port) + b"".join(socket.inet_pton(sock.family, one) + pad for one in (host, own_host))
     # struct inet_diag_req_v2: family, protocol, ext, pad, states, then the ends, interface and two words of no cookie
