@@ -11315,11 +11315,8 @@ async def subscribe_command(console: Console, args: Args) -> int:
         raise Usage("invalid scope format, expected type:value") from None
     if args.mention is not None and not args.mention.lstrip("@"):
         raise Usage("invalid mention: it must name a role or an agent")
-    try:
-        done = await console.call("subscribe", scope=scope, mention_role=args.mention, all=args.all or None, topics=args.topic or None,
-                                  caller_agent_id=me)
-    except ThrumError as error:
-        raise ThrumError(f"subscribe RPC failed: {error}") from None
+    done = await console.call("subscribe", scope=scope, mention_role=args.mention, all=args.all or None, topics=args.topic or None,
+                              caller_agent_id=me)
     await console.answer(done, f"✓ Subscription created: #{done['subscription_id']}\n" + rows_of([
         ["  Session:", plain(done["session_id"])], ["  Created:", when(done["created_at"])]]))
     return 0
@@ -11327,21 +11324,15 @@ async def subscribe_command(console: Console, args: Args) -> int:
 
 async def unsubscribe_command(console: Console, args: Args) -> int:
     me, number = console.me(), args.id
-    if not (number.isascii() and number.isdigit() and 0 < len(number) < 16):
+    if not (number.isascii() and number.isdigit() and 0 < int(number[:20]) <= INTEGER_MAX):
         raise Usage(f"invalid subscription ID: {one_line(number)}")
-    try:
-        done = await console.call("unsubscribe", subscription_id=int(number), caller_agent_id=me)
-    except ThrumError as error:
-        raise ThrumError(f"unsubscribe RPC failed: {error}") from None
+    done = await console.call("unsubscribe", subscription_id=int(number), caller_agent_id=me)
     await console.answer(done, f"✓ Subscription #{number} removed" if done["removed"] else f"✗ Failed to remove subscription #{number}")
     return 0
 
 
 async def subscriptions_command(console: Console, args: Args) -> int:
-    try:
-        found = await console.call("subscriptions.list", caller_agent_id=console.me())
-    except ThrumError as error:
-        raise ThrumError(f"subscriptions.list RPC failed: {error}") from None
+    found = await console.call("subscriptions.list", caller_agent_id=console.me())
     rows = found["subscriptions"]
     text = f"Active subscriptions ({len(rows)}):\n" + "".join(
         f"\nSubscription #{row['id']}\n" + rows_of([["  Type:", _kind_text(row)], ["  Created:", when(row["created_at"])]]) for row in rows)
