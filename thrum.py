@@ -16,7 +16,7 @@ machines on a branch of its own.  Read from the top: a section uses only those a
     9  Store         the one place that speaks SQL
    10  Ledger        the one way to change anything
    11  Work          what agents are doing: git state, claims, conflicts, why
-   12  Routing       who is told what: waiting, subscriptions, notifications
+   12  Routing       who is told what: waiting, subscriptions, thread streams
    13  Sync          the branch that carries the log
    14  JSON-RPC      lines in, calls out (JSON-RPC 2.0)
    15  HTTP          requests in, responses out (RFC 9112, as much as a browser needs)
@@ -40,7 +40,7 @@ import os
 import sys
 import time
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = [
     "main", "connect", "read_log", "World", "ThrumError", "InvalidParams", "Unreachable",
     "decode_request", "Lines", "decode_head", "WebSocket",
@@ -1624,6 +1624,7 @@ def file_stem_or_refuse(agent_id: str) -> None:
 JOURNAL_FILE_MAX = 8 << 20      # bytes: the last file is read whole at each start
 BRANCH_FILE_MAX = 256 << 10     # bytes: each commit stores a changed file whole
 BAD_LINES_MAX = 4 << 20         # bytes of damaged lines kept for a look
+MARK_EVERY = 256                # lines between two of which a reader remembers where they are: it reads at most so many in vain
 
 
 def read_lines(path: str, offset: int = 0):
@@ -1841,6 +1842,51 @@ class Journal:
         if header.get("first") != first or type(header.get("epoch")) is not str:
             raise ValueError(f"{self._path(first)} has no valid first line")
         return header
+
+
+class History:
+    """A journal as other threads read it than the one that writes it.
+
+    A file only grows, or gives way to one with the same numbers in which some lines are empty.  So a place that is remembered
+    is right for as long as the same line is found there.
+    """
+
+    def __init__(self, journal: Journal):
+        self.journal = journal
+        self._marks = {}        # sequence -> (offset in its file, hash of its line)
+
+    def read(self, after: int, last: int):
+        """Pairs of sequence and line for the events later than `after`, up to `last`, which must have been reached before."""
+        firsts = self.journal.firsts()
+        for first, following in zip(firsts, [*firsts[1:], FAR]):
+            if following <= after + 1:
+                continue
+            if first > last:
+                return
+            with open(self.journal._path(first), "rb") as file:
+                sequence = self._seek(file, first, after + 1)
+                offset = file.tell()
+                for line in file:
+                    if sequence > last:
+                        return
+                    if sequence % MARK_EVERY == 0 and len(line) > 1:
+                        self._marks[sequence] = offset, hash(line)
+                    if sequence > after:
+                        yield sequence, line[:-1]
+                    sequence, offset = sequence + 1, offset + len(line)
+
+    def _seek(self, file, first: int, wanted: int) -> int:
+        """Go to the last place that is known at or before an event in a file; the sequence of the line there."""
+        for sequence in range(wanted - wanted % MARK_EVERY, first, -MARK_EVERY):
+            offset, mark = self._marks.get(sequence, (0, 0))
+            if offset:
+                file.seek(offset)
+                if hash(file.readline()) == mark:
+                    file.seek(offset)
+                    return sequence
+        file.seek(0)
+        file.readline()         # the header
+        return first
 
 
 def stem_of(event: dict, author: str | None) -> str:
@@ -2615,6 +2661,10 @@ class Store:
         return since and {"group_id": "grp_role_" + role, "name": role, "description": f"All agents of the role {role}",
                           "created_by": "system", "created_at": since}
 
+    def group_name(self, group_id: str) -> str:
+        """What a group is called, or was before it was deleted."""
+        return self.value("select name from groups where group_id = ?", group_id, default="")
+
     def group(self, name: str) -> dict | None:
         """The group of that name; of several, the first created."""
         return self.row("select * from groups where name = ? and created_at is not null and deleted_at is null "
@@ -3055,6 +3105,11 @@ class Store:
         return (f"(exists(select 1 from deliveries d where d.agent = ? and d.at = m.at and d.seq = m.seq) or {named})",
                 [self.key_of(to), to])
 
+    def went_to(self, message: dict, to: str) -> bool:
+        """Whether a message went to an agent, role or group of that name, or to `everyone`."""
+        mentions, groups = audience_of(*stored_pairs(message))
+        return to in (*mentions, *groups) or (message["wide"] == 2 if to == EVERYONE else self.key_of(to) in _keys(message["delivered"]))
+
     def once(self, key: str, change):
         """What `change()` returns; with a key, what it returned the first time.  The latest REPLIES_MAX are kept."""
         if not key:
@@ -3066,6 +3121,10 @@ class Store:
         self.db.execute("insert into replies(key, reply) values(?, ?)", (key, canonical(reply).decode()))
         self.db.execute("delete from replies where id <= last_insert_rowid() - ?", (REPLIES_MAX,))
         return reply
+
+    def first_since(self, ns: int) -> int:
+        """The number of the first event that was made at a time or later, as the ids say; FAR without one."""
+        return self.value("select min(seq) from events where event_id >= ?", "evt_" + crockford(ns // 1_000_000 << 80, 26), default=FAR)
 
     def known_events(self, event_ids: list) -> set:
         """Those of some event ids (at most STORE_BATCH) that were applied before."""
@@ -3191,7 +3250,8 @@ class Store:
                 places[seq] = passed + 1
             passed, end = passed + 1, seq
         cursor.close()          # one that is not at its end would keep its snapshot
-        cursor = self.db.execute(f"{_MESSAGES} m.seq in ({_text(places)}) order by m.seq")
+        cursor = self.db.execute(f"{_MESSAGES} m.{where} and m.seq > ? and m.seq <= ? and m.deleted_at is null order by m.seq",
+                                 (value, after, max(places, default=0)))
         names = [c[0] for c in cursor.description]
         for values in cursor:
             row = dict(zip(names, values))
@@ -3204,10 +3264,9 @@ class Store:
         left = self.value(f"select count(*) from messages where {where} and seq > ?", value, end) if more else 0
         return {"rows": found, "passed": passed, "after": end, "left": left, "more": more}
 
-    def messages_at(self, seqs: list) -> list:
-        """Those of some journal sequences that are messages, in order."""
-        self.flush()
-        return self.rows(f"{_MESSAGES} m.seq in ({_text(seqs)}) order by m.seq")
+    def message_at(self, seq: int) -> dict | None:
+        """The message with a sequence of the journal."""
+        return self.row(f"{_MESSAGES} m.seq = ?", seq)
 
     def askers(self, message_ids: list) -> dict:
         """Who asked: message id -> author, of those that are questions."""
@@ -4036,6 +4095,7 @@ class Ledger:
         self.generation = 0     # rises when the database was replaced: readers open it again
         self.bad_lines = BadLines(places.bad_lines)
         self.journal = Journal(places.journal, world, self.bad_lines)
+        self.history = History(self.journal)
         self.branch = Branch(places.sync)
         self.store = None
         self.rebuilt = 0        # events that the last opening of the database had to project
@@ -5630,30 +5690,48 @@ SUBSCRIPTION_TOPICS = {                      # what one can subscribe to beside 
 }
 INTERNAL_FIELDS = frozenset(("event_id", "v", "origin_daemon", "sequence"))     # of an event, which are nothing to a listener
 TOPIC_OF = {kind: topic for topic, kinds in SUBSCRIPTION_TOPICS.items() for kind in kinds}
+# The same with the messages themselves: what a client that was away asks for.
+EVENT_TOPICS = {**SUBSCRIPTION_TOPICS, "messages": ("message.create", "message.edit", *SUBSCRIPTION_TOPICS["messages"])}
 SUBSCRIPTION_CHANGES = frozenset((
     "subscription.add", "subscription.remove", "agent.session.end", "agent.register", "agent.cleanup", "purge.executed"))
 EVERYTHING = object()           # what a subscription with `all` is found by
 
-CLAIMS, FREED = object(), object()      # what somebody waits for: that claims have changed, that some have ended
+# What somebody waits for: that claims have ended, that any have changed.
 CLAIM_ENDS = frozenset(("claim.release", "claim.lapse", "agent.session.end", "agent.cleanup"))
 CLAIM_CHANGES = CLAIM_ENDS | {"claim.take", "claim.renew"}
 
 
+def check_topics(topics) -> list:
+    """The topics that a caller names, each once; `*` alone stands for all of them.  Raises InvalidParams."""
+    for topic in () if topics == ["*"] else topics:
+        if topic not in SUBSCRIPTION_TOPICS:
+            raise InvalidParams(f"no topic {topic[:PAIR_MAX]!r}; there are {', '.join(SUBSCRIPTION_TOPICS)}, or * alone for all")
+    return list(SUBSCRIPTION_TOPICS if topics == ["*"] else dict.fromkeys(topics))
+
+
+def types_of(topics) -> frozenset:
+    """The types of the events of some topics, messages included; of all topics when none is named."""
+    return frozenset(kind for topic in check_topics(topics) or EVENT_TOPICS for kind in EVENT_TOPICS[topic])
+
+
 class Waiters:
-    """Who waits for a message or a claim, and is to be woken.  No threads: the daemon calls it from one."""
+    """Who waits for a message or other events, and is to be woken.  No threads: the daemon calls it from one."""
 
     def __init__(self):
-        self._waiting = {}      # token -> (agent id, "" for any message, CLAIMS or FREED; function)
+        self._waiting = {}      # token -> (agent id, "" for any message, or a frozenset of event types; function)
         self._next = 0
 
     def add(self, what, wake) -> int:
-        """Call `wake()` once for each batch with a message to an agent ("": with any), CLAIMS or FREED; gives a token for `remove`."""
+        """Call `wake()` once for each batch with a message to an agent ("": with any), or an event of some types (a frozenset).
+
+        Gives a token for `remove`.
+        """
         self._next += 1
         self._waiting[self._next] = (what, wake)
         return self._next
 
-    def wake_all(self, what) -> None:
-        """Wake those who wait for CLAIMS, or FREED."""
+    def wake_all(self, what: frozenset) -> None:
+        """Wake those who wait for just these types of events."""
         for wanted, wake in list(self._waiting.values()):
             if wanted is what:
                 wake()
@@ -5662,16 +5740,12 @@ class Waiters:
         self._waiting.pop(token, None)
 
     def publish(self, events: list) -> None:
-        """Wake those whom (sequence, event) pairs concern; they then ask the store what has come."""
-        created = [event for _, event in events if event["type"] == "message.create"]
-        if created and self._waiting:
-            reached = {agent for event in created for agent in event.get("recipients", ())}
-            for agent_id, wake in list(self._waiting.values()):
-                if not agent_id or agent_id in reached:
-                    wake()
-        for what, types in ((CLAIMS, CLAIM_CHANGES), (FREED, CLAIM_ENDS)):
-            if any(event["type"] in types for _, event in events):
-                self.wake_all(what)
+        """Wake those whom (sequence, event) pairs concern; they then ask what has come."""
+        types = {event["type"] for _, event in events}
+        reached = {"", *(agent for _, event in events for agent in event.get("recipients", ()))} if "message.create" in types else ()
+        for what, wake in list(self._waiting.values()):
+            if what in reached if type(what) is str else not types.isdisjoint(what):
+                wake()
 
 
 def notification(method: str, params: bytes) -> bytes:
@@ -5778,7 +5852,7 @@ class Subscriptions:
             if not self._rows or not self.listening:
                 continue
             if kind == "message.receipt" and (row := store.message(event["message_id"])) and row["thread_id"]:
-                threads.setdefault(row["thread_id"], {})[event["agent_id"]] = seq
+                threads.setdefault(row["thread_id"], {})[event["agent_id"]] = True
             if receipts and not (kind == "message.receipt" and len(receipts) < RECEIPTS_TOLD and all(
                     event.get(field) == receipts[0][1].get(field) for field in ("agent_id", "receipt_type"))):
                 tell_receipts()
@@ -5793,7 +5867,7 @@ class Subscriptions:
         tell_receipts()
         for thread_id, readers in list(threads.items())[-THREADS_TOLD:]:
             newest = store.newest_of(thread_id)
-            notes += self._of_thread(store, max(readers.values()), thread_id, {
+            notes += self._of_thread(store, events[-1][0], thread_id, {
                 **(self.matching(newest) if newest else {}), **{one: None for one in readers if self._hears(one)}})
         return notes
 
@@ -5802,13 +5876,10 @@ class Subscriptions:
         found = self.matching(row) if row and not row["deleted_at"] else None
         if not found:
             return []
-        author = store.agent(row["agent_id"]) or {}
         preview, scopes = row["content"][:PREVIEW_TOLD], pair_dicts(stored_pairs(row)[1])
         params = {
             "seq": seq, "message_id": row["message_id"], "thread_id": row["thread_id"] or "", "agent_id": row["agent_id"],
-            "author": {"agent_id": row["agent_id"], "name": row["agent_id"], "role": author.get("role") or "",
-                       "module": author.get("module") or ""},
-            "preview": preview, "scopes": scopes, "timestamp": event["timestamp"],
+            "author": author_of(store, row["agent_id"]), "preview": preview, "scopes": scopes, "timestamp": event["timestamp"],
             # What pages written for the reference read.
             "message": {"id": row["message_id"], "thread_id": row["thread_id"] or "", "agent_id": row["agent_id"],
                         "session_id": row["session_id"] or "", "body": {"content": preview}, "scopes": scopes,
@@ -5842,10 +5913,20 @@ class Subscriptions:
         return any(("agent", agent_id) in self._found_by for agent_id in agents)
 
 
+def author_of(store: Store, agent_id: str) -> dict:
+    """Who wrote a message, as listeners are told."""
+    agent = store.agent(agent_id) or {}
+    return {"agent_id": agent_id, "name": agent_id, "role": agent.get("role") or "", "module": agent.get("module") or ""}
+
+
+def told_of(seq: int, event: dict) -> dict:
+    """An event as it stands in the log, without what is nothing to a listener."""
+    return {"seq": seq, **{field: value for field, value in event.items() if field not in INTERNAL_FIELDS}}
+
+
 def _plain_note(seq: int, event: dict, agents: list) -> tuple:
     """The note that tells some agents of an event as it stands in the log."""
-    told = {field: value for field, value in event.items() if field not in INTERNAL_FIELDS}
-    return notification(event["type"], encode({"seq": seq, **told})), [(one, b"") for one in agents]
+    return notification(event["type"], encode(told_of(seq, event))), [(one, b"") for one in agents]
 
 
 class Audience:
@@ -5933,6 +6014,7 @@ class Rate:
 
     def spend(self, count: int, now: int) -> None:
         """Let messages out."""
+        self.room(now)          # what flows over until now is lost
         self._tokens -= count * NS
         self._sum += count
         if self._spent and self._spent[-1][0] == now * 10 // NS:
@@ -5960,10 +6042,11 @@ def stream_message(store: Store, row: dict, title: str, asker: str) -> dict:
     """A message (a row) as it is told; `thread_id` and `message_seq` are each client's own.  `asker` as in `kind_of`."""
     refs, scopes = stored_pairs(row)
     readers = store.readers(row) if row["delivered"].isdigit() else []
+    structured = row["structured"]
     try:
-        structured = decode(row["structured"] or "null")
+        structured = structured and decode(structured)
     except ValueError:          # of another program
-        structured = row["structured"]
+        pass
     metadata = {"refs": pair_dicts(refs), "scopes": pair_dicts(scopes), "structured": structured}
     metadata = {name: value for name, value in metadata.items() if value}
 
@@ -6027,7 +6110,7 @@ def stream_rows(context: Context, params: dict) -> dict | None:
 class StreamNews(Record):
     """What a batch of events means for thread streams; worked out where it was written."""
 
-    rows: list                  # (sequence, ids of its thread, the message or None when it was taken back at once)
+    rows: list                  # (sequence, its thread, ids of that, the message or None when it was taken back at once)
     mail: list                  # (author, readers, `inbox_message` without `to_inbox`)
     stale: set                  # threads whose status or title may have changed
     joined: set                 # threads that were put together
@@ -6038,14 +6121,15 @@ def stream_news(store: Store, events: list) -> StreamNews:
     """What to tell streams of (sequence, event) pairs that were just committed."""
     rows, mail, stale, gone = [], [], set(), ""
     created = {seq: event for seq, event in events if event["type"] == "message.create"}
-    found = store.messages_at(created) if created else []
+    found = [row for row in map(store.message_at, created) if row]
     askers = store.askers([row["reply_to"] for row in found if row["reply_to"]])
     for row in found:
         asker, deleted = askers.get(row["reply_to"], ""), bool(row["deleted_at"])
         message = stream_message(store, row, store.thread_title(row["thread_id"]) if row["thread_id"] else "", asker)
         # The thread may go by another id since this message; whoever follows it under the one before is found by these.
-        threads = {row["thread_id"], created[row["seq"]].get("thread_id"), row["reply_to"] and thread_of(row["reply_to"])} - {None}
-        rows.append((row["seq"], threads, None if deleted else message))
+        threads = {row["thread_id"], created[row["seq"]].get("thread_id"), row["reply_to"] and thread_of(row["reply_to"])} - {None, ""}
+        if threads:
+            rows.append((row["seq"], row["thread_id"], threads, None if deleted else message))
         if message["kind"] in ("question", "result"):
             stale |= threads
         if not deleted:
@@ -6107,7 +6191,7 @@ class Followed:
 
     def lag(self) -> int:
         """How many messages it was sent and has not acknowledged."""
-        return self.number - self.acked if self.acked < self.sent else 0
+        return max(0, self.sent - self.acked)
 
     def wants(self) -> bool:
         """Whether there is something to ask for it."""
@@ -6130,8 +6214,8 @@ class ThreadStream:
         self.dropped = 0        # events that it may miss and did
         self._send, self._close, self._wake = send, close, wake
         self._rate = Rate(now)
+        self._promised = 0      # messages that the present Ask may bring
         self._turns = {}        # the Followed for which there is something to ask, in turn
-        self._promised = 0      # messages that the Ask that is out may bring
 
     # ---- what the client says
 
@@ -6145,8 +6229,8 @@ class ThreadStream:
             return self._error("PARSE_ERROR", "an event is an object", now)
         kind = (event or {}).get("type")
         if kind == "ping":
-            return self._answer(stream_event("pong", now))
-        if kind == "pong":
+            self._answer(stream_event("pong", now))
+        if kind in ("ping", "pong"):
             return None
         if kind not in ("subscribe", "unsubscribe", "ack"):
             return self._error("UNKNOWN_EVENT", "an event is subscribe, unsubscribe, ack or ping", now)
@@ -6200,16 +6284,16 @@ class ThreadStream:
         ready = [followed for followed in self._turns if followed.not_before <= now]
         if len(ready) < len(self._turns):
             wait = (min(followed.not_before for followed in self._turns if followed.not_before > now) - now) / NS
-        for followed in ready:
-            if followed.confirmed and followed.stale:
-                return self._ask(followed, 0)           # a state costs nothing
+        for followed in ready:          # a state costs nothing, and an empty thread is confirmed at once
+            if followed.stale if followed.confirmed else not followed.left:
+                return self._ask(followed, 0 if followed.confirmed else max(0, min(STREAM_BATCH, room)))
         if not ready:
             return wait
         followed = ready[0]
         free = STREAM_LAG if followed.ahead else STREAM_LAG - followed.lag()
         if free <= 0:
             return self._pause(followed, now)
-        wanted = min(STREAM_BATCH, free, max(followed.left, int(followed.confirmed)))
+        wanted = min(STREAM_BATCH, free, max(followed.left, 1))
         if room >= wanted:
             return self._ask(followed, min(STREAM_BATCH, free, room))
         return min(self._rate.wait(wanted, now), FAR if wait is None else wait)
@@ -6256,10 +6340,7 @@ class ThreadStream:
             return self._lose(followed, now)
         else:
             followed.failing, followed.not_before = False, 0
-            if reply["thread"] != followed.goes_by:
-                self.streams.lose_by(followed)
-                followed.goes_by = reply["thread"]
-                self.streams.find_by(followed)
+            self.streams.rename(followed, reply["thread"])
             at = followed.number + reply["skipped"]
             if followed.confirmed and not params["limit"]:      # only its state was asked for
                 followed.reached, followed.left = reply["reached"], reply["passed"] + reply["left"] + (followed.latest > reply["reached"])
@@ -6309,7 +6390,7 @@ class ThreadStream:
             return
         followed.latest, count = rows[-1][0], len(rows)
         at_once = followed.confirmed and not (followed.left or followed.asked or followed.stale or self._turns) and count <= STREAM_BATCH \
-            and followed.lag() + count <= STREAM_LAG and self._rate.room(now) >= count + self._promised
+            and followed.lag() + count <= STREAM_LAG and self._rate.room(now) - self._promised >= count
         told = [(followed.number + place, message) for place, (_, message) in enumerate(rows, 1) if message]
         if not at_once or not self._give(followed, told, followed.latest, followed.number + count, 0, followed.latest, False, now, encoded):
             followed.left += count
@@ -6391,6 +6472,10 @@ class Streams:
         """How many there are."""
         return sum(map(len, self.streams.values()))
 
+    def __bool__(self) -> bool:
+        """Whether there are any.  Any thread may ask."""
+        return bool(self.streams)
+
     def open(self, instance_id: str, now: int, send, close, wake) -> ThreadStream:
         """A new ThreadStream."""
         stream = ThreadStream(self, instance_id, now, send, close, wake)
@@ -6418,6 +6503,13 @@ class Streams:
             del found[followed]
             if not found:
                 del self._followed[thread]
+
+    def rename(self, followed: Followed, thread: str) -> None:
+        """Its thread goes by that id now."""
+        if thread != followed.goes_by:
+            self.lose_by(followed)
+            followed.goes_by = thread
+            self.find_by(followed)
 
     # ---- acknowledgements
 
@@ -6449,8 +6541,9 @@ class Streams:
             for followed in list(self._followed.get(thread, ())):
                 followed.stream.begin_anew(followed)
         came, encoded = {}, {}
-        for seq, threads, message in news.rows:
+        for seq, goes_by, threads, message in news.rows:
             for followed in [followed for thread in threads for followed in self._followed.get(thread, ())]:
+                self.rename(followed, goes_by)
                 came.setdefault(followed, {})[seq] = message    # whatever ids led to it
         for followed, rows in came.items():
             followed.stream.came(followed, list(rows.items()), now, encoded)
@@ -7077,7 +7170,7 @@ class WebSocket:
         self._frame = True, 0, b""  # of its present frame: whether it is the last, how many bytes are missing, the mask for them
         self._character = b""       # the beginning of the character that its text breaks off in
         self._messages = []
-        self._pongs = []            # these are sent first
+        self._pongs = []            # payloads of those that are sent first
         self._frames = []
         self._close = b""           # and this last
         self._silent = False        # once the Close has left, or the peer
@@ -7165,7 +7258,7 @@ class WebSocket:
     def _control(self, opcode: int, payload: bytes) -> None:
         if opcode == PING:
             del self._pongs[PONGS_MAX - 1:]
-            self._pongs.append(self._encode(PONG, payload))
+            self._pongs.append(payload)
         elif opcode == CLOSE:
             code = int.from_bytes(payload[:2], "big") if payload else 1005
             if payload and not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):     # section 7.4 and IANA's list
@@ -7203,7 +7296,8 @@ class WebSocket:
         """What is to be sent now."""
         if self._silent:
             return b""
-        frames, self._pongs, self._frames = [*self._pongs, *self._frames, self._close], [], []
+        pongs = [self._encode(PONG, payload) for payload in self._pongs]
+        frames, self._pongs, self._frames = [*pongs, *self._frames, self._close], [], []
         self._silent = self.closing
         return b"".join(frames)
 
@@ -7682,6 +7776,10 @@ NAME_IS_ROLE = 'agent name "{0}" cannot be the same as its role — use a distin
 SUBSCRIPTIONS_MAX = 100         # of one session: who wants more wants all
 WAIT_DEFAULT_MS = 30_000        # as the command waits when nobody says
 WAIT_MAX_MS = 600_000           # one `message.wait`; a caller that wants more asks again from where it was
+SCAN_MAX = 10_000               # events that one `event.wait` looks at, where few are of the topics that it wants: some 10 ms
+EVENTS_BYTES = 1 << 20          # bytes of events after which an answer is full
+TOLD_OF_MESSAGES = ("seq", "type", "timestamp", "message_id", "thread_id", "agent_id", "session_id")     # as they stand in the log
+DOERS = ("created_by", "updated_by", "deleted_by", "added_by", "removed_by")    # fields of events that say whose doing they are
 BATCH_READ_MAX = 5_000          # messages marked at once: bounds the transaction that others wait for
 INTEGER_MAX = 1 << 53           # what every JSON reader keeps exactly (RFC 8259, section 6)
 PAIR = object()                 # {"type": …, "value": …}
@@ -7708,7 +7806,7 @@ class Method(Record):
     params: dict
     help: str
     writes: bool = False
-    waits: bool = False         # the handler gives None until there is something
+    waits: str = ""             # the handler gives None until there is something, in a list of this name
     queues: bool = False        # it raises Conflict until it can be done, which `wait_ms` waits for
     aliases: dict = {}          # other spellings of parameters (design, decision 23)
     preview: str = ""           # with this parameter, or without it if it begins with "!", it changes nothing and is a read
@@ -8491,7 +8589,12 @@ def _body(row: dict) -> dict:
 
 
 def _audiences(row: dict) -> list:
-    mentions, groups = audience_of(*stored_pairs(row))
+    return _named(*stored_pairs(row))
+
+
+def _named(refs: list, scopes: list) -> list:
+    """Whom a message with these pairs names, as callers are told."""
+    mentions, groups = audience_of(refs, scopes)
     found = [{"type": "mention", "value": v} for v in mentions] + [{"type": "group", "value": v} for v in groups]
     return found or [{"type": "broadcast", "value": EVERYONE}]
 
@@ -8982,6 +9085,82 @@ def message_wait(context: Context, params: dict) -> dict | None:
             "epoch": store.meta("epoch"), "remaining": found["total"] - len(found["messages"])}
 
 
+def event_wait(context: Context, params: dict) -> dict | None:
+    """What has happened after a point of the journal, oldest first, or None while there is nothing.
+
+    `remaining` counts the numbers of the journal that were not looked at: who gets some goes on from `after_seq`, even when no
+    event came with it.  The numbers of another journal say nothing, so after them it begins with the oldest message that the
+    caller has not read, and with the first event when there is no caller.  What was removed is not told.
+    """
+    store, history, types = context.store, context.ledger.history, types_of(params.get("topics", []))
+    last, epoch, since = store.reached()[0], store.meta("epoch"), _created_after(params)
+    seq, caller, found, size = max(params.get("after_seq", 0), 0), params.get("caller_agent_id", ""), [], 0
+    if params.get("epoch", epoch) != epoch:
+        unread = store.page(receiver=caller, unread=True, after_seq=0, ascending=True, limit=1)["messages"] if caller else []
+        seq = unread[0]["seq"] - 1 if unread else last if caller else 0
+    seq = max(seq, min(store.first_since(since) - 1, last)) if since else seq
+    begin, end, limit = seq, min(last, seq + SCAN_MAX), min(max(params.get("limit", PAGE_MAX), 1), STORE_BATCH)
+    mentions_type = re.compile(b'"(?:%s)"' % "|".join(map(re.escape, sorted(types))).encode()).search
+    for seq, line in history.read(begin, end):
+        if not mentions_type(line):     # most lines are ruled out in a hundredth of the time that it takes to read them
+            continue
+        try:
+            event, ns = parse_line(line)
+        except ValueError:
+            continue            # damaged
+        if event["type"] in types and ns > since:
+            found.append((seq, event))
+            size += len(line)
+            if len(found) == limit or size > EVENTS_BYTES:
+                break
+    else:
+        seq = max(begin, end)
+    gone = store.obsolete([event for _, event in found if event["type"] in ABOUT_REMOVABLE])
+    by, to, scope = params.get("from", "").lstrip("@"), params.get("to", "").lstrip("@"), _pair(params.get("scope"))
+    events, authors = [], {}
+    for number, event in found:
+        if event["event_id"] in gone:
+            continue
+        row = store.message(event["message_id"]) if "message_id" in event else None
+        told = _event_info(store, number, event, row, authors)
+        if by in ("", told.get("agent_id")) and (not to or row and store.went_to(row, to)) \
+                and (not scope or row and scope in stored_pairs(row)[1]):
+            events.append(told)
+    params.update(after_seq=seq, epoch=epoch)       # who is asked again goes on from there
+    return {"events": events, "after_seq": seq, "epoch": epoch, "remaining": max(last - seq, 0)} if events or seq < last else None
+
+
+def _event_info(store: Store, seq: int, event: dict, row: dict | None, authors: dict) -> dict:
+    """An event as listeners are told, with what they would have to look up: who did it or whose it is, to what, in which thread.
+
+    `row` is the message that it is about, `authors` what `author_of` has said before.  The text is that of its time, and none once
+    the message was taken back.
+    """
+    kind, about = event["type"], {}
+    if row:
+        about = {"agent_id": row["agent_id"], **compact(thread_id=row["thread_id"])}
+    elif "claim_id" in event and (claim := store.claim(event["claim_id"])):
+        about = {"agent_id": claim["agent_id"], "path": claim["path"]}
+    elif kind == "agent.session.end" and (session := store.session(event["session_id"])):
+        about = {"agent_id": session["agent_id"]}
+    else:
+        about = compact(agent_id=next((event[field] for field in DOERS if event.get(field)), ""),
+                        name=store.group_name(event.get("group_id", "")))
+    told = {"seq": seq, "type": kind, "timestamp": event["timestamp"], **about, **told_of(seq, event)}
+    if kind not in ("message.create", "message.edit"):
+        return told
+    body, deleted = event["body"], bool(row and row["deleted_at"])
+    told = {field: told[field] for field in TOLD_OF_MESSAGES if field in told}
+    told.update(format=str(body.get("format") or "markdown"), content="" if deleted else body.get("content", ""), deleted=deleted,
+                **compact(structured=None if deleted else body.get("structured")))
+    if row:
+        refs, scopes = stored_pairs(row)
+        authors[row["agent_id"]] = authors.get(row["agent_id"]) or author_of(store, row["agent_id"])
+        told.update(author=authors[row["agent_id"]], scopes=pair_dicts(scopes), audiences=_named(refs, scopes),
+                    **compact(reply_to=row["reply_to"]), **_via(row))
+    return told
+
+
 # ---- subscriptions
 
 def _subscriber(context: Context, params: dict) -> tuple:
@@ -8996,12 +9175,7 @@ def _subscriber(context: Context, params: dict) -> tuple:
 def subscribe(context: Context, params: dict) -> dict:
     """From the event after `after_seq` on, what matches is pushed; what was before it, lists and `message.wait` give."""
     scope, mention = params.get("scope"), params.get("mention_role", "").lstrip("@")
-    everything, topics = params.get("all", False), list(dict.fromkeys(params.get("topics", ())))
-    if topics == ["*"]:
-        topics = list(SUBSCRIPTION_TOPICS)
-    for topic in topics:
-        if topic not in SUBSCRIPTION_TOPICS:
-            raise InvalidParams(f"no topic {topic[:PAIR_MAX]!r}; there are {', '.join(SUBSCRIPTION_TOPICS)}, or * alone for all")
+    everything, topics = params.get("all", False), check_topics(params.get("topics", []))
     if mention and not is_label(mention):
         raise InvalidParams("invalid params: mention_role must be the name of an agent or a role")
     if everything:
@@ -9685,7 +9859,11 @@ METHODS = {
     "message.wait": Method(
         message_wait, {"after_seq": int, "epoch": str, "created_after": str, "timeout_ms": int, "all": bool, "unread": bool,
                        "from": str, "thread_id": str, "scope": PAIR, "mention_role": str, "page_size": int, **CALLER},
-        "Wait for messages after a point of the journal; oldest first.", waits=True),
+        "Wait for messages after a point of the journal; oldest first.", waits="messages"),
+    "event.wait": Method(
+        event_wait, {"after_seq": int, "epoch": str, "created_after": str, "topics": [str], "from": str, "to": str, "scope": PAIR,
+                     "limit": int, "timeout_ms": int, **CALLER},
+        "Wait for whatever happens after a point of the journal, of all topics or some; oldest first.", waits="events"),
     "subscribe": Method(
         subscribe, {"scope": PAIR, "mention_role": str, "all": bool, "topics": [str], **CALLER},
         "Be told over this connection of messages with a scope, to a name or role, or of all; and of other topics.", writes=True,
@@ -9737,6 +9915,14 @@ def one_line(text: str, limit: int = PREVIEW) -> str:
     """The beginning of `text` on one line, safe for a terminal."""
     text = plain(" ".join(text[:4 * limit].split()))
     return text if len(text) <= limit else text[:limit - 1] + "…"
+
+
+def fitted(text: str, width: int) -> str:
+    """`one_line` in so many columns of a terminal."""
+    text = one_line(text, width)
+    while columns(text) > width:
+        text = text[:-2] + "…"
+    return text
 
 
 def path_shown(path: str, limit: int = PATH_SHOWN) -> str:
@@ -11102,6 +11288,161 @@ async def purge(console: Console, args: Args) -> int:
     return 0
 
 
+# ---- live
+
+def _kind_text(row: dict) -> str:
+    """What a subscription is to."""
+    kinds = ["All messages (firehose)"] if row.get("all") else []
+    if "scope_type" in row:
+        kinds.append(f"Scope ({one_line(row['scope_type'])}:{one_line(row['scope_value'])})")
+    if "mention_role" in row:
+        kinds.append(f"Mention ({handle(row['mention_role'])})")
+    if "topics" in row:
+        kinds.append(f"Topics ({', '.join(map(one_line, row['topics']))})")
+    return " and ".join(kinds)
+
+
+async def subscribe_command(console: Console, args: Args) -> int:
+    me = console.me()
+    given = (args.scope is not None) + (args.mention is not None) + args.all
+    if given > 1:
+        raise Usage("--scope, --mention, and --all are mutually exclusive")
+    if not given and not args.topic:
+        raise Usage("must specify one of: --scope, --mention, or --all; or a --topic")
+    try:
+        scope = parse_pair(args.scope, "scope") if args.scope is not None else None
+    except InvalidParams:
+        raise Usage("invalid scope format, expected type:value") from None
+    if args.mention is not None and not args.mention.lstrip("@"):
+        raise Usage("invalid mention: it must name a role or an agent")
+    done = await console.call("subscribe", scope=scope, mention_role=args.mention, all=args.all or None, topics=args.topic or None,
+                              caller_agent_id=me)
+    await console.answer(done, f"✓ Subscription created: #{done['subscription_id']}\n" + rows_of([
+        ["  Session:", plain(done["session_id"])], ["  Created:", when(done["created_at"])]]))
+    return 0
+
+
+async def unsubscribe_command(console: Console, args: Args) -> int:
+    me, number = console.me(), args.id
+    if not (number.isascii() and number.isdigit() and 0 < int(number[:20]) <= INTEGER_MAX):
+        raise Usage(f"invalid subscription ID: {one_line(number)}")
+    done = await console.call("unsubscribe", subscription_id=int(number), caller_agent_id=me)
+    await console.answer(done, f"✓ Subscription #{number} removed" if done["removed"] else f"✗ Failed to remove subscription #{number}")
+    return 0
+
+
+async def subscriptions_command(console: Console, args: Args) -> int:
+    found = await console.call("subscriptions.list", caller_agent_id=console.me())
+    rows = found["subscriptions"]
+    text = f"Active subscriptions ({len(rows)}):\n" + "".join(
+        f"\nSubscription #{row['id']}\n" + rows_of([["  Type:", _kind_text(row)], ["  Created:", when(row["created_at"])]]) for row in rows)
+    await console.answer(found, text if rows else "No active subscriptions.\n")
+    return 0
+
+
+WATCHED = tuple(topic for topic, types in EVENT_TOPICS.items() if types)     # the others leave nothing in the journal
+RECEIVERS_SHOWN = 3             # of a message; then how many more there are
+DOINGS = {                      # what somebody has done, or what has become of what is theirs; {} is a field of the event
+    "message.delete": "took back {message_id}",
+    "message.remove": "removed {messages} for good",
+    "message.receipt": "{receipt_type} {message_id}",
+    "message.route": "got {messages} by {route}",
+    "thread.create": "opened the thread {title}",
+    "agent.register": "registered as {role} for {module}",
+    "agent.cleanup": "was deleted, with everything it wrote",
+    "agent.session.start": "joined",
+    "agent.session.end": "left",
+    "claim.take": "claimed {path} for {ttl}",
+    "claim.renew": "renewed the claim on {path} for {ttl}",
+    "claim.release": "no longer claims {path}",
+    "claim.lapse": "no longer claims {path}",
+    "group.create": "created the group {name}",
+    "group.update": "changed the group {name}",
+    "group.delete": "deleted the group {name}",
+    "group.member.add": "added {member} to {name}",
+    "group.member.remove": "took {member} out of {name}",
+}
+RECEIPT_WORDS = {"read": "read", "seen": "saw"}
+WHYS = {"normal": "", "manual deletion": "", "released": "", "crash_recovered": "its session had been left open",    # reasons in the log
+        "expired": "the time is over", "dead": "gone", "gone": "the machine is gone", "lost": "another machine was first",
+        "replaced": "claimed anew"}
+
+
+def _doing(event: dict) -> str:
+    """What has happened, but for who did it, in words; "" for what is nothing to a reader: what git says, scopes and references."""
+    kind, messages = event["type"], event.get("message_ids", ())
+    if kind == "session.update":
+        return "; ".join(f"{words} {event[field]}" for field, words in (("intent", "intends:"), ("current_task", "is at task")) if
+                         event.get(field))
+    fields = {**event, "messages": messages[0] if len(messages) == 1 else f"{len(messages):,} messages",
+              "ttl": span(event.get("ttl_s", 0)), "title": event.get("title") or event.get("thread_id"),
+              "receipt_type": RECEIPT_WORDS.get(event.get("receipt_type"), "noted"),
+              "member": _member_text(event.get("member_type", ""), event.get("member_value", ""))}
+    words, why = DOINGS.get(kind, "").format_map(collections.defaultdict(lambda: "…", fields)), event.get("reason", "")
+    why = event.get("note") or WHYS.get(why, why)
+    return words + (f": {why}" if words and why else "")
+
+
+def _happening(event: dict, console: Console) -> str:
+    """An event on one line, "" for what is nothing to a reader."""
+    who, time_of_day = handle(event["agent_id"]) if event.get("agent_id") else "thrum", event["timestamp"][11:19] + "Z  "
+    room = console.width - len(time_of_day)
+    if event["type"] == "purge.executed":
+        return time_of_day + fitted(f"everything from before {when(event['cutoff'])} was purged", room)
+    if event["type"] not in ("message.create", "message.edit"):
+        words = _doing(event)
+        return words and time_of_day + fitted(f"{who} {words}", room)
+    names = ["@" + one_line(one["value"]) for one in event.get("audiences", ())]
+    more = f" +{len(names) - RECEIVERS_SHOWN}" if len(names) > RECEIVERS_SHOWN else ""
+    whom = f" → {', '.join(names[:RECEIVERS_SHOWN])}{more}" if names else ""
+    head = fitted(who + _via_text(event) + whom + (" (edited)" if event["type"] == "message.edit" else ""), room * 2 // 3)
+    text = "(taken back)" if event.get("deleted") else ("↳ " if "reply_to" in event else "") + event["content"]
+    return f"{time_of_day}{console.bold(head)}: {fitted(text, room - columns(head) - 2)}"
+
+
+async def watch(console: Console, args: Args) -> int:
+    for topic in args.topic:
+        if topic not in WATCHED:
+            raise Usage(f"no topic {one_line(topic)!r} to watch; there are {', '.join(WATCHED)}")
+    if args.limit is not None and args.limit < 1:
+        raise Usage("invalid limit: it must be at least 1")
+    wanted = {"topics": args.topic or [topic for topic in WATCHED if topic != "receipts"], "from": args.from_, "to": args.to,
+              "scope": _pair_or_usage(args.scope, "scope") if args.scope else None}
+    since = args.since if args.since and not args.since.isdecimal() else None
+    since, now = since and stamp_of(_moment(console, since, "since")), stamp_of(console.world.now_ns())
+    state = await console.call("health")
+    if console.cursor:          # this watch began with another daemon
+        at = json.loads(console.cursor)
+        if at["epoch"] != state["epoch"]:       # and another journal, whose numbers say nothing: what is younger than all that was shown
+            at.update(after_seq=0, epoch=state["epoch"], since=at["newest"])
+    else:
+        start = 0 if since else min(int(args.since), state["last_seq"]) if args.since else state["last_seq"]
+        at = {"after_seq": start, "epoch": state["epoch"], "since": since, "newest": now, "day": now[:10], "left": args.limit or FAR}
+        if "1" in console.terminals and not args.json:
+            await console.note("Watching; Ctrl-C ends it.")
+        await console.resume_at(json.dumps(at))
+    while at["left"]:
+        found = await console.call("event.wait", after_seq=at["after_seq"], epoch=at["epoch"], created_after=at["since"],
+                                   timeout_ms=0 if at["since"] else WAIT_CALL_MS, **wanted)
+        before, text = dict(at), ""
+        for event in found["events"]:
+            line = encode(event).decode() if args.json else _happening(event, console)
+            if line and at["left"]:
+                if event["timestamp"][:10] != at["day"] and not args.json:
+                    at["day"] = event["timestamp"][:10]
+                    text += console.bold(at["day"]) + "\n"
+                text += line + "\n"
+                at["left"] -= 1
+                at["newest"] = max(at["newest"], event["timestamp"])
+        at["after_seq"] = found["after_seq"]
+        if not found["remaining"]:
+            at["since"] = None      # from now on what comes counts, whenever it was made
+        if at != before:
+            await console.out(text)
+            await console.resume_at(json.dumps(at))     # so that the text is shown now, and never again
+    return 0
+
+
 # ---- claims
 
 CLAIM_NOTE = 16                 # columns that a note, and a path, have at least in the table
@@ -11552,6 +11893,19 @@ COMMANDS = {
         Argument("--to", "only to this agent, role or group"), Argument("--thread", "only in this thread"),
         Argument("--scope", "only with this type:value"), Argument("--since", "only since then: 2d, 12h, 2026-03-15"),
         Argument("--limit", "how many, at most 100", int, 10)), "thrum search parser gramm* --from @ada --since 2d"),
+    "watch": Command(watch, "What happens, as it happens: messages, who joins and leaves, intents, claims, groups.", (
+        Argument("--topic", f"only these: {', '.join(WATCHED)}", list), Argument("--from", "only what this agent does"),
+        Argument("--to", "only messages to this agent, role or group"), Argument("--scope", "only messages with this type:value"),
+        Argument("--since", "begin with what was before: 10m, 2d, or after a number of the journal"),
+        Argument("--limit", "end after so many", int)), "thrum watch --since 1h"),
+    "subscribe": Command(subscribe_command, "Have your session's connections told of messages, and of other things, as they come.", (
+        Argument("--scope", "messages with this type:value"), Argument("--mention", "messages to this role or agent"),
+        Argument("--all", "all messages", bool),
+        Argument("--topic", f"also what happens in these: {', '.join(SUBSCRIPTION_TOPICS)}", list)),
+        "thrum subscribe --scope module:parser", does="changes"),
+    "unsubscribe": Command(unsubscribe_command, "End a subscription of your session.", (
+        Argument("ID", "its number"),), "thrum unsubscribe 12", does="changes"),
+    "subscriptions": Command(subscriptions_command, "What your session has subscribed to."),
     "trace": Command(trace, "What became of a message, recipient by recipient.", (MESSAGE_ID,),
                      "thrum trace msg_01KABCDEFGHJKMNPQRSTVWXYZ0"),
     "claim": Command(claim, "Say that you are going to edit files, so that others keep off; again, to renew it.", (
@@ -11742,7 +12096,7 @@ CONNECTIONS_MAX = 2_000         # open at once; more are turned away
 OWN_FILES = 40                  # descriptors that the daemon needs itself: databases, log, journal, git
 BACKLOG = 512                   # of the listen queue
 QUEUE_MAX = 256                 # frames on their way to a client; one that is so far behind is closed, and comes again where it was
-QUEUE_BYTES = 4 << 20           # bytes of them
+QUEUE_BYTES = 1 << 20           # bytes of them
 ASIDE_MAX = 16                  # calls of a WebSocket that wait or ask git, while later ones are answered
 AHEAD_MAX = 64                  # messages of a WebSocket that wait for their turn: then nothing more is read
 HANDSHAKE_S = 10                # seconds for the head of a request, and for its body
@@ -11999,11 +12353,15 @@ class WebConnection(Connection):
         self.heard = self.loop.time()   # when the last frame was complete
         self._frames = 0        # that had come then
         self.reading = True     # False while it has sent more than we look at
+        self.gone = asyncio.Event()     # set when nothing more comes from it
         self._ping_at = self.heard + PING_S
         self._beat = self.loop.call_at(self._ping_at, self._look)
 
     def framed(self, payload: bytes) -> bytes:
         return encode_frame(TEXT, payload)
+
+    async def left(self) -> None:
+        await self.gone.wait()
 
     async def answer(self, payload: bytes, kind: int = TEXT) -> None:
         """Send a message, unless a Close went before it (RFC 6455, section 5.5.1)."""
@@ -12016,7 +12374,7 @@ class WebConnection(Connection):
         messages = self.web.messages()
         if self.web.frames != self._frames:
             self.heard, self._frames = self.loop.time(), self.web.frames
-        if not self.web.closing:
+        if not self.web.closing and self.outbox.room():     # who does not read gets its pongs when it does
             self._flush()
         return messages
 
@@ -12033,6 +12391,8 @@ class WebConnection(Connection):
     def _look(self) -> None:
         """Ping it when it is time; give it up when it does not even answer that."""
         now = self.loop.time()
+        if self.outbox.writer.transport.is_closing() and not self.gone.is_set():
+            return self.task.cancel()       # it reads no more, so that it has not noticed
         if now - self.heard >= DEAD_S and self.reading:
             return self.outbox.writer.transport.abort()
         if now >= self._ping_at:
@@ -12258,7 +12618,7 @@ class Daemon:
     async def _look_after_claims(self) -> None:
         """Do what is due about claims when it is due; nothing wakes it but that, and that claims have changed."""
         wake = asyncio.Event()
-        self.waiters.add(CLAIMS, wake.set)
+        self.waiters.add(CLAIM_CHANGES, wake.set)
         while not self.stopping.is_set():
             wake.clear()
             try:
@@ -12472,15 +12832,15 @@ class Daemon:
         finally:
             stores.put((generation, store))
 
-    async def _wait(self, handler, params: dict, connection: Connection) -> dict:
+    async def _wait(self, method, params: dict, connection: Connection) -> dict:
         """Long-poll: ask, and ask again whenever something came, until there is an answer or the time is up."""
         timeout_s = min(max(params.pop("timeout_ms", WAIT_DEFAULT_MS), 0), WAIT_MAX_MS) / 1000
         if "after_seq" not in params and not params.get("unread"):
             params["after_seq"] = 0 if params.get("created_after") else self.last_seq
-        everything = params.get("all") or "caller_agent_id" not in params
-        found = await self._until(lambda: self._read(handler, params), timeout_s, connection,
-                                  "" if everything else params["caller_agent_id"])
-        return found or {"messages": [], "timed_out": True, "after_seq": params.get("after_seq", self.last_seq),
+        what = types_of(params.get("topics", [])) if method.waits == "events" else \
+            "" if params.get("all") else params.get("caller_agent_id", "")
+        found = await self._until(lambda: self._read(method.handler, params), timeout_s, connection, what)
+        return found or {method.waits: [], "timed_out": True, "after_seq": params.get("after_seq", self.last_seq),
                          "epoch": self.ledger.journal.epoch, "remaining": 0}
 
     async def _queue(self, change, params: dict, connection: Connection) -> dict:
@@ -12499,11 +12859,11 @@ class Daemon:
                 refusal = error
 
         try:
-            done = await self._until(attempt, timeout_s, connection, FREED)
+            done = await self._until(attempt, timeout_s, connection, CLAIM_ENDS)
         finally:
             self.ledger.queue.discard(ticket)   # what the writer still has of it is refused then
             if ticket.wish:
-                self.waiters.wake_all(FREED)    # whoever was behind may go now
+                self.waiters.wake_all(CLAIM_ENDS)       # whoever was behind may go now
         if not done:
             raise refusal
         return done
@@ -12517,7 +12877,7 @@ class Daemon:
         token = self.waiters.add(what, wake.set)
         connection.waiting += 1
         waking = self.loop.create_task(wake.wait())
-        leaving = self.loop.create_task(connection.left()) if connection.reader else None
+        leaving = self.loop.create_task(connection.left()) if connection.reader or connection.web else None
         try:
             while True:
                 if waking.done():       # before asking: what comes while we ask wakes us again
@@ -12567,7 +12927,7 @@ class Daemon:
             while method.indexes and self.ledger.unindexed:
                 await self._write(lambda context: self.ledger.index(INDEX_AT_ONCE))
             if method.waits:
-                return await self._wait(method.handler, checked, connection)
+                return await self._wait(method, checked, connection)
             only_reads = method.preview and bool(checked.get(method.preview.lstrip("!"))) != (method.preview[0] == "!")
             if not method.writes or only_reads:
                 return await self._read(method.handler, checked, method.slow or checked.get("fresh", False))
@@ -12729,7 +13089,7 @@ class Daemon:
         visits = head.headers.get("sec-fetch-mode") == "navigate" and head.method == "GET" and not head.path.startswith(NO_PAGES)
         if (foreign or (site not in ("none", "same-origin") and not visits)) and not proven:
             raise HttpError(403)
-        if self.token and not proven and not (head.path == "/" and "link" in head.query):
+        if self.token and not proven and (head.upgrades or head.path != "/" or "link" not in head.query):
             if not hmac.compare_digest(_cookie(head, self._cookie_name()).encode(), self._cookie().encode()):
                 raise HttpError(401)
 
@@ -12835,8 +13195,11 @@ class Daemon:
                 connection.reading = True
                 if not connection.web.closed:
                     data = await reader.read(65536)
-                    if not data:
+                    if len(data) == 65536:
+                        await asyncio.sleep(0)      # there is more, and others wait, too
+                    elif not data:
                         connection.web.feed(data)
+            connection.gone.set()
             ending = self.loop.create_task(inbox.put(None))
             await asyncio.wait({working}, timeout=CALL_S)
             connection.hang_up()
@@ -12859,23 +13222,31 @@ class Daemon:
             aside = set()
 
             async def answer(calls):
-                reply = await self._answer(calls, connection)
-                if reply:
-                    await connection.answer(reply)
+                try:
+                    reply = await self._answer(calls, connection)
+                    if reply:
+                        await connection.answer(reply)
+                except ConnectionError:     # nobody waits for it; what it has sent before it went is done all the same
+                    pass
+
+            def answered(task):
+                aside.discard(task)
+                if not task.cancelled() and task.exception():
+                    self._work_ended(connection, task)
             try:
                 while (came := await inbox.get()) is not None:
                     connection.busy = True
                     calls = decode_request(came[1])
                     if len(aside) < ASIDE_MAX and any(call.method in METHODS and METHODS[call.method].takes_long() for call in calls[0]):
-                        aside.add(self.loop.create_task(answer(calls)))
+                        aside.add(task := self.loop.create_task(answer(calls)))
+                        task.add_done_callback(answered)
                     else:
                         await answer(calls)
-                    for task in [task for task in aside if task.done()]:
-                        aside.remove(task)
-                        task.result()       # it raises what has ended it: the client has gone
                     connection.busy = False
                     if self.stopping.is_set():
                         connection.close(1001)
+                if aside:
+                    await asyncio.wait(aside)
             finally:
                 for task in aside:
                     task.cancel()
@@ -13052,7 +13423,10 @@ def _same_user_behind(sock) -> bool:
     """
     if sys.platform != "linux":
         return True
-    (host, port), (own_host, own_port) = sock.getpeername()[:2], sock.getsockname()[:2]
+    try:
+        (host, port), (own_host, own_port) = sock.getpeername()[:2], sock.getsockname()[:2]
+    except OSError:             # ENOTCONN: it has gone before we looked
+        return False
     pad = bytes(12 if sock.family == socket.AF_INET else 0)
     ends = struct.pack(">HH", port, own_port) + b"".join(socket.inet_pton(sock.family, one) + pad for one in (host, own_host))
     # struct inet_diag_req_v2: family, protocol, ext, pad, states, then the ends, interface and two words of no cookie
@@ -13243,6 +13617,7 @@ AWAY_S = 60                     # seconds for which a command waits for a daemon
 ASK_PIPE_S = 1                  # seconds for which a pipe may take to answer a question
 RETRY_S = 0.1                   # seconds between looking for a daemon that somebody else is to start: nothing tells
                                 # a waiting process that a file was removed, without a dependency
+TOLD_MAX = 1_000                # notifications that a Python program may leave unread: four times what the daemon keeps for it
 STATE = {"key": b"", "cursor": b""}
 
 
@@ -13444,7 +13819,14 @@ def answer_record(top: str, argv: list, kind: bytes, payload: bytes) -> bytes | 
 
 
 class Client:
-    """A connection to a repository's daemon for Python programs; see `connect`."""
+    """A connection to a repository's daemon for Python programs; see `connect`.
+
+    Once it has called on behalf of an agent, what that agent has subscribed to comes over it, between the replies:
+
+    >>> team.call("subscribe", all=True, topics=["claims"], caller_agent_id="ci")      # doctest: +SKIP
+    >>> for method, params in team.notifications():                                    # doctest: +SKIP
+    ...     print(params["seq"], method, params.get("preview"))
+    """
 
     def __init__(self, sock, answer_s: float = ANSWER_S):
         self._sock = sock
@@ -13452,6 +13834,8 @@ class Client:
         self._lines = Lines(64 * REQUEST_MAX)
         self._ready = []
         self._id = 0
+        self._told = collections.deque(maxlen=TOLD_MAX)
+        self.missed = 0         # notifications that had to be dropped, the oldest first: `event.wait` gives them again
 
     def call(self, method: str, **params):
         """The result of a method; raises ThrumError with the daemon's words, Unreachable when it went away."""
@@ -13459,19 +13843,15 @@ class Client:
         line = json.dumps({"jsonrpc": "2.0", "id": self._id, "method": method, "params": params}).encode() + b"\n"
         if len(line) > REQUEST_MAX:
             raise InvalidRequest(f"{method}: the request is larger than {REQUEST_MAX:,} bytes")
-        waits_s = params.get("timeout_ms", params.get("wait_ms", WAIT_DEFAULT_MS if method == "message.wait" else 0)) / 1000
-        self._sock.settimeout(self._answer_s + (SLOW_S if method in METHODS and METHODS[method].slow else waits_s))
-        reply = {}
+        row = METHODS.get(method)
+        waits_s = params.get("timeout_ms", params.get("wait_ms", WAIT_DEFAULT_MS if row and row.waits else 0)) / 1000
+        limit_s, reply = self._answer_s + (SLOW_S if row and row.slow else waits_s), {}
+        give_up_at = time.monotonic() + limit_s
+        self._sock.settimeout(limit_s)
         try:
             self._sock.sendall(line)
             while reply.get("id") != self._id:      # another one answers a call that was given up
-                if self._ready:
-                    reply = json.loads(self._ready.pop(0))
-                    continue
-                data = self._sock.recv(65536)
-                if not data:
-                    raise Unreachable("the daemon closed the connection")
-                self._ready += self._lines.feed(data)
+                reply = self._receive(give_up_at)
         except OSError as error:
             raise Unreachable(f"failed to read response (daemon may be unresponsive — try: thrum daemon restart): "
                               f"{os_problem(error)}") from None
@@ -13479,6 +13859,38 @@ class Client:
             kind = {MethodNotFound.code: MethodNotFound, InvalidParams.code: InvalidParams}.get(reply["error"]["code"], ThrumError)
             raise kind(reply["error"]["message"], reply["error"].get("data"))
         return reply["result"]
+
+    def _receive(self, give_up_at: float) -> dict:
+        """What the daemon says next until a time (monotonic s); a notification is kept as well.  Raises OSError, Unreachable."""
+        while not self._ready:
+            self._sock.settimeout(max(give_up_at - time.monotonic(), 0.001))
+            data = self._sock.recv(65536)
+            if not data:
+                raise Unreachable("the daemon closed the connection")
+            self._ready += self._lines.feed(data)
+        said = json.loads(self._ready.pop(0))
+        if "method" in said:
+            self.missed += len(self._told) == TOLD_MAX
+            self._told.append((said["method"], said["params"]))
+        return said
+
+    def next(self, timeout_s: float | None = None) -> tuple | None:
+        """The next notification as (method, params), None when none has come in time; raises Unreachable when the daemon went away."""
+        give_up_at = FAR if timeout_s is None else time.monotonic() + timeout_s
+        while not self._told:
+            try:
+                self._receive(min(give_up_at, time.monotonic() + ANSWER_S))
+            except socket.timeout:      # in Python 3.9 another one than TimeoutError
+                if time.monotonic() >= give_up_at:
+                    return None
+            except OSError as error:
+                raise Unreachable(f"the connection to the daemon broke: {os_problem(error)}") from None
+        return self._told.popleft()
+
+    def notifications(self, timeout_s: float | None = None):
+        """The notifications as they come, each (method, params); ends when none has come for so long."""
+        while (told := self.next(timeout_s)) is not None:
+            yield told
 
     def close(self) -> None:
         self._sock.close()
@@ -15018,7 +15430,7 @@ async def version(console: Console, args: Args) -> int:
 
 FIRST = ("quickstart", "send", "inbox", "reply", "wait", "status")      # what an agent needs to begin with
 TOPICS = {                      # where the others stand in the overview; what is named nowhere stands under "More"
-    "Messages": "message search sent trace",
+    "Messages": "message search sent subscribe subscriptions trace unsubscribe watch",
     "Team": "agent claim claims conflicts group guard overview ping release session team who-has whoami why",
     "Memory": "context prime",
     "Setup": "completion config init migrate setup worktree",
@@ -15110,6 +15522,7 @@ _VALUES = {                     # "command argument" counts before "argument"
     "PATH": "files", "FILE": "files", "agent context NAME": "ask names",
     "--format": "words markdown plain json", "KEY": "words " + " ".join(SETTINGS),
     "group delete NAME": "ask groups", "group info NAME": "ask groups", "group members NAME": "ask groups",
+    "watch --topic": "words " + " ".join(WATCHED), "subscribe --topic": "words " + " ".join(SUBSCRIPTION_TOPICS),
     "agent delete NAME": "ask agents", "ping NAME": "ask agents", "worktree create --path": "folders",
     "worktree create --agent": "", "worktree remove NAME": "ask worktrees", "why LINE": "files",
 }
@@ -15761,8 +16174,18 @@ def start_directory(args: Args) -> str:
 def run_remote(console: LocalConsole, row: Command, state: dict) -> int:
     """Run a command in the daemon, and again with the next daemon if this one goes away; its exit status."""
     places, argv, lost_at, asked, upgraded = console.places, console.argv, None, [], False
-    waits = row.run is wait
-    patience_s = min(AWAY_S, max(console.args.timeout, 0)) if waits else AWAY_S
+    waits = row.run in (wait, watch)
+    patience_s = min(AWAY_S, max(console.args.timeout, 0)) if row.run is wait else AWAY_S
+
+    def lose():
+        nonlocal lost_at
+        if lost_at is None:
+            lost_at = time.monotonic()
+            if not console.args.quiet and not console.args.json and waits:
+                show(2, b"Lost connection to daemon, reconnecting...\n")
+
+    if state["cursor"]:         # the launcher has been that far
+        lose()
 
     def other(kind, payload):
         answer = answer_record(places.top, argv, kind, payload)
@@ -15779,7 +16202,7 @@ def run_remote(console: LocalConsole, row: Command, state: dict) -> int:
             if lost_at is None or not os.path.isdir(places.thrum):      # with `init --remove` nothing comes back
                 raise
             if time.monotonic() - lost_at > patience_s:
-                if waits and patience_s < AWAY_S:
+                if patience_s < AWAY_S:
                     show(2, b"" if console.args.quiet or console.args.json else TIMED_OUT.encode() + b"\n")
                     return 1
                 raise
@@ -15806,12 +16229,9 @@ def run_remote(console: LocalConsole, row: Command, state: dict) -> int:
             raise ThrumError("the running daemon does not know this command; 'thrum daemon restart' renews it")
         if time.monotonic() - began > START_S:
             lost_at = None      # it was well in between
-        if lost_at is None:
-            lost_at = time.monotonic()
-            if not console.args.quiet and not console.args.json and waits:
-                show(2, b"Lost connection to daemon, reconnecting...\n")
-        elif time.monotonic() - lost_at > patience_s:
+        if lost_at is not None and time.monotonic() - lost_at > patience_s:
             raise Unreachable("the daemon went away while it answered; see 'thrum daemon logs'")
+        lose()
         time.sleep(RETRY_S)
 
 
