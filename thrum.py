@@ -12095,6 +12095,7 @@ SYNC_S = 60                     # seconds between making the branch files durabl
 CONNECTIONS_MAX = 2_000         # open at once; more are turned away
 OWN_FILES = 40                  # descriptors that the daemon needs itself: databases, log, journal, git
 BACKLOG = 512                   # of the listen queue
+ACCEPTED_AT_ONCE = 8            # connections to the port that are let in before others have a turn: each takes half a millisecond
 QUEUE_MAX = 256                 # frames on their way to a client; one that is so far behind is closed, and comes again where it was
 QUEUE_BYTES = 1 << 20           # bytes of them
 ASIDE_MAX = 16                  # calls of a WebSocket that wait or ask git, while later ones are answered
@@ -12526,6 +12527,7 @@ class Daemon:
         self._links = {}            # one-time codes of links to the page -> until when they are good (monotonic s)
         self._told = {}             # agent id -> when its presence was told last (monotonic s)
         self._sync_told = ""        # what was told of the exchange with the remote last
+        self._full_told = -SYNC_S   # monotonic s
         self.log = logging.getLogger("thrum")
         self.stopping = None        # an event, set when the daemon is asked to stop
         self.last_seq = 0           # what readers can see; the journal may be one batch ahead
@@ -12565,7 +12567,9 @@ class Daemon:
         writer = threading.Thread(target=self._write_batches, name="thrum-writer")
         writer.start()
         self._server = await asyncio.start_unix_server(self._serve, sock=listener, backlog=BACKLOG)
-        web = [await asyncio.start_server(self._serve_web, sock=port, backlog=BACKLOG) for port in ports]
+        web = [await asyncio.start_server(self._serve_web, sock=port, backlog=ACCEPTED_AT_ONCE) for port in ports]
+        for port in ports:      # asyncio takes one number for both
+            port.listen(BACKLOG)
         if ports:
             self.port = self.ledger.facts["port"] = ports[0].getsockname()[1]
             self.ledger.facts["link"] = self._link
@@ -12962,8 +12966,8 @@ class Daemon:
         try:
             if not _same_user(writer.get_extra_info("socket")):
                 return
-            if len(self.connections) > self.room:
-                return self.log.warning("a client was turned away: %d connections are open", self.room)
+            if self._is_full(self.room):
+                return
             first = await reader.read(65536)
             if first[:1] == b"C":
                 await self._serve_command(connection, reader, writer, first)
@@ -12977,6 +12981,14 @@ class Daemon:
             self.log.exception("a connection failed")
         finally:
             self._forget(connection)
+
+    def _is_full(self, room: int) -> bool:
+        """Whether too many connections are open; the log says so once a minute."""
+        full, now = len(self.connections) > room, self.world.monotonic()
+        if full and now - self._full_told >= SYNC_S:
+            self._full_told = now
+            self.log.warning("a client was turned away: %d connections are open", room)
+        return full
 
     def _forget(self, connection: Connection) -> None:
         self.connections.discard(connection)
@@ -13015,10 +13027,12 @@ class Daemon:
         try:
             if not _same_user_behind(writer.get_extra_info("socket")):
                 return writer.transport.abort()     # somebody else's process learns nothing, not even why
-            if len(self.connections) > self.room - UNIX_RESERVED:
-                return self.log.warning("a client was turned away: %d connections are open", self.room - UNIX_RESERVED)
+            if self._is_full(self.room - UNIX_RESERVED):
+                return
             if len(self._opening) >= OPENING_MAX:
-                next(iter(self._opening)).outbox.writer.transport.abort()
+                oldest = next(iter(self._opening))
+                del self._opening[oldest]           # at once: hundreds may come before it has noticed
+                oldest.outbox.writer.transport.abort()
             self._opening[connection] = True
             await self._serve_http(connection, reader)
         except (ConnectionError, asyncio.CancelledError, asyncio.TimeoutError):
