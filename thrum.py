@@ -5513,18 +5513,16 @@ class Subscriptions:
         found = list(self._found_by.get(("topic", topic), {}).values())
         return list(dict.fromkeys(row["agent_id"] for row in found if row["agent_id"] in self.listening))
 
-    def matching(self, message: dict) -> dict:
-        """Whom a message (a row) is to be pushed to, and by which of their subscriptions: agent id -> (its id, how it matched)."""
-        if not self._rows:
-            return {}
-        refs, scopes = stored_pairs(message)
+    def matching(self, refs: list, scopes: list) -> dict:
+        """Whom a message with these pairs is to be pushed to, and by which of their subscriptions: agent id -> (its id, how)."""
         mentions, groups = audience_of(refs, scopes)
         found = {}
         for key in (EVERYTHING, *(("scope", *pair) for pair in scopes), *(("mention", name) for name in (*mentions, *groups))):
-            for row in self._found_by.get(key, {}).values():
+            how = "all" if key is EVERYTHING else key[0]
+            for number, row in self._found_by.get(key, {}).items():
                 agent_id = row["agent_id"]
-                if agent_id in self.listening and row["id"] < found.get(agent_id, (FAR,))[0]:
-                    found[agent_id] = row["id"], "all" if key is EVERYTHING else key[0]
+                if agent_id in self.listening and (agent_id not in found or number < found[agent_id][0]):
+                    found[agent_id] = number, how
         return found
 
     def news(self, store: Store, events: list) -> list:
@@ -5561,16 +5559,21 @@ class Subscriptions:
         for thread_id, readers in list(threads.items())[-THREADS_TOLD:]:
             newest = store.newest_of(thread_id)
             notes += self._of_thread(store, max(readers.values()), thread_id, {
-                **(self.matching(newest) if newest else {}), **{one: None for one in readers if self._hears(one)}})
+                **(self.matching(*stored_pairs(newest)) if newest else {}), **{one: None for one in readers if self._hears(one)}})
         return notes
 
     def _of_message(self, store: Store, seq: int, event: dict) -> list:
-        row = store.message(event["message_id"])
-        found = self.matching(row) if row and not row["deleted_at"] else None
-        if not found:
+        if event["type"] == "message.create":   # it says whom it is for itself: if nobody here, it takes no query to know that
+            refs, scopes = pairs_of(event.get("refs")), pairs_of(event.get("scopes"))
+        else:
+            row = store.message(event["message_id"])
+            refs, scopes = stored_pairs(row) if row else ([], [])
+        found = self.matching(refs, scopes)
+        row = store.message(event["message_id"]) if found else None
+        if not row or row["deleted_at"]:
             return []
         author = store.agent(row["agent_id"]) or {}
-        preview, scopes = row["content"][:PREVIEW_TOLD], pair_dicts(stored_pairs(row)[1])
+        preview, scopes = row["content"][:PREVIEW_TOLD], pair_dicts(scopes)
         params = {
             "seq": seq, "message_id": row["message_id"], "thread_id": row["thread_id"] or "", "agent_id": row["agent_id"],
             "author": {"agent_id": row["agent_id"], "name": row["agent_id"], "role": author.get("role") or "",
@@ -5647,10 +5650,11 @@ class Audience:
         for head, receivers in notes:
             told = set()
             for agent_id, tail in receivers:
-                for connection in list(self.connections.get(agent_id, ())):
+                payload = head + tail
+                for connection in self.connections.get(agent_id, ()):
                     if connection not in told:
                         told.add(connection)
-                        connection.push(head + tail)
+                        connection.push(payload)
 
 
 # ================================================================== 13  Sync
@@ -6159,7 +6163,7 @@ def encode_frame(opcode: int, payload: bytes, *, fin: bool = True, mask: bytes =
         head = bytes((first, bit | 126)) + size.to_bytes(2, "big")
     else:
         head = bytes((first, bit | 127)) + size.to_bytes(8, "big")
-    return head + mask + masked(payload, mask)
+    return head + mask + masked(payload, mask) if mask else head + payload
 
 
 def _decode_start(start: bytes, client: bool) -> tuple:
@@ -10870,17 +10874,18 @@ class Outbox:
 
     def __init__(self, writer):
         self.writer = writer
-        self._written = 0       # bytes in all
+        self.transport = writer.transport
+        self._written = 0       # bytes in all, but for those that the kernel took at once
         self._ends = collections.deque()        # where those of the frames end that are still here
         self._watch = None      # the timer that looks whether the client reads
 
     def _left(self) -> int:
         """The bytes that have left this process."""
-        return self._written - self.writer.transport.get_write_buffer_size()
+        return self._written - self.transport.get_write_buffer_size()
 
     def room(self) -> int:
         """How many frames may be added."""
-        size = self.writer.transport.get_write_buffer_size()
+        size = self.transport.get_write_buffer_size()
         if not size:
             self._ends.clear()
             return QUEUE_MAX
@@ -10891,19 +10896,18 @@ class Outbox:
 
     def put(self, frame: bytes) -> bool:
         """Send a frame after those before it; False when there is no room."""
-        if self.room() <= 0:
+        if self.transport.get_write_buffer_size() and self.room() <= 0:
             return False
         self.write(frame)
         return True
 
     def write(self, data: bytes) -> None:
         """Send what has to be sent, whether there is room or not: an answer, a Close."""
-        transport = self.writer.transport
-        if transport.is_closing():
+        if self.transport.is_closing():
             return
-        transport.write(data)
-        self._written += len(data)
-        if transport.get_write_buffer_size():
+        self.transport.write(data)
+        if self.transport.get_write_buffer_size():
+            self._written += len(data)
             self._ends.append(self._written)
             if not self._watch:
                 self._watch = asyncio.get_running_loop().call_later(WRITE_S, self._look, self._left())
@@ -10911,20 +10915,20 @@ class Outbox:
     def _look(self, left: int) -> None:
         """Give up a client that has read nothing for WRITE_S."""
         self._watch = None
-        if self.writer.transport.get_write_buffer_size():
+        if self.transport.get_write_buffer_size():
             if self._left() == left:
-                return self.writer.transport.abort()
+                return self.transport.abort()
             self._watch = asyncio.get_running_loop().call_later(WRITE_S, self._look, self._left())
 
     async def send(self, data: bytes) -> None:
         """`write`, and wait until the client has read enough; raises ConnectionError when it is given up."""
         self.write(data)
-        if self.writer.transport.get_write_buffer_size():
+        if self.transport.get_write_buffer_size():
             await self.writer.drain()
 
     def close(self) -> None:
         """End the watch, unless something is still on its way."""
-        if self._watch and not self.writer.transport.get_write_buffer_size():
+        if self._watch and not self.transport.get_write_buffer_size():
             self._watch.cancel()
 
 
