@@ -5679,6 +5679,7 @@ class Conflicts:
 AGENTS_MAX = 64                 # agents that are reached over one connection: a page that acts for all of a team
 PREVIEW_TOLD = 100              # characters of a message in a notification, as in the reference
 RECEIPTS_TOLD = 200             # message ids in one notification: some 10 KiB
+TOLD_TOGETHER = 16              # notes that a connection gets with one write, which costs more than all the rest: of a batch of sends
 THREADS_TOLD = 100              # threads of one batch whose counts are told: who has read more at once, asks
 SUBSCRIPTION_TOPICS = {                      # what one can subscribe to beside messages, and the events that are told as they are
     "agents": ("agent.register", "agent.cleanup", "agent.session.start", "agent.session.end", "session.update", "agent.update"),
@@ -5820,18 +5821,16 @@ class Subscriptions:
         found = list(self._found_by.get(("topic", topic), {}).values())
         return list(dict.fromkeys(row["agent_id"] for row in found if row["agent_id"] in self.listening))
 
-    def matching(self, message: dict) -> dict:
-        """Whom a message (a row) is to be pushed to, and by which of their subscriptions: agent id -> (its id, how it matched)."""
-        if not self._rows:
-            return {}
-        refs, scopes = stored_pairs(message)
+    def matching(self, refs: list, scopes: list) -> dict:
+        """Whom a message with these pairs is to be pushed to, and by which of their subscriptions: agent id -> (its id, how)."""
         mentions, groups = audience_of(refs, scopes)
         found = {}
         for key in (EVERYTHING, *(("scope", *pair) for pair in scopes), *(("mention", name) for name in (*mentions, *groups))):
-            for row in self._found_by.get(key, {}).values():
+            how = "all" if key is EVERYTHING else key[0]
+            for number, row in self._found_by.get(key, {}).items():
                 agent_id = row["agent_id"]
-                if agent_id in self.listening and row["id"] < found.get(agent_id, (FAR,))[0]:
-                    found[agent_id] = row["id"], "all" if key is EVERYTHING else key[0]
+                if agent_id in self.listening and (agent_id not in found or number < found[agent_id][0]):
+                    found[agent_id] = number, how
         return found
 
     def news(self, store: Store, events: list) -> list:
@@ -5868,15 +5867,20 @@ class Subscriptions:
         for thread_id, readers in list(threads.items())[-THREADS_TOLD:]:
             newest = store.newest_of(thread_id)
             notes += self._of_thread(store, events[-1][0], thread_id, {
-                **(self.matching(newest) if newest else {}), **{one: None for one in readers if self._hears(one)}})
+                **(self.matching(*stored_pairs(newest)) if newest else {}), **{one: None for one in readers if self._hears(one)}})
         return notes
 
     def _of_message(self, store: Store, seq: int, event: dict) -> list:
-        row = store.message(event["message_id"])
-        found = self.matching(row) if row and not row["deleted_at"] else None
-        if not found:
+        if event["type"] == "message.create":   # it says whom it is for itself: if nobody here, it takes no query to know that
+            refs, scopes = pairs_of(event.get("refs")), pairs_of(event.get("scopes"))
+        else:
+            row = store.message(event["message_id"])
+            refs, scopes = stored_pairs(row) if row else ([], [])
+        found = self.matching(refs, scopes)
+        row = store.message(event["message_id"]) if found else None
+        if not row or row["deleted_at"]:
             return []
-        preview, scopes = row["content"][:PREVIEW_TOLD], pair_dicts(stored_pairs(row)[1])
+        preview, scopes = row["content"][:PREVIEW_TOLD], pair_dicts(scopes)
         params = {
             "seq": seq, "message_id": row["message_id"], "thread_id": row["thread_id"] or "", "agent_id": row["agent_id"],
             "author": author_of(store, row["agent_id"]), "preview": preview, "scopes": scopes, "timestamp": event["timestamp"],
@@ -5957,14 +5961,19 @@ class Audience:
             self._unbind(connection, agent_id)
 
     def tell(self, notes: list) -> None:
-        """Push the notes of `Subscriptions.news`, each over a connection at most once."""
-        for head, receivers in notes:
-            told = set()
-            for agent_id, tail in receivers:
-                for connection in list(self.connections.get(agent_id, ())):
-                    if connection not in told:
-                        told.add(connection)
-                        connection.push(head + tail)
+        """Push the notes of `Subscriptions.news`, each over a connection at most once; some go out together."""
+        for first in range(0, len(notes), TOLD_TOGETHER):
+            telling = {}        # connection -> head and tail of each note
+            for head, receivers in notes[first:first + TOLD_TOGETHER]:
+                for agent_id, tail in receivers:
+                    for connection in self.connections.get(agent_id, ()):
+                        own = telling.get(connection)
+                        if not own:
+                            telling[connection] = [head, tail]
+                        elif own[-2] is not head:
+                            own += head, tail
+            for connection, own in telling.items():
+                connection.push(own)
 
 
 # ---- thread streams
@@ -7127,7 +7136,7 @@ def encode_frame(opcode: int, payload: bytes, *, fin: bool = True, mask: bytes =
         head = bytes((first, bit | 126)) + size.to_bytes(2, "big")
     else:
         head = bytes((first, bit | 127)) + size.to_bytes(8, "big")
-    return head + mask + masked(payload, mask)
+    return head + mask + masked(payload, mask) if mask else head + payload
 
 
 def _decode_start(start: bytes, client: bool) -> tuple:
@@ -12098,6 +12107,7 @@ BACKLOG = 512                   # of the listen queue
 ACCEPTED_AT_ONCE = 8            # connections to the port that are let in before others have a turn: each takes half a millisecond
 QUEUE_MAX = 256                 # frames on their way to a client; one that is so far behind is closed, and comes again where it was
 QUEUE_BYTES = 1 << 20           # bytes of them
+KERNEL_BYTES = 64 << 10         # that the kernel is to keep for a client of the port: by itself it keeps 2.6 MB of what nobody reads
 ASIDE_MAX = 16                  # calls of a WebSocket that wait or ask git, while later ones are answered
 AHEAD_MAX = 64                  # messages of a WebSocket that wait for their turn: then nothing more is read
 HANDSHAKE_S = 10                # seconds for the head of a request, and for its body
@@ -12232,17 +12242,18 @@ class Outbox:
 
     def __init__(self, writer):
         self.writer = writer
-        self._written = 0       # bytes in all
+        self.transport = writer.transport
+        self._written = 0       # bytes in all, but for those that the kernel took at once
         self._ends = collections.deque()        # where those of the frames end that are still here
         self._watch = None      # the timer that looks whether the client reads
 
     def _left(self) -> int:
         """The bytes that have left this process."""
-        return self._written - self.writer.transport.get_write_buffer_size()
+        return self._written - self.transport.get_write_buffer_size()
 
     def room(self) -> int:
         """How many frames may be added."""
-        size = self.writer.transport.get_write_buffer_size()
+        size = self.transport.get_write_buffer_size()
         if not size:
             self._ends.clear()
             return QUEUE_MAX
@@ -12251,42 +12262,42 @@ class Outbox:
             self._ends.popleft()
         return QUEUE_MAX - len(self._ends) if size < QUEUE_BYTES else 0
 
-    def put(self, frame: bytes) -> bool:
-        """Send a frame after those before it; False when there is no room."""
-        if self.room() <= 0:
-            return False
-        self.write(frame)
-        return True
+    def put(self, frames: list) -> bool:
+        """Send frames after those before them; False when there is not room for all, and then the first are sent."""
+        room = self.room() if self.transport.get_write_buffer_size() else QUEUE_MAX
+        if room > 0:
+            self.write(*frames[:room])
+        return len(frames) <= room
 
-    def write(self, data: bytes) -> None:
+    def write(self, *frames) -> None:
         """Send what has to be sent, whether there is room or not: an answer, a Close."""
-        transport = self.writer.transport
-        if transport.is_closing():
+        if self.transport.is_closing():
             return
-        transport.write(data)
-        self._written += len(data)
-        if transport.get_write_buffer_size():
-            self._ends.append(self._written)
+        self.transport.write(b"".join(frames))
+        if self.transport.get_write_buffer_size():
+            for frame in frames:
+                self._written += len(frame)
+                self._ends.append(self._written)
             if not self._watch:
                 self._watch = asyncio.get_running_loop().call_later(WRITE_S, self._look, self._left())
 
     def _look(self, left: int) -> None:
         """Give up a client that has read nothing for WRITE_S."""
         self._watch = None
-        if self.writer.transport.get_write_buffer_size():
+        if self.transport.get_write_buffer_size():
             if self._left() == left:
-                return self.writer.transport.abort()
+                return self.transport.abort()
             self._watch = asyncio.get_running_loop().call_later(WRITE_S, self._look, self._left())
 
     async def send(self, data: bytes) -> None:
         """`write`, and wait until the client has read enough; raises ConnectionError when it is given up."""
         self.write(data)
-        if self.writer.transport.get_write_buffer_size():
+        if self.transport.get_write_buffer_size():
             await self.writer.drain()
 
     def close(self) -> None:
         """End the watch, unless something is still on its way."""
-        if self._watch and not self.writer.transport.get_write_buffer_size():
+        if self._watch and not self.transport.get_write_buffer_size():
             self._watch.cancel()
 
 
@@ -12309,9 +12320,9 @@ class Connection:
         self.socket = None
         self.ahead = b""
 
-    def push(self, payload: bytes) -> None:
-        """Send a notification after those before it; who is too far behind is closed, and gets nothing more."""
-        if not self.silent and not self.outbox.put(self.framed(payload)):
+    def push(self, notes: list) -> None:
+        """Send notifications, each as two halves, after those before them; who is too far behind is closed, and gets nothing more."""
+        if not self.silent and not self.outbox.put([self.framed(notes[n] + notes[n + 1]) for n in range(0, len(notes), 2)]):
             self.close(1013)
             self.silent = True
 
@@ -13273,7 +13284,7 @@ class Daemon:
             outbox.writer.transport.set_write_buffer_limits(0)      # so that drain() waits until all has left
 
             def send(payload: bytes, spare: int) -> bool:
-                return not connection.silent and outbox.room() > spare and outbox.put(connection.framed(payload))
+                return not connection.silent and outbox.room() > spare and outbox.put([connection.framed(payload)])
 
             async def drained() -> None:
                 if outbox.room() <= STREAM_RESERVE:
@@ -13496,6 +13507,7 @@ def _listen(port: int) -> list:
                 one = socket.socket(family, socket.SOCK_STREAM)
                 made.append(one)
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BYTES)       # of those that it accepts
                 if family == socket.AF_INET6:
                     one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 one.bind((host, port))
