@@ -348,6 +348,11 @@ class Record:
         return f"{type(self).__name__}({', '.join(f'{k}={self.__dict__[k]!r}' for k in self._fields)})"
 
 
+def compact(**fields) -> dict:
+    """The fields that say something: without None, "", empty lists and objects."""
+    return {k: v for k, v in fields.items() if v not in (None, "", [], {})}
+
+
 def encode(value) -> bytes:
     """JSON without blanks, in ASCII, for clients."""
     global _encode_compact
@@ -2625,6 +2630,11 @@ class Store:
     def claims(self) -> list:
         """The open claims, the first grant first, with those whose time has passed."""
         return self.rows(f"{_CLAIMS} c.open order by c.granted_at, c.grant_event")
+
+    def claims_freed_by(self, session_id: str) -> list:
+        """The claims that a session had when it ended: {claim_id, agent_id, path}."""
+        return self.rows("select c.claim_id, a.agent_id, c.path from claims c join agents a using(agent) where c.session_id = ? and "
+                         "c.released_at is null and c.superseded_by is null order by c.claim_id", session_id)
 
     def claim(self, claim_id: str) -> dict | None:
         return self.row(f"{_CLAIMS} c.claim_id = ?", claim_id)
@@ -5687,8 +5697,9 @@ SUBSCRIPTION_TOPICS = {                      # what one can subscribe to beside 
     "receipts": ("message.receipt", "message.route"),
     "claims": ("claim.take", "claim.renew", "claim.release", "claim.lapse"),
     "groups": ("group.create", "group.update", "group.delete", "group.member.add", "group.member.remove"),
-    "presence": (), "work": (), "sync": (),     # no events: `notification.presence` and so on
+    "presence": (), "work": (), "tasks": (), "sync": (),       # no events: `notification.presence` and so on
 }
+DOERS = ("created_by", "updated_by", "deleted_by", "added_by", "removed_by")    # fields of events that say whose doing they are
 INTERNAL_FIELDS = frozenset(("event_id", "v", "origin_daemon", "sequence"))     # of an event, which are nothing to a listener
 TOPIC_OF = {kind: topic for topic, kinds in SUBSCRIPTION_TOPICS.items() for kind in kinds}
 # The same with the messages themselves: what a client that was away asks for.
@@ -5839,9 +5850,8 @@ class Subscriptions:
 
         def tell_receipts():
             if receipts:
-                seq, event = receipts[-1]
-                told = {**event, "message_ids": [one["message_id"] for _, one in receipts]}
-                notes.append(_plain_note(seq, told, self.to_topic("receipts")))
+                told = {**told_of(store, *receipts[-1]), "message_ids": [one["message_id"] for _, one in receipts]}
+                notes.append(_plain_note(told, self.to_topic("receipts")))
                 receipts.clear()
 
         for seq, event in events:
@@ -5862,7 +5872,12 @@ class Subscriptions:
                 if kind == "message.receipt":
                     receipts.append((seq, event))
                 else:
-                    notes.append(_plain_note(seq, event, self.to_topic(topic)))
+                    row = store.message(event["message_id"]) if "message_id" in event else None
+                    notes.append(_plain_note(told_of(store, seq, event, row), self.to_topic(topic)))
+            if kind == "agent.session.end" and ("topic", "claims") in self._found_by:      # it frees what the session has claimed
+                notes += [_plain_note({"seq": seq, "type": "claim.release", "timestamp": event["timestamp"], **claim,
+                                       "reason": "session ended"}, self.to_topic("claims"))
+                          for claim in store.claims_freed_by(event["session_id"])]
         tell_receipts()
         for thread_id, readers in list(threads.items())[-THREADS_TOLD:]:
             newest = store.newest_of(thread_id)
@@ -5923,14 +5938,28 @@ def author_of(store: Store, agent_id: str) -> dict:
     return {"agent_id": agent_id, "name": agent_id, "role": agent.get("role") or "", "module": agent.get("module") or ""}
 
 
-def told_of(seq: int, event: dict) -> dict:
-    """An event as it stands in the log, without what is nothing to a listener."""
-    return {"seq": seq, **{field: value for field, value in event.items() if field not in INTERNAL_FIELDS}}
+def told_of(store: Store, seq: int, event: dict, row: dict | None = None) -> dict:
+    """An event as listeners are told: without what only logs need, and with what they would have to look up.
+
+    That is who did it or whose it is, to what, in which thread; `row` is the message that it is about.
+    """
+    kind, about = event["type"], {}
+    if row:
+        about = {"agent_id": row["agent_id"], **compact(thread_id=row["thread_id"])}
+    elif "claim_id" in event and (claim := store.claim(event["claim_id"])):
+        about = {"agent_id": claim["agent_id"], "path": claim["path"]}
+    elif kind == "agent.session.end" and (session := store.session(event["session_id"])):
+        about = {"agent_id": session["agent_id"]}
+    else:
+        about = compact(agent_id=next((event[field] for field in DOERS if event.get(field)), ""),
+                        name=store.group_name(event.get("group_id", "")))
+    return {"seq": seq, "type": kind, "timestamp": event["timestamp"], **about,
+            **{field: value for field, value in event.items() if field not in INTERNAL_FIELDS}}
 
 
-def _plain_note(seq: int, event: dict, agents: list) -> tuple:
-    """The note that tells some agents of an event as it stands in the log."""
-    return notification(event["type"], encode(told_of(seq, event))), [(one, b"") for one in agents]
+def _plain_note(told: dict, agents: list) -> tuple:
+    """The note that tells some agents of an event, as `told_of` has it."""
+    return notification(told["type"], encode(told)), [(one, b"") for one in agents]
 
 
 class Audience:
@@ -6571,18 +6600,21 @@ class Streams:
             for stream in self.streams[instance_id]:
                 stream.offer(payloads[inbox])
 
-    def tell(self, kind: str, data: dict, now: int) -> None:
-        """Tell all of `telemetry`, or of an event of a task (`task_stream`): not too many texts, and the beginnings of long ones."""
-        if not self.streams:
-            return
+    def tell(self, kind: str, data: dict, now: int) -> dict | None:
+        """Tell all of `telemetry`, or of an event of a task (`task_stream`): what is told, the beginnings of long texts.
+
+        None: there were too many texts.
+        """
         if kind == "task_stream":
             if data["stream_type"] == "text" and not self._may_tell_text(data["task_id"], now):
-                return
+                return None
             data = {field: value[:TASK_CUT[field] - 3] + "..." if field in TASK_CUT and len(value) > TASK_CUT[field] else value
                     for field, value in data.items()}
-        payload = stream_event(kind, now, data)
-        for stream in [stream for streams in self.streams.values() for stream in streams]:
-            stream.offer(payload)
+        if self.streams:
+            payload = stream_event(kind, now, data)
+            for stream in [stream for streams in self.streams.values() for stream in streams]:
+                stream.offer(payload)
+        return data
 
     def _may_tell_text(self, task_id: str, now: int) -> bool:
         times = [at for at in self._texts.pop(task_id, ()) if 0 <= now - at < NS]
@@ -7788,7 +7820,6 @@ WAIT_MAX_MS = 600_000           # one `message.wait`; a caller that wants more a
 SCAN_MAX = 10_000               # events that one `event.wait` looks at, where few are of the topics that it wants: some 10 ms
 EVENTS_BYTES = 1 << 20          # bytes of events after which an answer is full
 TOLD_OF_MESSAGES = ("seq", "type", "timestamp", "message_id", "thread_id", "agent_id", "session_id")     # as they stand in the log
-DOERS = ("created_by", "updated_by", "deleted_by", "added_by", "removed_by")    # fields of events that say whose doing they are
 BATCH_READ_MAX = 5_000          # messages marked at once: bounds the transaction that others wait for
 INTEGER_MAX = 1 << 53           # what every JSON reader keeps exactly (RFC 8259, section 6)
 PAIR = object()                 # {"type": …, "value": …}
@@ -7872,11 +7903,6 @@ def _check_value(name: str, kind, value):
         except (ValueError, RecursionError):
             raise InvalidParams(f"invalid params: {name} holds what JSON in UTF-8 cannot") from None
     return value
-
-
-def compact(**fields) -> dict:
-    """The fields that say something: without None, "", empty lists and objects."""
-    return {k: v for k, v in fields.items() if v not in (None, "", [], {})}
 
 
 def _stamp(ns) -> str:
@@ -9145,18 +9171,8 @@ def _event_info(store: Store, seq: int, event: dict, row: dict | None, authors: 
     `row` is the message that it is about, `authors` what `author_of` has said before.  The text is that of its time, and none once
     the message was taken back.
     """
-    kind, about = event["type"], {}
-    if row:
-        about = {"agent_id": row["agent_id"], **compact(thread_id=row["thread_id"])}
-    elif "claim_id" in event and (claim := store.claim(event["claim_id"])):
-        about = {"agent_id": claim["agent_id"], "path": claim["path"]}
-    elif kind == "agent.session.end" and (session := store.session(event["session_id"])):
-        about = {"agent_id": session["agent_id"]}
-    else:
-        about = compact(agent_id=next((event[field] for field in DOERS if event.get(field)), ""),
-                        name=store.group_name(event.get("group_id", "")))
-    told = {"seq": seq, "type": kind, "timestamp": event["timestamp"], **about, **told_of(seq, event)}
-    if kind not in ("message.create", "message.edit"):
+    told = told_of(store, seq, event, row)
+    if event["type"] not in ("message.create", "message.edit"):
         return told
     body, deleted = event["body"], bool(row and row["deleted_at"])
     told = {field: told[field] for field in TOLD_OF_MESSAGES if field in told}
@@ -9196,7 +9212,10 @@ def subscribe(context: Context, params: dict) -> dict:
               "everything": int(everything), "topics": ",".join(topics)}
     present = context.store.subscriptions(session["session_id"])
     if any(wanted == {field: row[field] for field in wanted} for row in present):
-        raise ThrumError("subscribe: subscription already exists")
+        # Who comes back follows from here as if it had subscribed now: its connection is reached already.
+        number = next(row["id"] for row in present if wanted == {field: row[field] for field in wanted})
+        raise ThrumError("subscribe: subscription already exists", {
+            "subscription_id": number, "after_seq": context.next_seq() - 1, "epoch": context.ledger.journal.epoch})
     if len(present) >= SUBSCRIPTIONS_MAX:
         raise ThrumError(f"subscribe: this session has {SUBSCRIPTIONS_MAX} subscriptions; 'thrum unsubscribe' ends one")
     number = context.next_seq()         # it stays what it is, and is never used again
@@ -12565,8 +12584,7 @@ class Daemon:
         conflicts = self.ledger.facts["conflicts"] = Conflicts(self.ledger.facts.setdefault("work", Work(self.places, self.world)))
         await self.loop.run_in_executor(None, conflicts.close, False)      # what a crash has left
         self.ledger.facts["stop"] = lambda: self.loop.call_soon_threadsafe(self.stopping.set)
-        self.ledger.facts["live"] = lambda kind, data: self.loop.call_soon_threadsafe(
-            self.streams.tell, kind, data, self.world.now_ns())
+        self.ledger.facts["live"] = lambda kind, data: self.loop.call_soon_threadsafe(self._reported, kind, data)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self.stopping.set)
         for slow, count in ((False, READERS), (True, SLOW_READERS), (ONE_BY_ONE, 1)):
@@ -12696,7 +12714,7 @@ class Daemon:
                 news = await self._read(conflict_news, {}, slow=ONE_BY_ONE)
                 if news:
                     await self._write(lambda context, news=news: tell_of_conflicts(context, news))
-                    self._tell("work", conflicts=True)
+                    self._tell("work", "work", {"conflicts": True})
             except Exception as error:
                 problem = str(error)
             if problem and problem != self._look_problem:       # git may be too old: once is enough
@@ -12759,7 +12777,7 @@ class Daemon:
         self.waiters.publish(events)
         if self.ledger.export_problem != self._sync_told:
             self._sync_told = self.ledger.export_problem
-            self._tell("sync", sync_state="error" if self._sync_told else "ok", problem=self._sync_told)
+            self._tell("sync", "sync", {"sync_state": "error" if self._sync_told else "ok", "problem": self._sync_told})
         for (_, future), outcome in zip(batch, outcomes):
             if future.done():       # who asked has gone, or was told that it takes too long
                 continue
@@ -12768,11 +12786,17 @@ class Daemon:
             else:
                 future.set_result(outcome)
 
-    def _tell(self, topic: str, **params) -> None:
+    def _tell(self, topic: str, method: str, params: dict) -> None:
         """Push what is no event of the log to those who subscribed to a topic."""
         agents = self.subscriptions.to_topic(topic)
         if agents:
-            self.audience.tell([(notification(topic, encode(params)), [(agent_id, b"") for agent_id in agents])])
+            self.audience.tell([(notification(method, encode(params)), [(agent_id, b"") for agent_id in agents])])
+
+    def _reported(self, kind: str, data: dict) -> None:
+        """Tell all who watch of an event of a task, or of telemetry."""
+        told = self.streams.tell(kind, data, self.world.now_ns())
+        if told:
+            self._tell("tasks", kind, told)
 
     def _keep_acks(self) -> None:
         """Keep what streams have acknowledged; what a crash loses of it only repeats messages."""
@@ -12798,7 +12822,7 @@ class Daemon:
             if len(self._told) >= SEEN_MAX:
                 self._told.clear()
             self._told[agent_id] = now
-            self._tell("presence", agent_id=agent_id, last_seen_at=stamp_of(self.world.now_ns()))
+            self._tell("presence", "presence", {"agent_id": agent_id, "last_seen_at": stamp_of(self.world.now_ns())})
 
     async def _write(self, request):
         """What a request to the ledger returns, or raises, once it is durable."""
@@ -12871,6 +12895,8 @@ class Daemon:
             try:
                 return await self._write(change)
             except Conflict as error:
+                if ticket.wish and not refusal:
+                    self._tell("claims", "claim.queue", {"agent_id": ticket.wish.agent_id, "paths": ticket.wish.paths, "waiting": True})
                 refusal = error
 
         try:
@@ -12878,6 +12904,7 @@ class Daemon:
         finally:
             self.ledger.queue.discard(ticket)   # what the writer still has of it is refused then
             if ticket.wish:
+                self._tell("claims", "claim.queue", {"agent_id": ticket.wish.agent_id, "paths": ticket.wish.paths, "waiting": False})
                 self.waiters.wake_all(CLAIM_ENDS)       # whoever was behind may go now
         if not done:
             raise refusal
@@ -12957,7 +12984,7 @@ class Daemon:
                 if self._works.get(work["worktree_path"]) != work:
                     self._works[work["worktree_path"]] = work
                     self.worktrees_changed()
-                    self._tell("work", worktree=work["worktree_path"])
+                    self._tell("work", "work", {"worktree": work["worktree_path"]})
             if name == "user.register":
                 connection.person = done["user_id"]
                 self._heard_of(connection.person, connection)

@@ -131,7 +131,7 @@ def test_topics_choose_and_all_are_the_default(team):
     assert catch_up(team, topics=["*"]) == everything
     for topic, kinds in thrum.EVENT_TOPICS.items():
         assert catch_up(team, topics=[topic]) == [e for e in everything if e["type"] in kinds], topic
-        assert (not kinds) == (topic in ("presence", "work", "sync"))
+        assert (not kinds) == (topic in ("presence", "work", "tasks", "sync"))
     assert {e["type"] for e in everything} <= told_types() and "subscription.add" in {e["type"] for e in lines_of(team).values()}
     assert team.refused("event.wait", topics=["nope"]).code == -32602
 
