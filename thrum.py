@@ -5779,13 +5779,15 @@ class Subscriptions:
     def __init__(self, listening):
         self.listening = listening
         self._rows = {}         # subscription id -> row, with `keys` by which it is found
+        self.stale = False      # it may not be what the store has
         self._found_by = {}     # EVERYTHING, ("scope", type, value), ("mention", value) or ("topic", name) -> {id: row}
 
     def load(self, store: Store) -> None:
-        """Begin with what the store has."""
-        self._rows, self._found_by = {}, {}
+        """Begin with what the store has; other threads see all of it at once."""
+        fresh = Subscriptions(self.listening)
         for row in store.subscriptions():
-            self._add(row)
+            fresh._add(row)
+        self._rows, self._found_by, self.stale = fresh._rows, fresh._found_by, False
 
     def _add(self, row: dict) -> None:
         keys = []
@@ -5852,6 +5854,8 @@ class Subscriptions:
     def news(self, store: Store, events: list) -> list:
         """What to push after a batch: [(head, [(agent id, tail), …])], where head + tail is one notification."""
         notes, receipts, threads = [], [], {}
+        if self.stale:
+            self.load(store)
 
         def tell_receipts():
             if receipts:
@@ -5865,8 +5869,9 @@ class Subscriptions:
                 self._follow(store, event)
             if not self._rows or not self.listening:
                 continue
-            if kind == "message.receipt" and (row := store.message(event["message_id"])) and row["thread_id"]:
-                threads.setdefault(row["thread_id"], {})[event["agent_id"]] = True
+            if kind == "message.receipt" and self._hears(event["agent_id"]) \
+                    and (row := store.message(event["message_id"])) and row["thread_id"]:
+                threads.setdefault(row["thread_id"], {})[event["agent_id"]] = True      # whose unread count has changed
             if receipts and not (kind == "message.receipt" and len(receipts) < RECEIPTS_TOLD and all(
                     event.get(field) == receipts[0][1].get(field) for field in ("agent_id", "receipt_type"))):
                 tell_receipts()
@@ -5885,9 +5890,7 @@ class Subscriptions:
                           for claim in store.claims_freed_by(event["session_id"])]
         tell_receipts()
         for thread_id, readers in list(threads.items())[-THREADS_TOLD:]:
-            newest = store.newest_of(thread_id)
-            notes += self._of_thread(store, events[-1][0], thread_id, {
-                **(self.matching(*stored_pairs(newest)) if newest else {}), **{one: None for one in readers if self._hears(one)}})
+            notes += self._of_thread(store, events[-1][0], thread_id, readers)
         return notes
 
     def _of_message(self, store: Store, seq: int, event: dict) -> list:
@@ -5993,6 +5996,11 @@ class Audience:
         """Forget a connection."""
         for agent_id in list(connection.agents):
             self._unbind(connection, agent_id)
+
+    def dismiss(self, code: int) -> None:
+        """Close all connections."""
+        for connection in list({connection: True for own in self.connections.values() for connection in own}):
+            connection.close(code)
 
     def tell(self, notes: list) -> None:
         """Push the notes of `Subscriptions.news`, each over a connection at most once; some go out together."""
@@ -9138,7 +9146,8 @@ def event_wait(context: Context, params: dict) -> dict | None:
     if params.get("epoch", epoch) != epoch:
         unread = store.page(receiver=caller, unread=True, after_seq=0, ascending=True, limit=1)["messages"] if caller else []
         seq = unread[0]["seq"] - 1 if unread else last if caller else 0
-    seq = max(seq, min(store.first_since(since) - 1, last)) if since else seq
+    if since and not seq:       # who has a number is past that place, and to find it takes long
+        seq = min(store.first_since(since) - 1, last)
     begin, end, limit = seq, min(last, seq + SCAN_MAX), min(max(params.get("limit", PAGE_MAX), 1), STORE_BATCH)
     may_be = re.compile(b'"(?:%s)"' % "|".join(map(re.escape, sorted(types))).encode()).search
     for seq, line in history.read(begin, end):
@@ -11456,7 +11465,7 @@ async def watch(console: Console, args: Args) -> int:
             await console.note("Watching; Ctrl-C ends it.")
         await console.resume_at(json.dumps(at))
     while at["left"]:
-        found = await console.call("event.wait", after_seq=at["after_seq"], epoch=at["epoch"], created_after=at["since"],
+        found = await console.call("event.wait", after_seq=at["after_seq"], epoch=at["epoch"], created_after=at["since"], limit=STORE_BATCH,
                                    timeout_ms=0 if at["since"] else WAIT_CALL_MS, **wanted)
         before, text = dict(at), ""
         for event in found["events"]:
@@ -12134,7 +12143,7 @@ QUEUE_MAX = 256                 # frames on their way to a client; one that is s
 QUEUE_BYTES = 1 << 20           # bytes of them
 KERNEL_BYTES = 64 << 10         # that the kernel is to keep for a client of the port: by itself it keeps 2.6 MB of what nobody reads
 ASIDE_MAX = 16                  # calls of a WebSocket that wait or ask git, while later ones are answered
-AHEAD_MAX = 64                  # messages of a WebSocket that wait for their turn: then nothing more is read
+AHEAD_MAX = 8                   # messages of a WebSocket that wait for their turn: then nothing more is read
 HANDSHAKE_S = 10                # seconds for the head of a request, and for its body
 PING_S, DEAD_S = 54, 60         # seconds without a frame from a WebSocket until it is pinged, and until it is given up
 CLOSE_S = 2                     # seconds that a client has to answer a Close
@@ -12269,7 +12278,8 @@ class Outbox:
         self.writer = writer
         self.transport = writer.transport
         self._written = 0       # bytes in all, but for those that the kernel took at once
-        self._ends = collections.deque()        # where those of the frames end that are still here
+        self._ends = collections.deque()        # where those of the pushed frames end that are still here, and their size
+        self._size = 0          # bytes of these
         self._watch = None      # the timer that looks whether the client reads
 
     def _left(self) -> int:
@@ -12278,31 +12288,30 @@ class Outbox:
 
     def room(self) -> int:
         """How many frames may be added."""
-        size = self.transport.get_write_buffer_size()
-        if not size:
-            self._ends.clear()
-            return QUEUE_MAX
-        left = self._written - size
-        while self._ends and self._ends[0] <= left:
-            self._ends.popleft()
-        return QUEUE_MAX - len(self._ends) if size < QUEUE_BYTES else 0
+        left = self._left()
+        while self._ends and self._ends[0][0] <= left:
+            self._size -= self._ends.popleft()[1]
+        return QUEUE_MAX - len(self._ends) if self._size < QUEUE_BYTES else 0
 
     def put(self, frames: list) -> bool:
         """Send frames after those before them; False when there is not room for all, and then the first are sent."""
-        room = self.room() if self.transport.get_write_buffer_size() else QUEUE_MAX
+        room = self.room()
         if room > 0:
-            self.write(*frames[:room])
+            before = self._written
+            self.write(b"".join(frames[:room]))
+            for frame in frames[:room] if self._written > before else ():
+                before += len(frame)
+                self._ends.append((before, len(frame)))
+                self._size += len(frame)
         return len(frames) <= room
 
-    def write(self, *frames) -> None:
+    def write(self, data: bytes) -> None:
         """Send what has to be sent, whether there is room or not: an answer, a Close."""
         if self.transport.is_closing():
             return
-        self.transport.write(b"".join(frames))
+        self.transport.write(data)
         if self.transport.get_write_buffer_size():
-            for frame in frames:
-                self._written += len(frame)
-                self._ends.append(self._written)
+            self._written += len(data)
             if not self._watch:
                 self._watch = asyncio.get_running_loop().call_later(WRITE_S, self._look, self._left())
 
@@ -12334,7 +12343,7 @@ class Connection:
     def __init__(self, task, now: float, writer):
         self.task = task
         self.since = now        # when it was last heard of (monotonic s)
-        self.busy = False       # a request is being answered
+        self.busy = 0           # requests that are being answered
         self.waiting = 0        # it waits for a message, which it can do again with the next daemon
         self.agent = ""         # who it called for last
         self.agents = {}        # all that it called for; what concerns them is pushed to it
@@ -12391,6 +12400,7 @@ class WebConnection(Connection):
         self._frames = 0        # that had come then
         self.reading = True     # False while it has sent more than we look at
         self.gone = asyncio.Event()     # set when nothing more comes from it
+        self._draining = asyncio.Lock()         # one at a time: Python 3.9 has room for one who waits
         self._ping_at = self.heard + PING_S
         self._beat = self.loop.call_at(self._ping_at, self._look)
 
@@ -12403,7 +12413,9 @@ class WebConnection(Connection):
     async def answer(self, payload: bytes, kind: int = TEXT) -> None:
         """Send a message, unless a Close went before it (RFC 6455, section 5.5.1)."""
         if not self.silent:
-            await self.outbox.send(encode_frame(kind, payload))
+            self.outbox.write(encode_frame(kind, payload))
+            async with self._draining:
+                await self.outbox.writer.drain()
 
     def feed(self, data: bytes) -> list:
         """The messages that are complete with this data.  Pings are answered; a Close waits for `hang_up`, behind the answers."""
@@ -12432,7 +12444,7 @@ class WebConnection(Connection):
             return self.task.cancel()       # it reads no more, so that it has not noticed
         if now - self.heard >= DEAD_S and self.reading:
             return self.outbox.writer.transport.abort()
-        if now >= self._ping_at:
+        if now >= self._ping_at and not self.web.closing:      # else the Close would go before the answers
             self._ping_at = now + PING_S
             self.web.ping()
             self._flush()
@@ -12562,6 +12574,8 @@ class Daemon:
         self._opening = {}          # connections to the port without a complete request yet, the oldest first
         self._links = {}            # one-time codes of links to the page -> until when they are good (monotonic s)
         self._told = {}             # agent id -> when its presence was told last (monotonic s)
+        self._keeping = set()       # the tasks that write down what streams have acknowledged
+        self._hosts = set()         # what clients of the port may call it
         self._sync_told = ""        # what was told of the exchange with the remote last
         self._full_told = -SYNC_S   # monotonic s
         self.log = logging.getLogger("thrum")
@@ -12609,8 +12623,11 @@ class Daemon:
             self.port = self.ledger.facts["port"] = ports[0].getsockname()[1]
             self.ledger.facts["link"] = self._link
             self._hosts = {f"{name}:{self.port}" for name in LOOPBACK} | set(LOOPBACK if self.port == 80 else ())
-            atomic_write(self.places.var + "/ws.port", b"%d\n" % self.port)
-            await self._write(lambda context: context.store.set_meta(ws_port=self.port))
+            try:
+                atomic_write(self.places.var + "/ws.port", b"%d\n" % self.port)
+                await self._write(lambda context: context.store.set_meta(ws_port=self.port))
+            except (ThrumError, OSError, sqlite3.Error) as error:       # the rest works without it
+                self.log.warning("the port %d was not noted: %s", self.port, error)
         chores = [self.loop.create_task(chore) for chore in (self._housekeeping(), self._look_after_claims())]
         self.log.info("started: version %s, pid %d, %d events, %d projected at start, %d damaged lines", __version__, os.getpid(),
                       self.ledger.journal.last, self.ledger.rebuilt, self.ledger.bad_lines.count)
@@ -12623,9 +12640,8 @@ class Daemon:
             task.cancel()
         for server in (self._server, *web):
             server.close()
-        remove(self.places.var + "/ws.port")
         for connection in list(self.connections):
-            if connection.web and (connection.waiting or not connection.busy):
+            if connection.web and connection.busy <= connection.waiting:
                 connection.close(1001)
             elif connection.waiting or not connection.busy:
                 connection.task.cancel()
@@ -12681,8 +12697,8 @@ class Daemon:
                 connection.task.cancel()    # it had only stopped to send when we looked last
             elif (connection.busy or connection.waiting) and connection.agent:      # whoever waits is here
                 self.ledger.seen[connection.agent] = self.world.now_ns()
-            elif connection.person:         # and who has the page open
-                self._heard_of(connection.person, connection)
+            for agent_id in list(connection.agents) if self.subscriptions.any_of(connection.agents) else ():
+                self._heard_of(agent_id, connection)        # and so is who listens: a page, or an agent's program
         if not os.path.exists(self.places.var + "/thrum.pid") or read_pid(self.places) not in (0, os.getpid()):
             self.log.warning("%s is gone, or another daemon's: stopping", self.places.var)
             self.stopping.set()
@@ -12759,12 +12775,14 @@ class Daemon:
 
     def _news(self, events: list) -> tuple:
         """What a batch means for subscribers and for streams; None: it is not known, and they have to look themselves."""
-        notes, news, store = [], None, self.ledger.store
+        notes = news = None
         try:
-            notes = self.subscriptions.news(store, events)
-            news = stream_news(store, events if len(self.streams) else [])
+            notes = self.subscriptions.news(self.ledger.store, events)
+            news = stream_news(self.ledger.store, events if self.streams else [])
         except Exception:       # it is stored, and who asks will find it
             self.log.exception("listeners were not told")
+            if notes is None:
+                self.subscriptions.stale = True
         return notes, news
 
     def _idle(self) -> None:
@@ -12777,10 +12795,16 @@ class Daemon:
         """Tell everybody, listeners before senders."""
         if events:
             self.last_seq = events[-1][0]
-        self.audience.tell(news[0])
-        if len(self.streams):
-            self.streams.publish(news[1], self.world.now_ns())
-        self.waiters.publish(events)
+        try:
+            if news[0] is None:     # what it was, nobody knows: who listens comes again with its cursor
+                self.audience.dismiss(1013)
+            else:
+                self.audience.tell(news[0])
+            if self.streams:
+                self.streams.publish(news[1], self.world.now_ns())
+            self.waiters.publish(events)
+        except Exception:           # what was asked for is done and durable
+            self.log.exception("listeners were not told")
         if self.ledger.export_problem != self._sync_told:
             self._sync_told = self.ledger.export_problem
             self._tell("sync", "sync", {"sync_state": "error" if self._sync_told else "ok", "problem": self._sync_told})
@@ -12813,15 +12837,18 @@ class Daemon:
         async def keep():
             try:
                 await self._write(lambda context: note_stream_acks(context, acks))
-            except ThrumError as error:
+            except Exception as error:          # a full or slow disk: the next ones say more
                 self.log.warning("acknowledgements were not kept: %s", error)
-        self._keeping = self.loop.create_task(keep())       # a task that nobody holds may be collected
+        task = self.loop.create_task(keep())
+        self._keeping.add(task)         # a task that nobody holds may be collected
+        task.add_done_callback(self._keeping.discard)
 
     def _heard_of(self, agent_id: str, connection: Connection) -> None:
         """Note that somebody calls: it is here, and what concerns it can be pushed over this connection."""
         now = self.world.monotonic()
         connection.agent = agent_id
-        self.ledger.seen[agent_id] = self.world.now_ns()
+        if len(self.ledger.seen) < SEEN_MAX:
+            self.ledger.seen[agent_id] = self.world.now_ns()
         if connection.reader or connection.web:
             self.audience.bind(connection, agent_id)
         if now - self._told.get(agent_id, -PRESENCE_TELL_S) >= PRESENCE_TELL_S:
@@ -12967,9 +12994,9 @@ class Daemon:
         if web and connection.person and "caller_agent_id" in method.params:
             checked.setdefault("caller_agent_id", connection.person)
         caller = checked.get("caller_agent_id") or (name == "session.start" and checked["agent_id"])
-        if caller and connection and len(self.ledger.seen) < SEEN_MAX:
+        if caller and connection:
             self._heard_of(caller, connection)
-            if not method.waits:
+            if not method.waits and len(self._acted) < SEEN_MAX:
                 self._acted.add(caller)
         try:
             while method.indexes and self.ledger.unindexed:
@@ -13097,7 +13124,7 @@ class Daemon:
                 head = await asyncio.wait_for(_receive(reader, buffer, lambda: decode_head(buffer)), HANDSHAKE_S)
                 if not head:
                     return
-                head_only, keeps = head.method == "HEAD", head.keeps
+                connection.busy, head_only, keeps = True, head.method == "HEAD", head.keeps
                 self._admit(head)
                 work = self._socket_at(head)
                 if work:
@@ -13105,6 +13132,7 @@ class Daemon:
                     connection.outbox.write(accept_upgrade(head))
                     self._opening.pop(connection, None)
                     connection.upgrade(limit)
+                    connection.busy = False
                     return await self._serve_socket(connection, reader, bytes(buffer), serve(head))
                 body = await self._receive_body(connection, head, reader, buffer)
                 self._opening.pop(connection, None)
@@ -13113,6 +13141,7 @@ class Daemon:
                 status, headers, body, keeps = error.http, {**error.headers, "Content-Type": TEXT_TYPE}, f"{error}\n".encode(), False
             headers = {**SECURITY_HEADERS, **headers, "Connection": "keep-alive" if keeps else "close"}
             await connection.outbox.send(encode_response(status, headers, body, head_only=head_only))
+            connection.busy, connection.since = False, self.world.monotonic()
 
     async def _receive_body(self, connection: WebConnection, head, reader, buffer: bytearray) -> bytes:
         if head.length > BODY_MAX:
@@ -13193,7 +13222,7 @@ class Daemon:
         if head.path.startswith("/api/"):
             return await self._respond_api(head, body, connection)
         _only(head, "GET", "HEAD")
-        if head.path == "/" and self.token and "link" in head.query:
+        if head.path == "/" and self.token and "link" in head.query and head.method == "GET":      # a preview does not use it up
             if self._links.pop(head.query["link"], 0) < self.world.monotonic():
                 raise HttpError(401)
             return 303, {"Location": "/", "Set-Cookie": f"{self._cookie_name()}={self._cookie()}; Path=/; HttpOnly; SameSite=Strict"}, b""
@@ -13280,12 +13309,17 @@ class Daemon:
             aside = set()
 
             async def answer(calls):
+                connection.busy += 1
                 try:
                     reply = await self._answer(calls, connection)
                     if reply:
                         await connection.answer(reply)
                 except ConnectionError:     # nobody waits for it; what it has sent before it went is done all the same
                     pass
+                finally:
+                    connection.busy -= 1
+                if self.stopping.is_set() and not connection.busy:
+                    connection.close(1001)
 
             def answered(task):
                 aside.discard(task)
@@ -13293,16 +13327,12 @@ class Daemon:
                     self._work_ended(connection, task)
             try:
                 while (came := await inbox.get()) is not None:
-                    connection.busy = True
                     calls = decode_request(came[1])
                     if len(aside) < ASIDE_MAX and any(call.method in METHODS and METHODS[call.method].takes_long() for call in calls[0]):
                         aside.add(task := self.loop.create_task(answer(calls)))
                         task.add_done_callback(answered)
                     else:
                         await answer(calls)
-                    connection.busy = False
-                    if self.stopping.is_set():
-                        connection.close(1001)
                 if aside:
                     await asyncio.wait(aside)
             finally:
@@ -13324,11 +13354,12 @@ class Daemon:
                     await outbox.writer.drain()
 
             async def wait(seconds: float | None) -> None:
+                timer = seconds is not None and self.loop.call_later(seconds, woken.set)
                 try:
-                    await asyncio.wait_for(woken.wait(), seconds)
-                except asyncio.TimeoutError:
-                    pass
-                woken.clear()
+                    await woken.wait()      # wait_for() of Python 3.9 to 3.11 may swallow a cancellation
+                finally:
+                    timer and timer.cancel()
+                    woken.clear()
             stream = self.streams.open(head.query.get("instance_id", ""), self.world.now_ns(), send, connection.close, woken.set)
             serving = self.loop.create_task(serve_stream(
                 stream, lambda handler, params: self._read(handler, params), drained, wait, self.world.now_ns))
