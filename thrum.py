@@ -5698,15 +5698,16 @@ TOLD_TOGETHER = 16              # notes that a connection gets with one write, w
 THREADS_TOLD = 100              # threads of one batch whose counts are told: who has read more at once, asks
 SUBSCRIPTION_TOPICS = {                      # what one can subscribe to beside messages, and the events that are told as they are
     "agents": ("agent.register", "agent.cleanup", "agent.session.start", "agent.session.end", "session.update", "agent.update"),
-    "messages": ("message.delete", "message.remove", "purge.executed", "thread.create"),
+    "messages": ("message.delete", "message.remove", "purge.executed", "thread.create", "agent.cleanup"),     # it takes its mail along
     "receipts": ("message.receipt", "message.route"),
-    "claims": ("claim.take", "claim.renew", "claim.release", "claim.lapse"),
+    "claims": ("claim.take", "claim.renew", "claim.release", "claim.lapse", "agent.cleanup"),
     "groups": ("group.create", "group.update", "group.delete", "group.member.add", "group.member.remove"),
     "presence": (), "work": (), "tasks": (), "sync": (),       # no events: `notification.presence` and so on
 }
 DOERS = ("created_by", "updated_by", "deleted_by", "added_by", "removed_by")    # fields of events that say whose doing they are
 INTERNAL_FIELDS = frozenset(("event_id", "v", "origin_daemon", "sequence"))     # of an event, which are nothing to a listener
-TOPIC_OF = {kind: topic for topic, kinds in SUBSCRIPTION_TOPICS.items() for kind in kinds}
+TOPICS_OF = {kind: tuple(topic for topic, kinds in SUBSCRIPTION_TOPICS.items() if kind in kinds)
+             for kinds in SUBSCRIPTION_TOPICS.values() for kind in kinds}
 # The same with the messages themselves: what a client that was away asks for.  The last three leave nothing to be asked for.
 EVENT_TOPICS = {**SUBSCRIPTION_TOPICS, "messages": ("message.create", "message.edit", *SUBSCRIPTION_TOPICS["messages"])}
 SUBSCRIPTION_CHANGES = frozenset((
@@ -5834,9 +5835,9 @@ class Subscriptions:
                 if row["id"] not in self._rows:
                     self._add(row)
 
-    def to_topic(self, topic: str) -> list:
-        """The agents with a subscription to a topic that have a connection.  Any thread may ask."""
-        found = list(self._found_by.get(("topic", topic), {}).values())
+    def to_topics(self, *topics) -> list:
+        """The agents with a subscription to one of some topics that have a connection.  Any thread may ask."""
+        found = [row for topic in topics for row in list(self._found_by.get(("topic", topic), {}).values())]
         return list(dict.fromkeys(row["agent_id"] for row in found if row["agent_id"] in self.listening))
 
     def matching(self, refs: list, scopes: list) -> dict:
@@ -5860,7 +5861,7 @@ class Subscriptions:
         def tell_receipts():
             if receipts:
                 told = {**told_of(store, *receipts[-1]), "message_ids": [one["message_id"] for _, one in receipts]}
-                notes.append(_plain_note(told, self.to_topic("receipts")))
+                notes.append(_plain_note(told, self.to_topics("receipts")))
                 receipts.clear()
 
         for seq, event in events:
@@ -5875,18 +5876,20 @@ class Subscriptions:
             if receipts and not (kind == "message.receipt" and len(receipts) < RECEIPTS_TOLD and all(
                     event.get(field) == receipts[0][1].get(field) for field in ("agent_id", "receipt_type"))):
                 tell_receipts()
-            topic = TOPIC_OF.get(kind)
+            topics = [topic for topic in TOPICS_OF.get(kind, ()) if ("topic", topic) in self._found_by]
             if kind in ("message.create", "message.edit"):
                 notes += self._of_message(store, seq, event)
-            elif topic and ("topic", topic) in self._found_by:
+            elif topics:
                 if kind == "message.receipt":
                     receipts.append((seq, event))
                 else:
                     row = store.message(event["message_id"]) if "message_id" in event else None
-                    notes.append(_plain_note(told_of(store, seq, event, row), self.to_topic(topic)))
+                    notes.append(_plain_note(told_of(store, seq, event, row), self.to_topics(*topics)))
+            if kind == "message.delete" and (row := store.message(event["message_id"])) and row["thread_id"]:
+                notes += self._of_thread(store, seq, row["thread_id"], self.matching(*stored_pairs(row)))
             if kind == "agent.session.end" and ("topic", "claims") in self._found_by:      # it frees what the session has claimed
                 notes += [_plain_note({"seq": seq, "type": "claim.release", "timestamp": event["timestamp"], **claim,
-                                       "reason": "session ended"}, self.to_topic("claims"))
+                                       "reason": "session ended"}, self.to_topics("claims"))
                           for claim in store.claims_freed_by(event["session_id"])]
         tell_receipts()
         for thread_id, readers in list(threads.items())[-THREADS_TOLD:]:
@@ -8853,7 +8856,7 @@ def _from_where(store: Store, params: dict, unread: bool, fallback: bool) -> tup
     """
     if params.get("epoch", store.meta("epoch")) != store.meta("epoch"):
         return -1, fallback
-    return params.get("after_seq", -1), unread
+    return min(params.get("after_seq", -1), store.reached()[0]), unread
 
 
 def _created_after(params: dict) -> int:
@@ -9142,7 +9145,7 @@ def event_wait(context: Context, params: dict) -> dict | None:
     """
     store, history, types = context.store, context.ledger.history, types_of(params.get("topics", []))
     last, epoch, since = store.reached()[0], store.meta("epoch"), _created_after(params)
-    seq, caller, found, size = max(params.get("after_seq", 0), 0), params.get("caller_agent_id", ""), [], 0
+    seq, caller, found, size = min(max(params.get("after_seq", 0), 0), last), params.get("caller_agent_id", ""), [], 0
     if params.get("epoch", epoch) != epoch:
         unread = store.page(receiver=caller, unread=True, after_seq=0, ascending=True, limit=1)["messages"] if caller else []
         seq = unread[0]["seq"] - 1 if unread else last if caller else 0
@@ -9729,7 +9732,7 @@ def task_report(context: Context, params: dict) -> dict:
 def telemetry_report(context: Context, params: dict) -> dict:
     data = _reported(params, TELEMETRY_FIELDS)
     data = {**{name: "" if kind is str else 0 for name, kind in TELEMETRY_FIELDS.items()}, "status": "running",
-            "instance_id": f"external_{data.get('pid', 0)}", **data}
+            "instance_id": params.get("caller_agent_id") or f"external_{data.get('pid', 0)}", **data}
     context.store.add_telemetry(data, context.world.now_ns())
     _tell_live(context, "telemetry", data)
     return {"status": "ok"}
@@ -11370,8 +11373,10 @@ async def unsubscribe_command(console: Console, args: Args) -> int:
     if not (number.isascii() and number.isdigit() and 0 < int(number[:20]) <= INTEGER_MAX):
         raise Usage(f"invalid subscription ID: {one_line(number)}")
     done = await console.call("unsubscribe", subscription_id=int(number), caller_agent_id=me)
-    await console.answer(done, f"✓ Subscription #{number} removed" if done["removed"] else f"✗ Failed to remove subscription #{number}")
-    return 0
+    if not done["removed"] and not args.json:
+        raise ThrumError(f"Failed to remove subscription #{number}: your session has none of that number; 'thrum subscriptions' lists them")
+    await console.answer(done, f"✓ Subscription #{number} removed")
+    return 0 if done["removed"] else 1
 
 
 async def subscriptions_command(console: Console, args: Args) -> int:
@@ -12818,7 +12823,7 @@ class Daemon:
 
     def _tell(self, topic: str, method: str, params: dict) -> None:
         """Push what is no event of the log to those who subscribed to a topic."""
-        agents = self.subscriptions.to_topic(topic)
+        agents = self.subscriptions.to_topics(topic)
         if agents:
             self.audience.tell([(notification(method, encode(params)), [(agent_id, b"") for agent_id in agents])])
 
@@ -12993,6 +12998,8 @@ class Daemon:
         checked = check_params(method, params)
         if web and connection.person and "caller_agent_id" in method.params:
             checked.setdefault("caller_agent_id", connection.person)
+        if name == "subscribe" and not checked.get("caller_agent_id"):      # to be reached over this connection, it has to be known before
+            checked["caller_agent_id"] = await self._read(caller_of, checked)
         caller = checked.get("caller_agent_id") or (name == "session.start" and checked["agent_id"])
         if caller and connection:
             self._heard_of(caller, connection)
@@ -13177,8 +13184,11 @@ class Daemon:
         if (foreign or (site not in ("none", "same-origin") and not visits)) and not proven:
             raise HttpError(403)
         if self.token and not proven and (head.upgrades or head.path != "/" or "link" not in head.query):
-            if not hmac.compare_digest(_cookie(head, self._cookie_name()).encode(), self._cookie().encode()):
+            if not self._has_cookie(head):
                 raise HttpError(401)
+
+    def _has_cookie(self, head) -> bool:
+        return hmac.compare_digest(_cookie(head, self._cookie_name()).encode(), self._cookie().encode())
 
     def _cookie_name(self) -> str:
         return f"thrum_{self.port}"     # cookies are shared by the ports of a host
@@ -13224,6 +13234,8 @@ class Daemon:
         _only(head, "GET", "HEAD")
         if head.path == "/" and self.token and "link" in head.query and head.method == "GET":      # a preview does not use it up
             if self._links.pop(head.query["link"], 0) < self.world.monotonic():
+                if self._has_cookie(head):
+                    return 303, {"Location": "/"}, b""
                 raise HttpError(401)
             return 303, {"Location": "/", "Set-Cookie": f"{self._cookie_name()}={self._cookie()}; Path=/; HttpOnly; SameSite=Strict"}, b""
         found = self.pages.get(head.path) or (None if head.path.startswith("/assets/") else self.pages.get("/"))
@@ -14167,7 +14179,7 @@ hctOuG2/vuqE7soxUr8nXW81J9Zs3ZPuPKO76R3AbaXbnnTZ7rbrSdetrtuzy9u1h3B7pi2Xqha0Memx
 5uFwENZ5P3nzD8vAfKRh+z5ibCaEtgnt9Z0LICSCiDqmFNt39ZdNSKUKFSDFKRZpSFEAGV62Q4fabd91fJ3dnt8mePug7b/WqbU/znm0bYDOO8jeSZqG4tIgMdDD0WvR
 PepRbzFYBybPv5F9LqqZHufm478R6SW7prRn/aZHtsOxe/CVs/5nO+p/TNv+evMfSpvysA==
 """),
-    "app.js": ("text/javascript; charset=utf-8", '"59130d62609ba204"', """
+    "app.js": ("text/javascript; charset=utf-8", '"740557269cda775d"', """
 eNqtXO9y20aS/+6nGKN8WcCmIWmTXF2RkXVeR5v4zrFTkbeclOMVIWJIIgIBBgCtcGVW7ad7gPt893L7JNe/7pnBDEg5yda5tjbE/Onp6en/06OjI/V6qdU6W2hVz1W3
 bDarsbpZ1qpo1VI3eqSyKqeGrKNOvVVttlVdrXQ2W6qaWpqRKov3Or13dET/U68qrd7oq4t6dq27VKmn8043MnpWV5WeMRhZry0WVauKaqTazVU7a4or3cpydVVuMa5S
 WXvdqnndCAZFp8psdk2j2pr6qaUiHIpqgaXnWVm26kp3N1pXE5Wp9aZdAt9Whrb1SvNgtcxawmZl9gZ82myl1c8b3XZFXamrhkYRZtjAdLZp2rqZgh4YWW1WV7SjosKS
@@ -14202,41 +14214,41 @@ uuRt0rapycLGdJKwp6Rw2rYQQ98uaTs5sqi4p+myqxZeHVl5Ere6EhVB9Gw4wkGKlbMYkkNFTE6CSji3
 RkK9uMreF4uMXICUIoTrljThoIWoyndasSj9xxD5xwUOkBeCxuQfcZClxokfVBgOHeDy3KSG2ReG+mDK9LHIRE0sP/qRgVnDP38HF2dPLWMOKkii6nUxa8fqbfQwerf7
 lZgAPH+UlZwPUPoX4qX2iBiC9j4IBl3ouynLiTfZok9scv+ItEJGm36vLXvcAWtPWlS4M5mcMmze3YJ48xLRv5Bw54Kjnnp9RLXzcz9P+TozVer1EmEJMaa7BRO+QtIH
 vAhTMzL3AHzxQ/wsPgnzZqauNg2xWtEym9o7T+FQcsbrJpd0ftY0BVlRx6R7iSROHMBY2rRF7zOyCWW9YpAkzcImcIZsvZc1YA/j4AyTE4hEXQ07GzKF7wHVBGSAzf5F
-7MdpytpdDDbL2tOjU2hxX/B2r/mdOxTrNAsQz2tBbiZlRowbva6bzmjjA9tZbxpkJH7Rsw2nmfZxNeBhOUgQ98EeAkoOg66QghMXgu8VX83tFi2b2YNJ4UhctlpXl9kA
-5tFfYx79wfDqh1mZFavkx/TDX2/q5vqBYXwsnZjFxKnN42Q/X2xZ0mZtsTX4FAirl/VNFeRn7759VkWuHtMhms8RXw9CGvjCfMzmR67lkdSl9mXdFH+rK+lRd1xt4wqd
-sEREh2S5cDFfkRfi69HPiakzIOHAPTe7gZA7iBQpOpwRfpLHXmlaFyQa28Slyyr5e6N1fTHzTYItYcjMXsyd3AIONK6rAV+CsrFJ79yD0SJd8KUxMYx8xhUWbIVgVXDJ
-jYSCl7sXO1V0fbkD0o5yHw8FgXtvFm8T/sQdNVvRMhcfNaffQb0Um07h7sg4k/2xPXwHS+pC2NhIo9VzRqAwgAWGd+TrBM+DMayr84Lkxqnt93WRy2K+CHHDZo17jX0x
-PyRTsoQgLTT2Y1u7HZfM9LJcw6WtphnMcIG2t20ewqj8ZS1ry8GPGP7HFAvTyYYPwcG0+mek03AdyhBZzFzy6R1Fyes4toK0Y4ytDqWp4bHs7U2QZKEj5yJA32WYgn3g
-UpYQklUBn90Y/TNF5CdJMrKGHbtVYwHoFJ+3U3vNTXyp+/R2O0LMw4lptk+lqZNhzw27NizMXosFGxBrTho8H3iflhplwY7mLVI6l23xN/LkUCyzC9JrzuRaGORIlzpm
-uJbjWl8iBLEgjWcdVhl84MLFny+0PxXM5cvrNXrDdhst/7M3wihGN8Qum2Zd/PgkOTNlEjnZBb48jwa4x4c2JYZQAHZ1l5WDo3vqVTkZ9WTTIhOpWZium02lpyOnbZlO
-Jsdm0gcU6y6grFYc3V6R8VLiEuQEPKu4yic4csuavCJ0XUUYzrSfHN9U7jPkjJVLv19oZ+Ph1ZLvQPIw1AJSYhS7zt4P/e2MxmjiuMbKYExn2V2y/0WGLGtxSe5xo621
-6n1GqDCPMfgGzOMacpy8M1JPvLqqRw5aEgi/lZqJr9SYD3x2FzqeDViKBHrAY7ZW5rbXxaKB7nuyQYcb+7o66U/OoeHn2z1Y0AID0cNBplme+yB7LdwfZUiYAd72FtM4
-9MzAp970s8PCBNXniBDK4lBeXQIz0J68kncdYTOCRO3Eng97sgNtf623rOstvU0d0X3QAuRlsnry2zXFyp6xyUMJcM/DFWkWwTKG1RYDebazP0KscQe7vPXObEyu3e5d
-srcEe1tOW0PwJJy2PocsBEEYCYEF+7weCB6SOtXH7OGQJ0OT6GnDJ6eBBk0GXPFPmBKR5rFfQiToHnE3rjhOdr8iev8vEhau8U+aiJ1VgoPz4QDFHN4nnxiYfE/yhS91
-l+vfY1UCU7Sv2kNdDvK7mo3ezhLjIM3qEpaBWrGBhxdWJ3ewlrdf/1rbo7DEK7g8oKjMDgi0dhjj5v1SKpTzfeB9cMp4kbe5cW7mbsg6FRcw7AMZDUMrBxRfaX9XPLg3
-BepMBh9hbkh5ovFk3pCJj9HwG3CFqHM0csrnlnLNsanaZI/IX5tHQLP6A8BlRfsigyAcHJC6vfaJG7OknwQy7Mw9Hkh8fwwCuvF/ZsWL4qpEHOnuvAmhomp10/2JZYLp
-IoVLAUc4m+dRlmnKxVMvAAZmLWIejjzCckOKGHWP03YDSyJDRY8lXB/6Ut+00hzEGcx8Re5EwBOUIpdST088BgJBAnBm2YEB7au0yhZ8OOu8CxzIP9cNQZKYlgwD7rWR
-XTcXsQ3ukqvtSG2qknbcV1eTH4n8XyF+Y2O9QzF3h00Xa6wvTgPXiGvkyXmS0vEfyD8oKJJuvtbFYtmFYeJHFU7gKg7X9Lyxg5Q0BPooQ6cHnJzDE8KT2B2KD9763yP1
-8YV7k/AuhdcaJ29P3g1tuvMnbBq41/LxbzSbJ7jaHhoDASGtBrSQHtmmx9y7dxkgnt6Z/Jcgvqhp7b7ScuzMmkCSRw5efdve8RmQ/iQuwfvoJFv1Eo4fxn/Ry7p/psJx
-DxdSbvGe5uANldzoovBMRUuS6lrupCAPmVxVwm1NI0vDnavvN0oONw7ZSF1J0J/5Fp+teeACqIwd3SfULA5vMP5JMNrWrH9jYwSO/kg4CwoJN3mBHObE5LIkEFzgw8V3
-aOHagXrTHbqHFaeoqW+Cau3QN7PZOeI1iu26Uuc8IcyMOMcpZEnSQtEoiDmM92QEv2bBF59lXlQ5AaS9t3W1M/VV+H34LtMWuAGGvUjA71QmefcxFrxx9eTKXhbwqj5Q
-20xjSuSYzd7Y65WB/DPtDURQ7m4O4tXcWRCPmLgs4zcgliZ2uGTP39nFUEsxUt6SsVRXALWrhqLKGSmTCGVZyHJu6ZhRnjX99we3fRk/z0520+A6ihEwVovY6zMpjZfW
-tsQt9/FIfZqkP9UFyQ7xfbLjRIIdY2Y+Vp/u1IosMCrnpaefMaxY9dw2jxTZplty+NaTAg1eun3m3T7KEBim1DY799lUPYgLIQK95toMaokcGKYCmtK8wLIRrVd781H7
-6+bnxXtAQJtTEva2FtvlSz9LaEGcYm25kQ0G0xIjNf3Hf/03UfAAa9DpjGx9/L458KVjlTXXnJvsL23W5fayq8EE/DtSkrG3AyTQNGomkszvcIygToOutuCEm6boiFa4
-5PI56cBowlxA8Z4pPnSD2lm97tnZCRr4V1iZOZnf8yyaerOO7uR5YkyehftvaZ72MeefalJWWeVRiL2WwQHiJQSd4YgP3mkJwxG9GPRvuMhTsb3tuiy6OPqxipJ+ZP+2
-KwyTpOjpjtqtC7JayLBaL0Z6DxVMuT5URp3/QkyUs76IODKz+UQw8cCTRQXgAHxfdhXm1k2d2IYteQiqqxcLMgEBtB7dwAfA/DNva+AG/oAXGQ2mDnZjPIX7BMM6UQZz
-yLd5JyZTXWUCB3qQAedy+4M9qedB8rhNxjN34ackJwLxRDMLOPUmgaKUcWXBo8y160jecRl5HzEGou0QeG0q3AlKNa4URmVbqUaTqyLzslLekHAphPFt1hwMsc1eZUXp
-HtSGl8QuwghDamM7s9bTkzbb4L0xoIkHajqCFB1x94l5TRV27DiVaxunfFJjVBG6RrkN9FUGEBpq9IQlmXt8Rd7bnZPjY9IrVkrd40MhU2IJ/GgPcy40zravQdl4YH76
-diaXA2qf8higtO/4wa187BJ5uc0ajn9F+5ezuLy1jh+/E5WL2ZXmZ8ZjUn7+Sxm8KtU53696Hr2pVPM9ehkYFOt6WR0DnT1Mz+fni2Tr8Bck9ptcX9bzOWr9pP4Dnr+Z
-7IEj/5gTheGFwwt+AYuLqxE5kzMtpYz2fmjJEtfaN7fmba0JDt1ltr8lKTb88CGocz5w3ReU/Hs4Giodunbcjfrk7+d4muSR8JF79xsUsHqbtff88DW8x2n9LQaXnp4G
-pLeOqeVpsVT2ix00Fz9yva/MCy8GvDt/qeHCkL6swH95dudJ2ZYAZVNms4fyrzi7Mg1JPcM0vwfCfR+CH8hL7csgGHKU+oJCG/dxph6fkLCdBJd6FuahN1TSJ9EyryNO
-hOD7jI41CUCZbR2GZTp/MzBI2x2BsUHL6NOzwTdXmdvcClIqQZSM92XBIzCLl58q74c+ZgW2hwFp73Dezp7p1ItX+2fhbo+xZdTeqBhe3GPPM/8lgREueSU1HIpcwPNq
-jhfVW9/TbnQP9wAjImPIK31h/xpAP9kW6wyfNjPQs76YRwgMmrvynn6Q7ZMd0soWSX5kzIUj6IrkWTBeMPNudnjMPPWL7fEHCE4HvgJ2ZV0Fs0dnAQ+FCHvxxN6kwYSG
-PF/24XnYdVGJ3uHST44JpcSSX0rLGMzAXaAlhbeFvJY7vI+cxpntLITLuPaTG2abpgGSKF1xaR+x3XyPC/occNEEDgpReVgQ5VRbfrzf6VU7QkWQ3L5Jw1kvWfsFtA9u
-eYxj+we3mL0Lm42PE7USCFFAoeT1q4cDHVzX/hpF3vqa+6rJqtk+VtLcn5R82xVHvFl72KRh9aV54EBT8clPA70hXEuGTv4RJX7oJQPqiiQdyPu5hHVWNAc8Xzj9wG3K
-P2wyyXfhjJeO+Sk6E84l7AVgamyugDgpDto5D/2O4+dB4qHzz8DvxpzQ22LfkiUX2Z8ObzHa4B0nHAK/gpXt7scq3+9+A7L31tF3JeFYxP0Se/5pn8v2Q4HQNfVe3ZpH
-QO5h5ORAlZ3LxmNt8ipRYI8qQPxJHPL/gF6YYx0GfYfrI80F8Z5P5bZEMeU5XjEiKtQVjY3eF21xVVBEvBUujcSppUn7Y+uKra0bsf8MZUA7qBTzekO8mpH9UxCWENGn
-+AsG0L+R+xM9n01Ub0/lfXtPzHv/B2QDl2k=
+7MdpytpdDDbL2tOjU2hxX/B2r/mdOxTrNAsQz2tBbiZlRowbva6bzmjjA9tZbxpkJH7Rsw3STOF2mB84yqs2a0sjfx9maVgVEtL9JQ8tSM6ErpCeE/eC7xxfze32LQva
+Q0vhZFy2WleXWefSLkd/jXngB8PCH2ZlVqySH9MPf72pm+sHRh6wamLWEV83j5P9NLLlVJvMxa7gaiDaXtY3VZC2vftSWhW5ekxnaz5HfGsIIeF79DFbJbmtR66X2pd1
+U/ytrqRH3XHjjZt1whKBHnLowtx8c16IC0g/J6b8gGQG19/sHUIcIWmk/3A8+EmOfKVpXZBobPOZLtnk743W9aXPtxS2siEzezFXdQv41bjFBnyJ1cYm63MPtoxUxJfG
+8jDyGRdesHGCscHdN/IMXkpfzFfR9VUQyEbKNT30Bq7DWepNVBR31GwlztyH1JyVB/VSbDqFFyTjTFLI9vDVLGkR4WAjpFb9GTnDAJYj3pGvKjzHxnCtzgsSJ6fN39dF
+Lov50sMNmzWuO/al/5A4yRKCtNDYD3ntdlyO00t+DZe2Cmgww8Xf3rZ5CKPyl7WsLQc/Yvgf0zdMJxtVBAfT6p+RZcMtKUNkMXM5qXcUPK/j2ArSjjG2qpWmhseytzdB
+koWOfI4AfZd4CvaBu1pCSFYFfPZu9M8UqJ8kycjae+xWjQWg03neTu3tN/Gl7rPe7QihEOer2WyVpnyGHTrs2rAwOzMWbECsOSn2fOCUWmqUBfuft8j0XLbF38jBQw3N
+Lsi6OUtsYZB/XeqY4VqOa32JEMSC7J71Y2XwgXsYf77Q/lQwly+v1+gN220U/M/eCKMY3RC7bJp18eOT5MxUT+RkEvhOPRrgHh/alNhHAdjVXVYOju6pV/xk1JPNlkyk
+lGG6bjaVno6ctmU6mdSbySpQCLyAslpx0HtFdkuJp5AT8Kzi4p/gyC1r8orQdRVhONN+znxTuc+QM1YuK3+hnemHs0suBcnDUAtI5VHsOnv39LczGqOJ4xorgzGdZXfJ
+bhkZsqzF3bnHjbYEq3clocI8xuCLMY9ryAHxzkg98cqtHjloSSD8VmomvlJjPvDZXeh4NmApEugBj9kSmtteF4sGuu/JBh1u7OvqpD85h4afhvdgQQsMRA8HmWZ57oPs
+tXB/lCFhBnjby03j5zMDn3rTzw4LE1SfI0Ioi0N5dXnNQHvySt4thU0UErUTez7s4A60/bXesq639DblRfdBC5CXyerJb9cUK3vGJj0lwD3HV6RZBMsYVlsj5NnO/gix
+xh3s8tY7szG5drt3yd4S7G05bQ3Bkyjb+hyyEARhJAQW7PN6IHjI9VQfs4dDngxNoqcNn5wGGjQZcMU/YUpEmsd+ZZGge8TduPk42f2K6P2/SFi4xj9pInZWCQ7Oh2MT
+c3iffGJg8vXJF77UXa5/j1UJTNG+ag91OcjvSjl6O0uMg+yry2MGasUGHl60ndzBWt5+/dtuj8ISr+BOgQIyOyDQ2mHom/dLqVDO94H3MSvjRd7mxrmZuyHrVFzXsA9k
+NAytHFB8pf0V8uA6FagzGXyEuSHlicaTeUMmPkbDb8AVos7RyCmfW8qlyKaYkz0if20eAc3qDwCXFe2LDIJwcEDq9trnc8ySfm7IsDP3eCDx/TEI6Mb/mRUviqsScaS7
+CieEiqrVTfcnlgmmi9QzBRzhbJ5HWaYp11S9ABiYtYh5OPIIyw0pYtQ9TtsNLIkMFT2WcNnoS33TSnMQZzDzFbkTAU9QilwqQD3xGAgECcCZZQcGtK/SKlsH4qzzLnAg
+/1w3BEliWjIMuO5G0t3czza4Yq62I7WpStpxX3RNfiTSgoX4jY31DsXcHTZdrLG+OA1cIy6dJ+dJKsp/IP+goEi6+VoXi2UXhokfVTiBqzhc0/PGDlLSEOijDJ0ecHIO
+TwhPYncoPnjrf4/UxxfuTcK7FF5rnLw9eTe06c6fsNnhXsvHv9FsnuDGe2gMBIS0GtBCemSbHnPv3h2BeHpn8l+C+KKmtfsCzLEzawJJ3j54ZW97x2dA+pO4Mu+jk2wx
+TDh+GP9FL+v+9QrHPVxfucUzm4MXV3LRi3o0FS1Jqmu5qoI8ZHKDCbc1jSwNd67s3yg5XERkI3UlQX/mW3y25oELoDJ2dJ9Qszi8wfgnwWhbyv6NjRE4+iPhLCgk3OQF
+0pcTk8uSQHCBDxffoYVLCupNd+h6Vpyipr4JirhD38xm54jXKLbrSp3zhDAz4hynkCVJC0WjIOYw3pMR/JoFX3yWeVHlBJD23tbVzpRd4ffhK06bgAUMe7+A36lM8q5p
+LHjj6slNvizgFYOg5JnGlKhwNHtjr1cG8s+0NxBBFbw5iFdzZ0E8YuIOjZ+GWJrY4ZJUf2cXQ4nFSHlLxlJ0AdSuGooqZ6RMIlRrIcu5pWNG1db03x/c9tX9PDvZTYNb
+KkbAWC1ir8+kYl5a2xKX38cj9WmS/lQXJDvE98mOEwl2jJn5WH26UyuywCiol55+xrCQ1XPbPFJkm27J4VtPCjR4mfaZdykpQ2CYUtvs3GdTDCEuhAj0mks2qCVyYJgK
+aErzAstGtF7tzUdJsJufF+8BAW1OSdhLXGyX7wItoQVxirXlojYYTEuM1PQf//XfRMEDrEGnM7Jl8/vmwJeOVdZcc26yv8tZl9vLrgYT8O9IScbeDpBA06iZSDK/wzGC
+Og262oITbpqiI1rh7svnpAOjCXMBxXum+NANamf1umdnJ2jgX2Fl5mR+5rNoatzf3MXzxJg8C9fi0jztY84/1TXufzwKsdcyOEA8kKAzHPHBOy1hOKIXg/5pF3kqtrdd
+l0UXRz9WUdKP7J98hWGS1ELdUdJ1QVYLGVbrxUjvoToq14eCqfNfiIly1hcRR2Y2nwgmHniyKAwcgO+rscLcuikf27AlD0F19WJBJiCA1qMb+ACYf+ZtDdzAH/Aio8HU
+wW6Mp3CfYFgnymAO+TbPx2SqK1jgQA8y4Fxuf7An9TxI3rzJeOYu/JTkRCCeaGYBp94kUJQyrix4lLmNHcnzLiPvI8ZAtB0Cr02F60Ap0pV6qWwrRWpyVWQeXMrTEq6Q
+ML7NmoMhttmrrCjdO9vw7thFGGFIbWxn1np60mYbvKcHNPFAqUeQoiPuPjGPrMKOHadybeOUT2qM4kLXKLeBvsoAQkONnrAkc4+vyHu7c3J8THrFSql7kyhkSiyBH+1h
+zvXH2fY1KBsPzE/fzuRyQO0LHwOU9h0/uJWPXSIPulnD8a9o/3IWl7fW8ePno3Ixu9L8+nhMys9/QIPHpjrn+1XPozcFbL5HLwODGl4vq2Ogs4fp+fx8kWwd/oLEfpPr
+y3o+RwmglIXA8zeTPXDkH3OiMLxweMEPY3FxNSJncqalwtHeDy1Z4lr7FNc8uTXBobvM9rckNYgfPgTlzweu+4KXAB6OhkqHrh13oz75+zleLHkkfOSeAwd1rd5m7RU/
+fA3vzVp/i8EVqacB6a1janlaLJX9YgfNxY9cBizzwosB785fSrswpK8o8B+k3XlStiVA2VTf7KH8K86uTENSzzDN74Fw34fgB/JSEjMIhhylvqDQxn2cqccnJGwnwaWe
+hXnoaZX0SbTM64gTIfg+o2NNAlBmW4dhmc7fDAzSdkdgbNAy+vRs8M3F5za3gpRKECXj2VnwNszi5afK+6GPWYHtYUDaO5y3s2c69eLV/rW422NsGbU3KoYX99jzzH9g
+YIRLHk8NhyIX8Lya46H11ve0G93DPcCIyBjySl/YPxLQT7Z1OsMXzwz0rK/jEQKD5q6ypx9k+2SHtLJFkt8ec+EIuiJ5LYyHzbybHd44T/0afPxdgtOBr4BdWVfB7NFZ
+wEMhwl48sTdpMKEhz5d9eB52XVSid7gilGNCqbzkB9QyBjNwF2hJ4W0hr+UO7yOncWY7C+EyLgnlhtmmaYAkSldc2kdsN9/jgj4HXDSBg/pUHhZEOdWW3/R3etWOUBEk
+t2/ScNZL1n5d7YNbHuPY/sEtZu/CZuPjRK0EQhRQKHkU6+FAB9e1v0aRt77mvmqyaraPlTT3JyXfdsURb9YeNmlYfWnePdBUfPKLQW8I15Khk39EiR96yYC6IkkH8n4u
+YZ0VzQHPF04/cJvyD5tM8l0446VjforOhHMJewGYGpsrIE6Kg3bOQ7/j+HmQeOj8M/C7MSf0tti3ZMlF9qfDE402eN4Jh8AvbGW7+7GC+Lufhuw9gfRdSTgWcb/Enn/a
+57L9UCB0Tb3HuOZtkHsvOTlQZeey8VibvErU3aMKEH8ph/w/oBfmWIdB3+HSSHNBvOdTuS1RTHmOx42ICnVFY6P3RVtcFRQRb4VLI3FqadL+2Lpia+tG7L9OGdAOKsU8
+6hCvZmT/QoQlRPQp/rAB9G/k/nLPZxPV21N59t4T897/AQS9nuw=
 """),
     "icon.svg": ("image/svg+xml; charset=utf-8", '"e0be07126f94f680"', """
 eNpdz8EOgjAMANC7X9HUs2xjRIlhHLz7EQhjW5xAxtz4fEdUEk3apH1p2rSag4LlYYdZoPZ+OhMSY8wiz0anSE4pJWkCIRgZL+MikAIFnqfAunKy9RBN57XABKClUdq/

@@ -114,13 +114,13 @@ class Wire:
             assert "id" not in message, message
             name = message["method"][len("notification."):]
             if not methods or name in methods:
-                return {"method": name, **message["params"]}
+                return {**message["params"], "method": name}
 
     def pushes(self):
         """What has been pushed up to now: everything before the reply to a call."""
         self.call("health")
         found, self.ready = self.ready, []
-        return [{"method": message["method"][len("notification."):], **message["params"]} for message in found]
+        return [{**message["params"], "method": message["method"][len("notification."):]} for message in found]
 
     def join(self, name, **subscription):
         """Become a person with a session; what `subscribe` answers, if something is to be subscribed to."""
