@@ -5778,7 +5778,7 @@ class Subscriptions:
             if not self._rows or not self.listening:
                 continue
             if kind == "message.receipt" and (row := store.message(event["message_id"])) and row["thread_id"]:
-                threads.setdefault(row["thread_id"], {})[event["agent_id"]] = seq
+                threads.setdefault(row["thread_id"], {})[event["agent_id"]] = None
             if receipts and not (kind == "message.receipt" and len(receipts) < RECEIPTS_TOLD and all(
                     event.get(field) == receipts[0][1].get(field) for field in ("agent_id", "receipt_type"))):
                 tell_receipts()
@@ -5793,7 +5793,7 @@ class Subscriptions:
         tell_receipts()
         for thread_id, readers in list(threads.items())[-THREADS_TOLD:]:
             newest = store.newest_of(thread_id)
-            notes += self._of_thread(store, max(readers.values()), thread_id, {
+            notes += self._of_thread(store, events[-1][0], thread_id, {     # of the last event: the numbers on a connection rise
                 **(self.matching(newest) if newest else {}), **{one: None for one in readers if self._hears(one)}})
         return notes
 
