@@ -16,7 +16,7 @@ machines on a branch of its own.  Read from the top: a section uses only those a
     9  Store         the one place that speaks SQL
    10  Ledger        the one way to change anything
    11  Work          what agents are doing: git state, claims, conflicts, why
-   12  Routing       who is told what: waiting, subscriptions, notifications
+   12  Routing       who is told what: waiting, subscriptions, thread streams
    13  Sync          the branch that carries the log
    14  JSON-RPC      lines in, calls out (JSON-RPC 2.0)
    15  HTTP          requests in, responses out (RFC 9112, as much as a browser needs)
@@ -40,7 +40,7 @@ import os
 import sys
 import time
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = [
     "main", "connect", "read_log", "World", "ThrumError", "InvalidParams", "Unreachable",
     "decode_request", "Lines", "decode_head", "WebSocket",
@@ -346,6 +346,11 @@ class Record:
 
     def __repr__(self):
         return f"{type(self).__name__}({', '.join(f'{k}={self.__dict__[k]!r}' for k in self._fields)})"
+
+
+def compact(**fields) -> dict:
+    """The fields that say something: without None, "", empty lists and objects."""
+    return {k: v for k, v in fields.items() if v not in (None, "", [], {})}
 
 
 def encode(value) -> bytes:
@@ -1624,6 +1629,7 @@ def file_stem_or_refuse(agent_id: str) -> None:
 JOURNAL_FILE_MAX = 8 << 20      # bytes: the last file is read whole at each start
 BRANCH_FILE_MAX = 256 << 10     # bytes: each commit stores a changed file whole
 BAD_LINES_MAX = 4 << 20         # bytes of damaged lines kept for a look
+MARK_EVERY = 256                # lines between two of which a reader remembers where they are: it reads at most so many in vain
 
 
 def read_lines(path: str, offset: int = 0):
@@ -1841,6 +1847,51 @@ class Journal:
         if header.get("first") != first or type(header.get("epoch")) is not str:
             raise ValueError(f"{self._path(first)} has no valid first line")
         return header
+
+
+class History:
+    """A journal as other threads read it than the one that writes it.
+
+    A file only grows, or gives way to one with the same numbers in which some lines are empty.  So a place that is remembered
+    is right for as long as the same line is found there.
+    """
+
+    def __init__(self, journal: Journal):
+        self.journal = journal
+        self._marks = {}        # sequence -> (offset in its file, hash of its line)
+
+    def read(self, after: int, last: int):
+        """Pairs of sequence and line for the events later than `after`, up to `last`, which must have been reached before."""
+        firsts = self.journal.firsts()
+        for first, following in zip(firsts, [*firsts[1:], FAR]):
+            if following <= after + 1:
+                continue
+            if first > last:
+                return
+            with open(self.journal._path(first), "rb") as file:
+                sequence = self._seek(file, first, after + 1)
+                offset = file.tell()
+                for line in file:
+                    if sequence > last:
+                        return
+                    if sequence % MARK_EVERY == 0 and len(line) > 1:
+                        self._marks[sequence] = offset, hash(line)
+                    if sequence > after:
+                        yield sequence, line[:-1]
+                    sequence, offset = sequence + 1, offset + len(line)
+
+    def _seek(self, file, first: int, wanted: int) -> int:
+        """Go to the last place that is known at or before an event in a file; the sequence of the line there."""
+        for sequence in range(wanted - wanted % MARK_EVERY, first, -MARK_EVERY):
+            offset, mark = self._marks.get(sequence, (0, 0))
+            if offset:
+                file.seek(offset)
+                if hash(file.readline()) == mark:
+                    file.seek(offset)
+                    return sequence
+        file.seek(0)
+        file.readline()         # the header
+        return first
 
 
 def stem_of(event: dict, author: str | None) -> str:
@@ -2580,6 +2631,11 @@ class Store:
         """The open claims, the first grant first, with those whose time has passed."""
         return self.rows(f"{_CLAIMS} c.open order by c.granted_at, c.grant_event")
 
+    def claims_freed_by(self, session_id: str) -> list:
+        """The claims that a session had when it ended: {claim_id, agent_id, path}."""
+        return self.rows("select c.claim_id, a.agent_id, c.path from claims c join agents a using(agent) where c.session_id = ? and "
+                         "c.released_at is null and c.superseded_by is null order by c.claim_id", session_id)
+
     def claim(self, claim_id: str) -> dict | None:
         return self.row(f"{_CLAIMS} c.claim_id = ?", claim_id)
 
@@ -2614,6 +2670,10 @@ class Store:
         since = self.value("select min(registered_at) from agents where role = ? and kind = 'agent'", role)
         return since and {"group_id": "grp_role_" + role, "name": role, "description": f"All agents of the role {role}",
                           "created_by": "system", "created_at": since}
+
+    def group_name(self, group_id: str) -> str:
+        """What a group is called, or was before it was deleted."""
+        return self.value("select name from groups where group_id = ?", group_id, default="")
 
     def group(self, name: str) -> dict | None:
         """The group of that name; of several, the first created."""
@@ -2728,6 +2788,11 @@ class Store:
         """One message with everything known of it."""
         return self.row(f"{_MESSAGES} message_id = ?",
                         message_id)
+
+    def messages(self, message_ids: list) -> dict:
+        """Some messages (at most STORE_BATCH), by id."""
+        marks = ", ".join("?" * len(message_ids))
+        return {row["message_id"]: row for row in self.rows(f"{_MESSAGES} message_id in ({marks})", *message_ids)}
 
     def message_by_key(self, agent_id: str, send_key: str, daemon: str = "") -> dict | None:
         """The message that a send with this key has made before, at a daemon or any."""
@@ -3055,6 +3120,11 @@ class Store:
         return (f"(exists(select 1 from deliveries d where d.agent = ? and d.at = m.at and d.seq = m.seq) or {named})",
                 [self.key_of(to), to])
 
+    def went_to(self, message: dict, to: str) -> bool:
+        """Whether a message went to an agent, role or group of that name, or to `everyone`."""
+        mentions, groups = audience_of(*stored_pairs(message))
+        return to in (*mentions, *groups) or (message["wide"] == 2 if to == EVERYONE else self.key_of(to) in _keys(message["delivered"]))
+
     def once(self, key: str, change):
         """What `change()` returns; with a key, what it returned the first time.  The latest REPLIES_MAX are kept."""
         if not key:
@@ -3066,6 +3136,10 @@ class Store:
         self.db.execute("insert into replies(key, reply) values(?, ?)", (key, canonical(reply).decode()))
         self.db.execute("delete from replies where id <= last_insert_rowid() - ?", (REPLIES_MAX,))
         return reply
+
+    def first_since(self, ns: int) -> int:
+        """The number of the first event that was made at a time or later, as the ids say; FAR without one."""
+        return self.value("select min(seq) from events where event_id >= ?", "evt_" + crockford(ns // 1_000_000 << 80, 26), default=FAR)
 
     def known_events(self, event_ids: list) -> set:
         """Those of some event ids (at most STORE_BATCH) that were applied before."""
@@ -3191,7 +3265,8 @@ class Store:
                 places[seq] = passed + 1
             passed, end = passed + 1, seq
         cursor.close()          # one that is not at its end would keep its snapshot
-        cursor = self.db.execute(f"{_MESSAGES} m.seq in ({_text(places)}) order by m.seq")
+        cursor = self.db.execute(f"{_MESSAGES} m.{where} and m.seq > ? and m.seq <= ? and m.deleted_at is null order by m.seq",
+                                 (value, after, max(places, default=0)))
         names = [c[0] for c in cursor.description]
         for values in cursor:
             row = dict(zip(names, values))
@@ -3204,10 +3279,9 @@ class Store:
         left = self.value(f"select count(*) from messages where {where} and seq > ?", value, end) if more else 0
         return {"rows": found, "passed": passed, "after": end, "left": left, "more": more}
 
-    def messages_at(self, seqs: list) -> list:
-        """Those of some journal sequences that are messages, in order."""
-        self.flush()
-        return self.rows(f"{_MESSAGES} m.seq in ({_text(seqs)}) order by m.seq")
+    def message_at(self, seq: int) -> dict | None:
+        """The message with a sequence of the journal."""
+        return self.row(f"{_MESSAGES} m.seq = ?", seq)
 
     def askers(self, message_ids: list) -> dict:
         """Who asked: message id -> author, of those that are questions."""
@@ -3276,7 +3350,7 @@ class Store:
     def add_telemetry(self, data: dict, ns: int) -> None:
         """Keep what a process reports of itself, in the place of what it has said in the same half minute."""
         instance_id, slot = data["instance_id"], ns // (TELEMETRY_SLOT_S * NS)
-        if not self.value("select 1 from telemetry where instance_id = ? limit 1", instance_id):
+        if not self.value("select 1 from telemetry where instance_id = ? and slot = ?", instance_id, slot):     # one row more
             self.db.execute("delete from telemetry where at <= ?", (self._too_old("telemetry", "at", TELEMETRY_MAX, ns),))
         self.db.execute("insert or replace into telemetry values(?, ?, ?, ?)", (instance_id, slot, ns, encode(data).decode()))
         self.db.execute("delete from telemetry where instance_id = ? and slot <= ?", (instance_id, slot - TELEMETRY_SLOTS))
@@ -4036,6 +4110,7 @@ class Ledger:
         self.generation = 0     # rises when the database was replaced: readers open it again
         self.bad_lines = BadLines(places.bad_lines)
         self.journal = Journal(places.journal, world, self.bad_lines)
+        self.history = History(self.journal)
         self.branch = Branch(places.sync)
         self.store = None
         self.rebuilt = 0        # events that the last opening of the database had to project
@@ -5619,6 +5694,7 @@ class Conflicts:
 AGENTS_MAX = 64                 # agents that are reached over one connection: a page that acts for all of a team
 PREVIEW_TOLD = 100              # characters of a message in a notification, as in the reference
 RECEIPTS_TOLD = 200             # message ids in one notification: some 10 KiB
+TOLD_TOGETHER = 16              # notes that a connection gets with one write, which costs more than all the rest: of a batch of sends
 THREADS_TOLD = 100              # threads of one batch whose counts are told: who has read more at once, asks
 SUBSCRIPTION_TOPICS = {                      # what one can subscribe to beside messages, and the events that are told as they are
     "agents": ("agent.register", "agent.cleanup", "agent.session.start", "agent.session.end", "session.update", "agent.update"),
@@ -5626,34 +5702,53 @@ SUBSCRIPTION_TOPICS = {                      # what one can subscribe to beside 
     "receipts": ("message.receipt", "message.route"),
     "claims": ("claim.take", "claim.renew", "claim.release", "claim.lapse"),
     "groups": ("group.create", "group.update", "group.delete", "group.member.add", "group.member.remove"),
-    "presence": (), "work": (), "sync": (),     # no events: `notification.presence` and so on
+    "presence": (), "work": (), "tasks": (), "sync": (),       # no events: `notification.presence` and so on
 }
+DOERS = ("created_by", "updated_by", "deleted_by", "added_by", "removed_by")    # fields of events that say whose doing they are
 INTERNAL_FIELDS = frozenset(("event_id", "v", "origin_daemon", "sequence"))     # of an event, which are nothing to a listener
 TOPIC_OF = {kind: topic for topic, kinds in SUBSCRIPTION_TOPICS.items() for kind in kinds}
+# The same with the messages themselves: what a client that was away asks for.  The last three leave nothing to be asked for.
+EVENT_TOPICS = {**SUBSCRIPTION_TOPICS, "messages": ("message.create", "message.edit", *SUBSCRIPTION_TOPICS["messages"])}
 SUBSCRIPTION_CHANGES = frozenset((
     "subscription.add", "subscription.remove", "agent.session.end", "agent.register", "agent.cleanup", "purge.executed"))
 EVERYTHING = object()           # what a subscription with `all` is found by
 
-CLAIMS, FREED = object(), object()      # what somebody waits for: that claims have changed, that some have ended
+# What somebody waits for: that claims have ended, that any have changed.
 CLAIM_ENDS = frozenset(("claim.release", "claim.lapse", "agent.session.end", "agent.cleanup"))
 CLAIM_CHANGES = CLAIM_ENDS | {"claim.take", "claim.renew"}
 
 
+def check_topics(topics) -> list:
+    """The topics that a caller names, each once; `*` alone stands for all of them.  Raises InvalidParams."""
+    for topic in () if topics == ["*"] else topics:
+        if topic not in SUBSCRIPTION_TOPICS:
+            raise InvalidParams(f"no topic {topic[:PAIR_MAX]!r}; there are {', '.join(SUBSCRIPTION_TOPICS)}, or * alone for all")
+    return list(SUBSCRIPTION_TOPICS if topics == ["*"] else dict.fromkeys(topics))
+
+
+def types_of(topics) -> frozenset:
+    """The types of the events of some topics, messages included; of all topics when none is named."""
+    return frozenset(kind for topic in check_topics(topics) or EVENT_TOPICS for kind in EVENT_TOPICS[topic])
+
+
 class Waiters:
-    """Who waits for a message or a claim, and is to be woken.  No threads: the daemon calls it from one."""
+    """Who waits for a message or other events, and is to be woken.  No threads: the daemon calls it from one."""
 
     def __init__(self):
-        self._waiting = {}      # token -> (agent id, "" for any message, CLAIMS or FREED; function)
+        self._waiting = {}      # token -> (agent id, "" for any message, or a frozenset of event types; function)
         self._next = 0
 
     def add(self, what, wake) -> int:
-        """Call `wake()` once for each batch with a message to an agent ("": with any), CLAIMS or FREED; gives a token for `remove`."""
+        """Call `wake()` once for each batch with a message to an agent ("": with any), or an event of some types (a frozenset).
+
+        Gives a token for `remove`.
+        """
         self._next += 1
         self._waiting[self._next] = (what, wake)
         return self._next
 
-    def wake_all(self, what) -> None:
-        """Wake those who wait for CLAIMS, or FREED."""
+    def wake_all(self, what: frozenset) -> None:
+        """Wake those who wait for just these types of events."""
         for wanted, wake in list(self._waiting.values()):
             if wanted is what:
                 wake()
@@ -5662,16 +5757,12 @@ class Waiters:
         self._waiting.pop(token, None)
 
     def publish(self, events: list) -> None:
-        """Wake those whom (sequence, event) pairs concern; they then ask the store what has come."""
-        created = [event for _, event in events if event["type"] == "message.create"]
-        if created and self._waiting:
-            reached = {agent for event in created for agent in event.get("recipients", ())}
-            for agent_id, wake in list(self._waiting.values()):
-                if not agent_id or agent_id in reached:
-                    wake()
-        for what, types in ((CLAIMS, CLAIM_CHANGES), (FREED, CLAIM_ENDS)):
-            if any(event["type"] in types for _, event in events):
-                self.wake_all(what)
+        """Wake those whom (sequence, event) pairs concern; they then ask what has come."""
+        types = {event["type"] for _, event in events}
+        reached = {"", *(agent for _, event in events for agent in event.get("recipients", ()))} if "message.create" in types else ()
+        for what, wake in list(self._waiting.values()):
+            if what in reached if type(what) is str else not types.isdisjoint(what):
+                wake()
 
 
 def notification(method: str, params: bytes) -> bytes:
@@ -5746,18 +5837,16 @@ class Subscriptions:
         found = list(self._found_by.get(("topic", topic), {}).values())
         return list(dict.fromkeys(row["agent_id"] for row in found if row["agent_id"] in self.listening))
 
-    def matching(self, message: dict) -> dict:
-        """Whom a message (a row) is to be pushed to, and by which of their subscriptions: agent id -> (its id, how it matched)."""
-        if not self._rows:
-            return {}
-        refs, scopes = stored_pairs(message)
+    def matching(self, refs: list, scopes: list) -> dict:
+        """Whom a message with these pairs is to be pushed to, and by which of their subscriptions: agent id -> (its id, how)."""
         mentions, groups = audience_of(refs, scopes)
         found = {}
         for key in (EVERYTHING, *(("scope", *pair) for pair in scopes), *(("mention", name) for name in (*mentions, *groups))):
-            for row in self._found_by.get(key, {}).values():
+            how = "all" if key is EVERYTHING else key[0]
+            for number, row in self._found_by.get(key, {}).items():
                 agent_id = row["agent_id"]
-                if agent_id in self.listening and row["id"] < found.get(agent_id, (FAR,))[0]:
-                    found[agent_id] = row["id"], "all" if key is EVERYTHING else key[0]
+                if agent_id in self.listening and (agent_id not in found or number < found[agent_id][0]):
+                    found[agent_id] = number, how
         return found
 
     def news(self, store: Store, events: list) -> list:
@@ -5766,9 +5855,8 @@ class Subscriptions:
 
         def tell_receipts():
             if receipts:
-                seq, event = receipts[-1]
-                told = {**event, "message_ids": [one["message_id"] for _, one in receipts]}
-                notes.append(_plain_note(seq, told, self.to_topic("receipts")))
+                told = {**told_of(store, *receipts[-1]), "message_ids": [one["message_id"] for _, one in receipts]}
+                notes.append(_plain_note(told, self.to_topic("receipts")))
                 receipts.clear()
 
         for seq, event in events:
@@ -5778,7 +5866,7 @@ class Subscriptions:
             if not self._rows or not self.listening:
                 continue
             if kind == "message.receipt" and (row := store.message(event["message_id"])) and row["thread_id"]:
-                threads.setdefault(row["thread_id"], {})[event["agent_id"]] = None
+                threads.setdefault(row["thread_id"], {})[event["agent_id"]] = True
             if receipts and not (kind == "message.receipt" and len(receipts) < RECEIPTS_TOLD and all(
                     event.get(field) == receipts[0][1].get(field) for field in ("agent_id", "receipt_type"))):
                 tell_receipts()
@@ -5789,26 +5877,33 @@ class Subscriptions:
                 if kind == "message.receipt":
                     receipts.append((seq, event))
                 else:
-                    notes.append(_plain_note(seq, event, self.to_topic(topic)))
+                    row = store.message(event["message_id"]) if "message_id" in event else None
+                    notes.append(_plain_note(told_of(store, seq, event, row), self.to_topic(topic)))
+            if kind == "agent.session.end" and ("topic", "claims") in self._found_by:      # it frees what the session has claimed
+                notes += [_plain_note({"seq": seq, "type": "claim.release", "timestamp": event["timestamp"], **claim,
+                                       "reason": "session ended"}, self.to_topic("claims"))
+                          for claim in store.claims_freed_by(event["session_id"])]
         tell_receipts()
         for thread_id, readers in list(threads.items())[-THREADS_TOLD:]:
             newest = store.newest_of(thread_id)
-            notes += self._of_thread(store, events[-1][0], thread_id, {     # of the last event: the numbers on a connection rise
-                **(self.matching(newest) if newest else {}), **{one: None for one in readers if self._hears(one)}})
+            notes += self._of_thread(store, events[-1][0], thread_id, {
+                **(self.matching(*stored_pairs(newest)) if newest else {}), **{one: None for one in readers if self._hears(one)}})
         return notes
 
     def _of_message(self, store: Store, seq: int, event: dict) -> list:
-        row = store.message(event["message_id"])
-        found = self.matching(row) if row and not row["deleted_at"] else None
-        if not found:
+        if event["type"] == "message.create":   # it says whom it is for itself: if nobody here, it takes no query to know that
+            refs, scopes = pairs_of(event.get("refs")), pairs_of(event.get("scopes"))
+        else:
+            row = store.message(event["message_id"])
+            refs, scopes = stored_pairs(row) if row else ([], [])
+        found = self.matching(refs, scopes)
+        row = store.message(event["message_id"]) if found else None
+        if not row or row["deleted_at"]:
             return []
-        author = store.agent(row["agent_id"]) or {}
-        preview, scopes = row["content"][:PREVIEW_TOLD], pair_dicts(stored_pairs(row)[1])
+        preview, scopes = row["content"][:PREVIEW_TOLD], pair_dicts(scopes)
         params = {
             "seq": seq, "message_id": row["message_id"], "thread_id": row["thread_id"] or "", "agent_id": row["agent_id"],
-            "author": {"agent_id": row["agent_id"], "name": row["agent_id"], "role": author.get("role") or "",
-                       "module": author.get("module") or ""},
-            "preview": preview, "scopes": scopes, "timestamp": event["timestamp"],
+            "author": author_of(store, row["agent_id"]), "preview": preview, "scopes": scopes, "timestamp": event["timestamp"],
             # What pages written for the reference read.
             "message": {"id": row["message_id"], "thread_id": row["thread_id"] or "", "agent_id": row["agent_id"],
                         "session_id": row["session_id"] or "", "body": {"content": preview}, "scopes": scopes,
@@ -5842,10 +5937,34 @@ class Subscriptions:
         return any(("agent", agent_id) in self._found_by for agent_id in agents)
 
 
-def _plain_note(seq: int, event: dict, agents: list) -> tuple:
-    """The note that tells some agents of an event as it stands in the log."""
-    told = {field: value for field, value in event.items() if field not in INTERNAL_FIELDS}
-    return notification(event["type"], encode({"seq": seq, **told})), [(one, b"") for one in agents]
+def author_of(store: Store, agent_id: str) -> dict:
+    """Who wrote a message, as listeners are told."""
+    agent = store.agent(agent_id) or {}
+    return {"agent_id": agent_id, "name": agent_id, "role": agent.get("role") or "", "module": agent.get("module") or ""}
+
+
+def told_of(store: Store, seq: int, event: dict, row: dict | None = None) -> dict:
+    """An event as listeners are told: without what only logs need, and with what they would have to look up.
+
+    That is who did it or whose it is, to what, in which thread; `row` is the message that it is about.
+    """
+    kind, about = event["type"], {}
+    if row:
+        about = {"agent_id": row["agent_id"], **compact(thread_id=row["thread_id"])}
+    elif "claim_id" in event and (claim := store.claim(event["claim_id"])):
+        about = {"agent_id": claim["agent_id"], "path": claim["path"]}
+    elif kind == "agent.session.end" and (session := store.session(event["session_id"])):
+        about = {"agent_id": session["agent_id"]}
+    else:
+        about = compact(agent_id=next((event[field] for field in DOERS if event.get(field)), ""),
+                        name=store.group_name(event.get("group_id", "")))
+    return {"seq": seq, "type": kind, "timestamp": event["timestamp"], **about,
+            **{field: value for field, value in event.items() if field not in INTERNAL_FIELDS}}
+
+
+def _plain_note(told: dict, agents: list) -> tuple:
+    """The note that tells some agents of an event, as `told_of` has it."""
+    return notification(told["type"], encode(told)), [(one, b"") for one in agents]
 
 
 class Audience:
@@ -5876,14 +5995,19 @@ class Audience:
             self._unbind(connection, agent_id)
 
     def tell(self, notes: list) -> None:
-        """Push the notes of `Subscriptions.news`, each over a connection at most once."""
-        for head, receivers in notes:
-            told = set()
-            for agent_id, tail in receivers:
-                for connection in list(self.connections.get(agent_id, ())):
-                    if connection not in told:
-                        told.add(connection)
-                        connection.push(head + tail)
+        """Push the notes of `Subscriptions.news`, each over a connection at most once; some go out together."""
+        for first in range(0, len(notes), TOLD_TOGETHER):
+            telling = {}        # connection -> head and tail of each note
+            for head, receivers in notes[first:first + TOLD_TOGETHER]:
+                for agent_id, tail in receivers:
+                    for connection in self.connections.get(agent_id, ()):
+                        own = telling.get(connection)
+                        if not own:
+                            telling[connection] = [head, tail]
+                        elif own[-2] is not head:
+                            own += head, tail
+            for connection, own in telling.items():
+                connection.push(own)
 
 
 # ---- thread streams
@@ -5933,6 +6057,7 @@ class Rate:
 
     def spend(self, count: int, now: int) -> None:
         """Let messages out."""
+        self.room(now)          # what flows over until now is lost
         self._tokens -= count * NS
         self._sum += count
         if self._spent and self._spent[-1][0] == now * 10 // NS:
@@ -5960,10 +6085,11 @@ def stream_message(store: Store, row: dict, title: str, asker: str) -> dict:
     """A message (a row) as it is told; `thread_id` and `message_seq` are each client's own.  `asker` as in `kind_of`."""
     refs, scopes = stored_pairs(row)
     readers = store.readers(row) if row["delivered"].isdigit() else []
+    structured = row["structured"]
     try:
-        structured = decode(row["structured"] or "null")
+        structured = structured and decode(structured)
     except ValueError:          # of another program
-        structured = row["structured"]
+        pass
     metadata = {"refs": pair_dicts(refs), "scopes": pair_dicts(scopes), "structured": structured}
     metadata = {name: value for name, value in metadata.items() if value}
 
@@ -6027,7 +6153,7 @@ def stream_rows(context: Context, params: dict) -> dict | None:
 class StreamNews(Record):
     """What a batch of events means for thread streams; worked out where it was written."""
 
-    rows: list                  # (sequence, ids of its thread, the message or None when it was taken back at once)
+    rows: list                  # (sequence, its thread, ids of that, the message or None when it was taken back at once)
     mail: list                  # (author, readers, `inbox_message` without `to_inbox`)
     stale: set                  # threads whose status or title may have changed
     joined: set                 # threads that were put together
@@ -6038,14 +6164,15 @@ def stream_news(store: Store, events: list) -> StreamNews:
     """What to tell streams of (sequence, event) pairs that were just committed."""
     rows, mail, stale, gone = [], [], set(), ""
     created = {seq: event for seq, event in events if event["type"] == "message.create"}
-    found = store.messages_at(created) if created else []
+    found = [row for row in map(store.message_at, created) if row]
     askers = store.askers([row["reply_to"] for row in found if row["reply_to"]])
     for row in found:
         asker, deleted = askers.get(row["reply_to"], ""), bool(row["deleted_at"])
         message = stream_message(store, row, store.thread_title(row["thread_id"]) if row["thread_id"] else "", asker)
         # The thread may go by another id since this message; whoever follows it under the one before is found by these.
-        threads = {row["thread_id"], created[row["seq"]].get("thread_id"), row["reply_to"] and thread_of(row["reply_to"])} - {None}
-        rows.append((row["seq"], threads, None if deleted else message))
+        threads = {row["thread_id"], created[row["seq"]].get("thread_id"), row["reply_to"] and thread_of(row["reply_to"])} - {None, ""}
+        if threads:
+            rows.append((row["seq"], row["thread_id"], threads, None if deleted else message))
         if message["kind"] in ("question", "result"):
             stale |= threads
         if not deleted:
@@ -6107,7 +6234,7 @@ class Followed:
 
     def lag(self) -> int:
         """How many messages it was sent and has not acknowledged."""
-        return self.number - self.acked if self.acked < self.sent else 0
+        return max(0, self.sent - self.acked)
 
     def wants(self) -> bool:
         """Whether there is something to ask for it."""
@@ -6130,6 +6257,7 @@ class ThreadStream:
         self.dropped = 0        # events that it may miss and did
         self._send, self._close, self._wake = send, close, wake
         self._rate = Rate(now)
+        self._promised = 0      # messages that the present Ask may bring
         self._turns = {}        # the Followed for which there is something to ask, in turn
 
     # ---- what the client says
@@ -6144,8 +6272,8 @@ class ThreadStream:
             return self._error("PARSE_ERROR", "an event is an object", now)
         kind = (event or {}).get("type")
         if kind == "ping":
-            return self._answer(stream_event("pong", now))
-        if kind == "pong":
+            self._answer(stream_event("pong", now))
+        if kind in ("ping", "pong"):
             return None
         if kind not in ("subscribe", "unsubscribe", "ack"):
             return self._error("UNKNOWN_EVENT", "an event is subscribe, unsubscribe, ack or ping", now)
@@ -6199,22 +6327,23 @@ class ThreadStream:
         ready = [followed for followed in self._turns if followed.not_before <= now]
         if len(ready) < len(self._turns):
             wait = (min(followed.not_before for followed in self._turns if followed.not_before > now) - now) / NS
-        for followed in ready:
-            if followed.confirmed and followed.stale:
-                return self._ask(followed, 0)           # a state costs nothing
+        for followed in ready:          # a state costs nothing, and an empty thread is confirmed at once
+            if followed.stale if followed.confirmed else not followed.left:
+                return self._ask(followed, 0 if followed.confirmed else max(0, min(STREAM_BATCH, room)))
         if not ready:
             return wait
         followed = ready[0]
         free = STREAM_LAG if followed.ahead else STREAM_LAG - followed.lag()
         if free <= 0:
             return self._pause(followed, now)
-        wanted = min(STREAM_BATCH, free, max(followed.left, int(followed.confirmed)))
+        wanted = min(STREAM_BATCH, free, max(followed.left, 1))
         if room >= wanted:
             return self._ask(followed, min(STREAM_BATCH, free, room))
         return min(self._rate.wait(wanted, now), FAR if wait is None else wait)
 
     def _ask(self, followed: Followed, limit: int) -> Ask:
         del self._turns[followed]
+        self._promised = limit
         followed.asked = Ask(stream_rows, {
             "thread_id": followed.thread_id, "after": followed.cursor, "skip": max(0, followed.ahead - followed.number) if limit else 0,
             "limit": limit, "state": followed.stale or not followed.confirmed}, followed)
@@ -6231,6 +6360,7 @@ class ThreadStream:
         """What came of an Ask: what its handler returned, or the exception that it raised."""
         followed = ask.followed
         if followed:
+            self._promised = 0
             if followed.asked is ask and self.followed.get(followed.thread_id) is followed:    # else it was left or begins anew
                 followed.asked = None
                 self._take_rows(followed, ask.params, reply, now)
@@ -6253,10 +6383,7 @@ class ThreadStream:
             return self._lose(followed, now)
         else:
             followed.failing, followed.not_before = False, 0
-            if reply["thread"] != followed.goes_by:
-                self.streams.lose_by(followed)
-                followed.goes_by = reply["thread"]
-                self.streams.find_by(followed)
+            self.streams.rename(followed, reply["thread"])
             at = followed.number + reply["skipped"]
             if followed.confirmed and not params["limit"]:      # only its state was asked for
                 followed.reached, followed.left = reply["reached"], reply["passed"] + reply["left"] + (followed.latest > reply["reached"])
@@ -6306,7 +6433,7 @@ class ThreadStream:
             return
         followed.latest, count = rows[-1][0], len(rows)
         at_once = followed.confirmed and not (followed.left or followed.asked or followed.stale or self._turns) and count <= STREAM_BATCH \
-            and followed.lag() + count <= STREAM_LAG and self._rate.room(now) >= count
+            and followed.lag() + count <= STREAM_LAG and self._rate.room(now) - self._promised >= count
         told = [(followed.number + place, message) for place, (_, message) in enumerate(rows, 1) if message]
         if not at_once or not self._give(followed, told, followed.latest, followed.number + count, 0, followed.latest, False, now, encoded):
             followed.left += count
@@ -6388,6 +6515,10 @@ class Streams:
         """How many there are."""
         return sum(map(len, self.streams.values()))
 
+    def __bool__(self) -> bool:
+        """Whether there are any.  Any thread may ask."""
+        return bool(self.streams)
+
     def open(self, instance_id: str, now: int, send, close, wake) -> ThreadStream:
         """A new ThreadStream."""
         stream = ThreadStream(self, instance_id, now, send, close, wake)
@@ -6415,6 +6546,13 @@ class Streams:
             del found[followed]
             if not found:
                 del self._followed[thread]
+
+    def rename(self, followed: Followed, thread: str) -> None:
+        """Its thread goes by that id now."""
+        if thread != followed.goes_by:
+            self.lose_by(followed)
+            followed.goes_by = thread
+            self.find_by(followed)
 
     # ---- acknowledgements
 
@@ -6446,8 +6584,9 @@ class Streams:
             for followed in list(self._followed.get(thread, ())):
                 followed.stream.begin_anew(followed)
         came, encoded = {}, {}
-        for seq, threads, message in news.rows:
+        for seq, goes_by, threads, message in news.rows:
             for followed in [followed for thread in threads for followed in self._followed.get(thread, ())]:
+                self.rename(followed, goes_by)
                 came.setdefault(followed, {})[seq] = message    # whatever ids led to it
         for followed, rows in came.items():
             followed.stream.came(followed, list(rows.items()), now, encoded)
@@ -6466,18 +6605,21 @@ class Streams:
             for stream in self.streams[instance_id]:
                 stream.offer(payloads[inbox])
 
-    def tell(self, kind: str, data: dict, now: int) -> None:
-        """Tell all of `telemetry`, or of an event of a task (`task_stream`): not too many texts, and the beginnings of long ones."""
-        if not self.streams:
-            return
+    def tell(self, kind: str, data: dict, now: int) -> dict | None:
+        """Tell all of `telemetry`, or of an event of a task (`task_stream`): what is told, the beginnings of long texts.
+
+        None: there were too many texts.
+        """
         if kind == "task_stream":
             if data["stream_type"] == "text" and not self._may_tell_text(data["task_id"], now):
-                return
+                return None
             data = {field: value[:TASK_CUT[field] - 3] + "..." if field in TASK_CUT and len(value) > TASK_CUT[field] else value
                     for field, value in data.items()}
-        payload = stream_event(kind, now, data)
-        for stream in [stream for streams in self.streams.values() for stream in streams]:
-            stream.offer(payload)
+        if self.streams:
+            payload = stream_event(kind, now, data)
+            for stream in [stream for streams in self.streams.values() for stream in streams]:
+                stream.offer(payload)
+        return data
 
     def _may_tell_text(self, task_id: str, now: int) -> bool:
         times = [at for at in self._texts.pop(task_id, ()) if 0 <= now - at < NS]
@@ -7031,7 +7173,7 @@ def encode_frame(opcode: int, payload: bytes, *, fin: bool = True, mask: bytes =
         head = bytes((first, bit | 126)) + size.to_bytes(2, "big")
     else:
         head = bytes((first, bit | 127)) + size.to_bytes(8, "big")
-    return head + mask + masked(payload, mask)
+    return head + mask + masked(payload, mask) if mask else head + payload
 
 
 def _decode_start(start: bytes, client: bool) -> tuple:
@@ -7680,6 +7822,9 @@ NAME_IS_ROLE = 'agent name "{0}" cannot be the same as its role — use a distin
 SUBSCRIPTIONS_MAX = 100         # of one session: who wants more wants all
 WAIT_DEFAULT_MS = 30_000        # as the command waits when nobody says
 WAIT_MAX_MS = 600_000           # one `message.wait`; a caller that wants more asks again from where it was
+SCAN_MAX = 10_000               # events that one `event.wait` looks at, where few are of the topics that it wants: some 10 ms
+EVENTS_BYTES = 1 << 20          # bytes of events after which an answer is full
+TOLD_OF_MESSAGES = ("seq", "type", "timestamp", "message_id", "thread_id", "agent_id", "session_id")     # as they stand in the log
 BATCH_READ_MAX = 5_000          # messages marked at once: bounds the transaction that others wait for
 INTEGER_MAX = 1 << 53           # what every JSON reader keeps exactly (RFC 8259, section 6)
 PAIR = object()                 # {"type": …, "value": …}
@@ -7706,7 +7851,7 @@ class Method(Record):
     params: dict
     help: str
     writes: bool = False
-    waits: bool = False         # the handler gives None until there is something
+    waits: str = ""             # the handler gives None until there is something, in a list of this name
     queues: bool = False        # it raises Conflict until it can be done, which `wait_ms` waits for
     aliases: dict = {}          # other spellings of parameters (design, decision 23)
     preview: str = ""           # with this parameter, or without it if it begins with "!", it changes nothing and is a read
@@ -7763,11 +7908,6 @@ def _check_value(name: str, kind, value):
         except (ValueError, RecursionError):
             raise InvalidParams(f"invalid params: {name} holds what JSON in UTF-8 cannot") from None
     return value
-
-
-def compact(**fields) -> dict:
-    """The fields that say something: without None, "", empty lists and objects."""
-    return {k: v for k, v in fields.items() if v not in (None, "", [], {})}
 
 
 def _stamp(ns) -> str:
@@ -8489,7 +8629,12 @@ def _body(row: dict) -> dict:
 
 
 def _audiences(row: dict) -> list:
-    mentions, groups = audience_of(*stored_pairs(row))
+    return _named(*stored_pairs(row))
+
+
+def _named(refs: list, scopes: list) -> list:
+    """Whom a message with these pairs names, as callers are told."""
+    mentions, groups = audience_of(refs, scopes)
     found = [{"type": "mention", "value": v} for v in mentions] + [{"type": "group", "value": v} for v in groups]
     return found or [{"type": "broadcast", "value": EVERYONE}]
 
@@ -8980,6 +9125,73 @@ def message_wait(context: Context, params: dict) -> dict | None:
             "epoch": store.meta("epoch"), "remaining": found["total"] - len(found["messages"])}
 
 
+def event_wait(context: Context, params: dict) -> dict | None:
+    """What has happened after a point of the journal, oldest first, or None while there is nothing.
+
+    `remaining` counts the numbers of the journal that were not looked at: who gets some goes on from `after_seq`, even when no
+    event came with it.  The numbers of another journal say nothing, so after them it begins with the oldest message that the
+    caller has not read, and with the first event when there is no caller.  What was removed is not told.
+    """
+    store, history, types = context.store, context.ledger.history, types_of(params.get("topics", []))
+    last, epoch, since = store.reached()[0], store.meta("epoch"), _created_after(params)
+    seq, caller, found, size = max(params.get("after_seq", 0), 0), params.get("caller_agent_id", ""), [], 0
+    if params.get("epoch", epoch) != epoch:
+        unread = store.page(receiver=caller, unread=True, after_seq=0, ascending=True, limit=1)["messages"] if caller else []
+        seq = unread[0]["seq"] - 1 if unread else last if caller else 0
+    seq = max(seq, min(store.first_since(since) - 1, last)) if since else seq
+    begin, end, limit = seq, min(last, seq + SCAN_MAX), min(max(params.get("limit", PAGE_MAX), 1), STORE_BATCH)
+    may_be = re.compile(b'"(?:%s)"' % "|".join(map(re.escape, sorted(types))).encode()).search
+    for seq, line in history.read(begin, end):
+        if not may_be(line):    # ruled out in a twentieth of the time that it takes to decode it
+            continue
+        try:
+            event, ns = parse_line(line)
+        except ValueError:
+            continue            # damaged
+        if event["type"] in types and ns > since:
+            found.append((seq, event))
+            size += len(line)
+            if len(found) == limit or size > EVENTS_BYTES:
+                break
+    else:
+        seq = max(begin, end)
+    gone = store.obsolete([event for _, event in found if event["type"] in ABOUT_REMOVABLE])
+    by, to, scope = params.get("from", "").lstrip("@"), params.get("to", "").lstrip("@"), _pair(params.get("scope"))
+    rows = store.messages([event["message_id"] for _, event in found if "message_id" in event])
+    events, authors = [], {}
+    for number, event in found:
+        if event["event_id"] in gone:
+            continue
+        row = rows.get(event.get("message_id"))
+        told = _event_info(store, number, event, row, authors)
+        if by in ("", told.get("agent_id")) and (not to or row and store.went_to(row, to)) \
+                and (not scope or row and scope in stored_pairs(row)[1]):
+            events.append(told)
+    params.update(after_seq=seq, epoch=epoch)       # who is asked again goes on from there
+    return {"events": events, "after_seq": seq, "epoch": epoch, "remaining": max(last - seq, 0)} if events or seq < last else None
+
+
+def _event_info(store: Store, seq: int, event: dict, row: dict | None, authors: dict) -> dict:
+    """An event as listeners are told, with what they would have to look up: who did it or whose it is, to what, in which thread.
+
+    `row` is the message that it is about, `authors` what `author_of` has said before.  The text is that of its time, and none once
+    the message was taken back.
+    """
+    told = told_of(store, seq, event, row)
+    if event["type"] not in ("message.create", "message.edit"):
+        return told
+    body, deleted = event["body"], bool(row and row["deleted_at"])
+    told = {field: told[field] for field in TOLD_OF_MESSAGES if field in told}
+    told.update(format=str(body.get("format") or "markdown"), content="" if deleted else body.get("content", ""), deleted=deleted,
+                **compact(structured=None if deleted else body.get("structured")))
+    if row:
+        refs, scopes = stored_pairs(row)
+        authors[row["agent_id"]] = authors.get(row["agent_id"]) or author_of(store, row["agent_id"])
+        told.update(author=authors[row["agent_id"]], scopes=pair_dicts(scopes), audiences=_named(refs, scopes),
+                    **compact(reply_to=row["reply_to"]), **_via(row))
+    return told
+
+
 # ---- subscriptions
 
 def _subscriber(context: Context, params: dict) -> tuple:
@@ -8994,12 +9206,7 @@ def _subscriber(context: Context, params: dict) -> tuple:
 def subscribe(context: Context, params: dict) -> dict:
     """From the event after `after_seq` on, what matches is pushed; what was before it, lists and `message.wait` give."""
     scope, mention = params.get("scope"), params.get("mention_role", "").lstrip("@")
-    everything, topics = params.get("all", False), list(dict.fromkeys(params.get("topics", ())))
-    if topics == ["*"]:
-        topics = list(SUBSCRIPTION_TOPICS)
-    for topic in topics:
-        if topic not in SUBSCRIPTION_TOPICS:
-            raise InvalidParams(f"no topic {topic[:PAIR_MAX]!r}; there are {', '.join(SUBSCRIPTION_TOPICS)}, or * alone for all")
+    everything, topics = params.get("all", False), check_topics(params.get("topics", []))
     if mention and not is_label(mention):
         raise InvalidParams("invalid params: mention_role must be the name of an agent or a role")
     if everything:
@@ -9011,7 +9218,10 @@ def subscribe(context: Context, params: dict) -> dict:
               "everything": int(everything), "topics": ",".join(topics)}
     present = context.store.subscriptions(session["session_id"])
     if any(wanted == {field: row[field] for field in wanted} for row in present):
-        raise ThrumError("subscribe: subscription already exists")
+        # Who comes back follows from here as if it had subscribed now: its connection is reached already.
+        number = next(row["id"] for row in present if wanted == {field: row[field] for field in wanted})
+        raise ThrumError("subscribe: subscription already exists", {
+            "subscription_id": number, "after_seq": context.next_seq() - 1, "epoch": context.ledger.journal.epoch})
     if len(present) >= SUBSCRIPTIONS_MAX:
         raise ThrumError(f"subscribe: this session has {SUBSCRIPTIONS_MAX} subscriptions; 'thrum unsubscribe' ends one")
     number = context.next_seq()         # it stays what it is, and is never used again
@@ -9683,7 +9893,11 @@ METHODS = {
     "message.wait": Method(
         message_wait, {"after_seq": int, "epoch": str, "created_after": str, "timeout_ms": int, "all": bool, "unread": bool,
                        "from": str, "thread_id": str, "scope": PAIR, "mention_role": str, "page_size": int, **CALLER},
-        "Wait for messages after a point of the journal; oldest first.", waits=True),
+        "Wait for messages after a point of the journal; oldest first.", waits="messages"),
+    "event.wait": Method(
+        event_wait, {"after_seq": int, "epoch": str, "created_after": str, "topics": [str], "from": str, "to": str, "scope": PAIR,
+                     "limit": int, "timeout_ms": int, **CALLER},
+        "Wait for whatever happens after a point of the journal, of all topics or some; oldest first.", waits="events"),
     "subscribe": Method(
         subscribe, {"scope": PAIR, "mention_role": str, "all": bool, "topics": [str], **CALLER},
         "Be told over this connection of messages with a scope, to a name or role, or of all; and of other topics.", writes=True,
@@ -9735,6 +9949,14 @@ def one_line(text: str, limit: int = PREVIEW) -> str:
     """The beginning of `text` on one line, safe for a terminal."""
     text = plain(" ".join(text[:4 * limit].split()))
     return text if len(text) <= limit else text[:limit - 1] + "…"
+
+
+def fitted(text: str, width: int) -> str:
+    """`one_line` in so many columns of a terminal."""
+    text = one_line(text, width)
+    while columns(text) > width:
+        text = text[:-2] + "…"
+    return text
 
 
 def path_shown(path: str, limit: int = PATH_SHOWN) -> str:
@@ -11100,6 +11322,161 @@ async def purge(console: Console, args: Args) -> int:
     return 0
 
 
+# ---- live
+
+def _kind_text(row: dict) -> str:
+    """What a subscription is to."""
+    kinds = ["All messages (firehose)"] if row.get("all") else []
+    if "scope_type" in row:
+        kinds.append(f"Scope ({one_line(row['scope_type'])}:{one_line(row['scope_value'])})")
+    if "mention_role" in row:
+        kinds.append(f"Mention ({handle(row['mention_role'])})")
+    if "topics" in row:
+        kinds.append(f"Topics ({', '.join(map(one_line, row['topics']))})")
+    return " and ".join(kinds)
+
+
+async def subscribe_command(console: Console, args: Args) -> int:
+    me = console.me()
+    given = (args.scope is not None) + (args.mention is not None) + args.all
+    if given > 1:
+        raise Usage("--scope, --mention, and --all are mutually exclusive")
+    if not given and not args.topic:
+        raise Usage("must specify one of: --scope, --mention, or --all; or a --topic")
+    try:
+        scope = parse_pair(args.scope, "scope") if args.scope is not None else None
+    except InvalidParams:
+        raise Usage("invalid scope format, expected type:value") from None
+    if args.mention is not None and not args.mention.lstrip("@"):
+        raise Usage("invalid mention: it must name a role or an agent")
+    done = await console.call("subscribe", scope=scope, mention_role=args.mention, all=args.all or None, topics=args.topic or None,
+                              caller_agent_id=me)
+    await console.answer(done, f"✓ Subscription created: #{done['subscription_id']}\n" + rows_of([
+        ["  Session:", plain(done["session_id"])], ["  Created:", when(done["created_at"])]]))
+    return 0
+
+
+async def unsubscribe_command(console: Console, args: Args) -> int:
+    me, number = console.me(), args.id
+    if not (number.isascii() and number.isdigit() and 0 < int(number[:20]) <= INTEGER_MAX):
+        raise Usage(f"invalid subscription ID: {one_line(number)}")
+    done = await console.call("unsubscribe", subscription_id=int(number), caller_agent_id=me)
+    await console.answer(done, f"✓ Subscription #{number} removed" if done["removed"] else f"✗ Failed to remove subscription #{number}")
+    return 0
+
+
+async def subscriptions_command(console: Console, args: Args) -> int:
+    found = await console.call("subscriptions.list", caller_agent_id=console.me())
+    rows = found["subscriptions"]
+    text = f"Active subscriptions ({len(rows)}):\n" + "".join(
+        f"\nSubscription #{row['id']}\n" + rows_of([["  Type:", _kind_text(row)], ["  Created:", when(row["created_at"])]]) for row in rows)
+    await console.answer(found, text if rows else "No active subscriptions.\n")
+    return 0
+
+
+WATCHED = tuple(topic for topic, types in EVENT_TOPICS.items() if types)     # the others leave nothing in the journal
+RECEIVERS_SHOWN = 3             # of a message; then how many more there are
+DOINGS = {                      # what somebody has done, or what has become of what is theirs; {} is a field of the event
+    "message.delete": "took back {message_id}",
+    "message.remove": "removed {messages} for good",
+    "message.receipt": "{receipt_type} {message_id}",
+    "message.route": "got {messages} by {route}",
+    "thread.create": "opened the thread {title}",
+    "agent.register": "registered as {role} for {module}",
+    "agent.cleanup": "was deleted, with everything it wrote",
+    "agent.session.start": "joined",
+    "agent.session.end": "left",
+    "claim.take": "claimed {path} for {ttl}",
+    "claim.renew": "renewed the claim on {path} for {ttl}",
+    "claim.release": "no longer claims {path}",
+    "claim.lapse": "no longer claims {path}",
+    "group.create": "created the group {name}",
+    "group.update": "changed the group {name}",
+    "group.delete": "deleted the group {name}",
+    "group.member.add": "added {member} to {name}",
+    "group.member.remove": "took {member} out of {name}",
+}
+RECEIPT_WORDS = {"read": "read", "seen": "saw"}
+WHYS = {"normal": "", "manual deletion": "", "released": "", "crash_recovered": "its session had been left open",    # reasons in the log
+        "expired": "the time is over", "dead": "gone", "gone": "the machine is gone", "lost": "another machine was first",
+        "replaced": "claimed anew"}
+
+
+def _doing(event: dict) -> str:
+    """What has happened, but for who did it, in words; "" for what is nothing to a reader: what git says, scopes and references."""
+    kind, messages = event["type"], event.get("message_ids", ())
+    if kind == "session.update":
+        return "; ".join(f"{words} {event[field]}" for field, words in (("intent", "intends:"), ("current_task", "is at task")) if
+                         event.get(field))
+    fields = {**event, "messages": messages[0] if len(messages) == 1 else f"{len(messages):,} messages",
+              "ttl": span(event.get("ttl_s", 0)), "title": event.get("title") or event.get("thread_id"),
+              "receipt_type": RECEIPT_WORDS.get(event.get("receipt_type"), "noted"),
+              "member": _member_text(event.get("member_type", ""), event.get("member_value", ""))}
+    words, why = DOINGS.get(kind, "").format_map(collections.defaultdict(lambda: "…", fields)), event.get("reason", "")
+    why = event.get("note") or WHYS.get(why, why)
+    return words + (f": {why}" if words and why else "")
+
+
+def _happening(event: dict, console: Console) -> str:
+    """An event on one line, "" for what is nothing to a reader."""
+    who, time_of_day = handle(event["agent_id"]) if event.get("agent_id") else "thrum", event["timestamp"][11:19] + "Z  "
+    room = console.width - len(time_of_day)
+    if event["type"] == "purge.executed":
+        return time_of_day + fitted(f"everything from before {when(event['cutoff'])} was purged", room)
+    if event["type"] not in ("message.create", "message.edit"):
+        words = _doing(event)
+        return words and time_of_day + fitted(f"{who} {words}", room)
+    names = ["@" + one_line(one["value"]) for one in event.get("audiences", ())]
+    more = f" +{len(names) - RECEIVERS_SHOWN}" if len(names) > RECEIVERS_SHOWN else ""
+    whom = f" → {', '.join(names[:RECEIVERS_SHOWN])}{more}" if names else ""
+    head = fitted(who + _via_text(event) + whom + (" (edited)" if event["type"] == "message.edit" else ""), room * 2 // 3)
+    text = "(taken back)" if event.get("deleted") else ("↳ " if "reply_to" in event else "") + event["content"]
+    return f"{time_of_day}{console.bold(head)}: {fitted(text, room - columns(head) - 2)}"
+
+
+async def watch(console: Console, args: Args) -> int:
+    for topic in args.topic:
+        if topic not in WATCHED:
+            raise Usage(f"no topic {one_line(topic)!r} to watch; there are {', '.join(WATCHED)}")
+    if args.limit is not None and args.limit < 1:
+        raise Usage("invalid limit: it must be at least 1")
+    wanted = {"topics": args.topic or [topic for topic in WATCHED if topic != "receipts"], "from": args.from_, "to": args.to,
+              "scope": _pair_or_usage(args.scope, "scope") if args.scope else None}
+    since = args.since if args.since and not args.since.isdecimal() else None
+    since, now = since and stamp_of(_moment(console, since, "since")), stamp_of(console.world.now_ns())
+    state = await console.call("health")
+    if console.cursor:          # this watch began with another daemon
+        at = json.loads(console.cursor)
+        if at["epoch"] != state["epoch"]:       # and another journal, whose numbers say nothing: what is younger than all that was shown
+            at.update(after_seq=0, epoch=state["epoch"], since=at["newest"])
+    else:
+        start = 0 if since else min(int(args.since), state["last_seq"]) if args.since else state["last_seq"]
+        at = {"after_seq": start, "epoch": state["epoch"], "since": since, "newest": now, "day": now[:10], "left": args.limit or FAR}
+        if "1" in console.terminals and not args.json:
+            await console.note("Watching; Ctrl-C ends it.")
+        await console.resume_at(json.dumps(at))
+    while at["left"]:
+        found = await console.call("event.wait", after_seq=at["after_seq"], epoch=at["epoch"], created_after=at["since"],
+                                   timeout_ms=0 if at["since"] else WAIT_CALL_MS, **wanted)
+        before, text = dict(at), ""
+        for event in found["events"]:
+            line = encode(event).decode() if args.json else _happening(event, console)
+            if line and at["left"]:
+                if event["timestamp"][:10] != at["day"] and not args.json:
+                    at["day"] = event["timestamp"][:10]
+                    text += console.bold(at["day"]) + "\n"
+                text += line + "\n"
+                at["left"] -= 1
+                at["newest"] = max(at["newest"], event["timestamp"])
+        at["after_seq"] = found["after_seq"]
+        if not found["remaining"]:
+            at["since"] = None      # from now on what comes counts, whenever it was made
+        if at != before:
+            await console.out(text)
+            await console.resume_at(json.dumps(at))     # so that the text is shown now, and never again
+    return 0
+
+
 # ---- claims
 
 CLAIM_NOTE = 16                 # columns that a note, and a path, have at least in the table
@@ -11550,6 +11927,19 @@ COMMANDS = {
         Argument("--to", "only to this agent, role or group"), Argument("--thread", "only in this thread"),
         Argument("--scope", "only with this type:value"), Argument("--since", "only since then: 2d, 12h, 2026-03-15"),
         Argument("--limit", "how many, at most 100", int, 10)), "thrum search parser gramm* --from @ada --since 2d"),
+    "watch": Command(watch, "What happens, as it happens: messages, who joins and leaves, intents, claims, groups.", (
+        Argument("--topic", f"only these: {', '.join(WATCHED)}", list), Argument("--from", "only what this agent does"),
+        Argument("--to", "only messages to this agent, role or group"), Argument("--scope", "only messages with this type:value"),
+        Argument("--since", "begin with what was before: 10m, 2d, or after a number of the journal"),
+        Argument("--limit", "end after so many", int)), "thrum watch --since 1h"),
+    "subscribe": Command(subscribe_command, "Have your session's connections told of messages, and of other things, as they come.", (
+        Argument("--scope", "messages with this type:value"), Argument("--mention", "messages to this role or agent"),
+        Argument("--all", "all messages", bool),
+        Argument("--topic", f"also what happens in these: {', '.join(SUBSCRIPTION_TOPICS)}", list)),
+        "thrum subscribe --scope module:parser", does="changes"),
+    "unsubscribe": Command(unsubscribe_command, "End a subscription of your session.", (
+        Argument("ID", "its number"),), "thrum unsubscribe 12", does="changes"),
+    "subscriptions": Command(subscriptions_command, "What your session has subscribed to."),
     "trace": Command(trace, "What became of a message, recipient by recipient.", (MESSAGE_ID,),
                      "thrum trace msg_01KABCDEFGHJKMNPQRSTVWXYZ0"),
     "claim": Command(claim, "Say that you are going to edit files, so that others keep off; again, to renew it.", (
@@ -11741,7 +12131,8 @@ OWN_FILES = 40                  # descriptors that the daemon needs itself: data
 BACKLOG = 512                   # of the listen queue
 ACCEPTED_AT_ONCE = 8            # connections to the port that are let in before others have a turn: each takes half a millisecond
 QUEUE_MAX = 256                 # frames on their way to a client; one that is so far behind is closed, and comes again where it was
-QUEUE_BYTES = 4 << 20           # bytes of them
+QUEUE_BYTES = 1 << 20           # bytes of them
+KERNEL_BYTES = 64 << 10         # that the kernel is to keep for a client of the port: by itself it keeps 2.6 MB of what nobody reads
 ASIDE_MAX = 16                  # calls of a WebSocket that wait or ask git, while later ones are answered
 AHEAD_MAX = 64                  # messages of a WebSocket that wait for their turn: then nothing more is read
 HANDSHAKE_S = 10                # seconds for the head of a request, and for its body
@@ -11876,17 +12267,18 @@ class Outbox:
 
     def __init__(self, writer):
         self.writer = writer
-        self._written = 0       # bytes in all
+        self.transport = writer.transport
+        self._written = 0       # bytes in all, but for those that the kernel took at once
         self._ends = collections.deque()        # where those of the frames end that are still here
         self._watch = None      # the timer that looks whether the client reads
 
     def _left(self) -> int:
         """The bytes that have left this process."""
-        return self._written - self.writer.transport.get_write_buffer_size()
+        return self._written - self.transport.get_write_buffer_size()
 
     def room(self) -> int:
         """How many frames may be added."""
-        size = self.writer.transport.get_write_buffer_size()
+        size = self.transport.get_write_buffer_size()
         if not size:
             self._ends.clear()
             return QUEUE_MAX
@@ -11895,42 +12287,42 @@ class Outbox:
             self._ends.popleft()
         return QUEUE_MAX - len(self._ends) if size < QUEUE_BYTES else 0
 
-    def put(self, frame: bytes) -> bool:
-        """Send a frame after those before it; False when there is no room."""
-        if self.room() <= 0:
-            return False
-        self.write(frame)
-        return True
+    def put(self, frames: list) -> bool:
+        """Send frames after those before them; False when there is not room for all, and then the first are sent."""
+        room = self.room() if self.transport.get_write_buffer_size() else QUEUE_MAX
+        if room > 0:
+            self.write(*frames[:room])
+        return len(frames) <= room
 
-    def write(self, data: bytes) -> None:
+    def write(self, *frames) -> None:
         """Send what has to be sent, whether there is room or not: an answer, a Close."""
-        transport = self.writer.transport
-        if transport.is_closing():
+        if self.transport.is_closing():
             return
-        transport.write(data)
-        self._written += len(data)
-        if transport.get_write_buffer_size():
-            self._ends.append(self._written)
+        self.transport.write(b"".join(frames))
+        if self.transport.get_write_buffer_size():
+            for frame in frames:
+                self._written += len(frame)
+                self._ends.append(self._written)
             if not self._watch:
                 self._watch = asyncio.get_running_loop().call_later(WRITE_S, self._look, self._left())
 
     def _look(self, left: int) -> None:
         """Give up a client that has read nothing for WRITE_S."""
         self._watch = None
-        if self.writer.transport.get_write_buffer_size():
+        if self.transport.get_write_buffer_size():
             if self._left() == left:
-                return self.writer.transport.abort()
+                return self.transport.abort()
             self._watch = asyncio.get_running_loop().call_later(WRITE_S, self._look, self._left())
 
     async def send(self, data: bytes) -> None:
         """`write`, and wait until the client has read enough; raises ConnectionError when it is given up."""
         self.write(data)
-        if self.writer.transport.get_write_buffer_size():
+        if self.transport.get_write_buffer_size():
             await self.writer.drain()
 
     def close(self) -> None:
         """End the watch, unless something is still on its way."""
-        if self._watch and not self.writer.transport.get_write_buffer_size():
+        if self._watch and not self.transport.get_write_buffer_size():
             self._watch.cancel()
 
 
@@ -11953,9 +12345,9 @@ class Connection:
         self.socket = None
         self.ahead = b""
 
-    def push(self, payload: bytes) -> None:
-        """Send a notification after those before it; who is too far behind is closed, and gets nothing more."""
-        if not self.silent and not self.outbox.put(self.framed(payload)):
+    def push(self, notes: list) -> None:
+        """Send notifications, each as two halves, after those before them; who is too far behind is closed, and gets nothing more."""
+        if not self.silent and not self.outbox.put([self.framed(notes[n] + notes[n + 1]) for n in range(0, len(notes), 2)]):
             self.close(1013)
             self.silent = True
 
@@ -12198,8 +12590,7 @@ class Daemon:
         conflicts = self.ledger.facts["conflicts"] = Conflicts(self.ledger.facts.setdefault("work", Work(self.places, self.world)))
         await self.loop.run_in_executor(None, conflicts.close, False)      # what a crash has left
         self.ledger.facts["stop"] = lambda: self.loop.call_soon_threadsafe(self.stopping.set)
-        self.ledger.facts["live"] = lambda kind, data: self.loop.call_soon_threadsafe(
-            self.streams.tell, kind, data, self.world.now_ns())
+        self.ledger.facts["live"] = lambda kind, data: self.loop.call_soon_threadsafe(self._reported, kind, data)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self.stopping.set)
         for slow, count in ((False, READERS), (True, SLOW_READERS), (ONE_BY_ONE, 1)):
@@ -12266,7 +12657,7 @@ class Daemon:
     async def _look_after_claims(self) -> None:
         """Do what is due about claims when it is due; nothing wakes it but that, and that claims have changed."""
         wake = asyncio.Event()
-        self.waiters.add(CLAIMS, wake.set)
+        self.waiters.add(CLAIM_CHANGES, wake.set)
         while not self.stopping.is_set():
             wake.clear()
             try:
@@ -12329,7 +12720,7 @@ class Daemon:
                 news = await self._read(conflict_news, {}, slow=ONE_BY_ONE)
                 if news:
                     await self._write(lambda context, news=news: tell_of_conflicts(context, news))
-                    self._tell("work", conflicts=True)
+                    self._tell("work", "work", {"conflicts": True})
             except Exception as error:
                 problem = str(error)
             if problem and problem != self._look_problem:       # git may be too old: once is enough
@@ -12392,7 +12783,7 @@ class Daemon:
         self.waiters.publish(events)
         if self.ledger.export_problem != self._sync_told:
             self._sync_told = self.ledger.export_problem
-            self._tell("sync", sync_state="error" if self._sync_told else "ok", problem=self._sync_told)
+            self._tell("sync", "sync", {"sync_state": "error" if self._sync_told else "ok", "problem": self._sync_told})
         for (_, future), outcome in zip(batch, outcomes):
             if future.done():       # who asked has gone, or was told that it takes too long
                 continue
@@ -12401,14 +12792,22 @@ class Daemon:
             else:
                 future.set_result(outcome)
 
-    def _tell(self, topic: str, **params) -> None:
+    def _tell(self, topic: str, method: str, params: dict) -> None:
         """Push what is no event of the log to those who subscribed to a topic."""
         agents = self.subscriptions.to_topic(topic)
         if agents:
-            self.audience.tell([(notification(topic, encode(params)), [(agent_id, b"") for agent_id in agents])])
+            self.audience.tell([(notification(method, encode(params)), [(agent_id, b"") for agent_id in agents])])
+
+    def _reported(self, kind: str, data: dict) -> None:
+        """Tell all who watch of an event of a task, or of telemetry."""
+        told = self.streams.tell(kind, data, self.world.now_ns())
+        if told:
+            self._tell("tasks", kind, told)
 
     def _keep_acks(self) -> None:
         """Keep what streams have acknowledged; what a crash loses of it only repeats messages."""
+        if self.stopping.is_set():
+            return              # they are kept at the end
         acks = self.streams.take_acks()
 
         async def keep():
@@ -12416,8 +12815,7 @@ class Daemon:
                 await self._write(lambda context: note_stream_acks(context, acks))
             except ThrumError as error:
                 self.log.warning("acknowledgements were not kept: %s", error)
-        if acks and not self.stopping.is_set():
-            self._keeping = self.loop.create_task(keep())       # a task that nobody holds may be collected
+        self._keeping = self.loop.create_task(keep())       # a task that nobody holds may be collected
 
     def _heard_of(self, agent_id: str, connection: Connection) -> None:
         """Note that somebody calls: it is here, and what concerns it can be pushed over this connection."""
@@ -12430,7 +12828,7 @@ class Daemon:
             if len(self._told) >= SEEN_MAX:
                 self._told.clear()
             self._told[agent_id] = now
-            self._tell("presence", agent_id=agent_id, last_seen_at=stamp_of(self.world.now_ns()))
+            self._tell("presence", "presence", {"agent_id": agent_id, "last_seen_at": stamp_of(self.world.now_ns())})
 
     async def _write(self, request):
         """What a request to the ledger returns, or raises, once it is durable."""
@@ -12479,15 +12877,15 @@ class Daemon:
         finally:
             stores.put((generation, store))
 
-    async def _wait(self, handler, params: dict, connection: Connection) -> dict:
+    async def _wait(self, method, params: dict, connection: Connection) -> dict:
         """Long-poll: ask, and ask again whenever something came, until there is an answer or the time is up."""
         timeout_s = min(max(params.pop("timeout_ms", WAIT_DEFAULT_MS), 0), WAIT_MAX_MS) / 1000
         if "after_seq" not in params and not params.get("unread"):
             params["after_seq"] = 0 if params.get("created_after") else self.last_seq
-        everything = params.get("all") or "caller_agent_id" not in params
-        found = await self._until(lambda: self._read(handler, params), timeout_s, connection,
-                                  "" if everything else params["caller_agent_id"])
-        return found or {"messages": [], "timed_out": True, "after_seq": params.get("after_seq", self.last_seq),
+        what = types_of(params.get("topics", [])) if method.waits == "events" else \
+            "" if params.get("all") else params.get("caller_agent_id", "")
+        found = await self._until(lambda: self._read(method.handler, params), timeout_s, connection, what)
+        return found or {method.waits: [], "timed_out": True, "after_seq": params.get("after_seq", self.last_seq),
                          "epoch": self.ledger.journal.epoch, "remaining": 0}
 
     async def _queue(self, change, params: dict, connection: Connection) -> dict:
@@ -12503,14 +12901,17 @@ class Daemon:
             try:
                 return await self._write(change)
             except Conflict as error:
+                if ticket.wish and not refusal:
+                    self._tell("claims", "claim.queue", {"agent_id": ticket.wish.agent_id, "paths": ticket.wish.paths, "waiting": True})
                 refusal = error
 
         try:
-            done = await self._until(attempt, timeout_s, connection, FREED)
+            done = await self._until(attempt, timeout_s, connection, CLAIM_ENDS)
         finally:
             self.ledger.queue.discard(ticket)   # what the writer still has of it is refused then
             if ticket.wish:
-                self.waiters.wake_all(FREED)    # whoever was behind may go now
+                self._tell("claims", "claim.queue", {"agent_id": ticket.wish.agent_id, "paths": ticket.wish.paths, "waiting": False})
+                self.waiters.wake_all(CLAIM_ENDS)       # whoever was behind may go now
         if not done:
             raise refusal
         return done
@@ -12574,7 +12975,7 @@ class Daemon:
             while method.indexes and self.ledger.unindexed:
                 await self._write(lambda context: self.ledger.index(INDEX_AT_ONCE))
             if method.waits:
-                return await self._wait(method.handler, checked, connection)
+                return await self._wait(method, checked, connection)
             only_reads = method.preview and bool(checked.get(method.preview.lstrip("!"))) != (method.preview[0] == "!")
             if not method.writes or only_reads:
                 return await self._read(method.handler, checked, method.slow or checked.get("fresh", False))
@@ -12589,7 +12990,7 @@ class Daemon:
                 if self._works.get(work["worktree_path"]) != work:
                     self._works[work["worktree_path"]] = work
                     self.worktrees_changed()
-                    self._tell("work", worktree=work["worktree_path"])
+                    self._tell("work", "work", {"worktree": work["worktree_path"]})
             if name == "user.register":
                 connection.person = done["user_id"]
                 self._heard_of(connection.person, connection)
@@ -12716,7 +13117,7 @@ class Daemon:
     async def _receive_body(self, connection: WebConnection, head, reader, buffer: bytearray) -> bytes:
         if head.length > BODY_MAX:
             raise HttpError(413)
-        if head.headers.get("expect", "").lower() == "100-continue":
+        if head.headers.get("expect", "").lower() == "100-continue" and head.version == "1.1":     # RFC 9110, section 10.1.1
             connection.outbox.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
         def take():
@@ -12809,7 +13210,7 @@ class Daemon:
     async def _respond_api(self, head, body: bytes, connection: WebConnection) -> tuple:
         """What agents report of their tasks, and its replay: the paths are those of the reference's coordinator."""
         method = {"/api/coordinator/events": "task.report", "/api/telemetry": "telemetry.report"}.get(head.path)
-        replay = re.fullmatch("/api/coordinator/tasks/([^/]+)/events", head.path)
+        replay = re.fullmatch("/api/coordinator/tasks/([^/]+)/events", head.target.partition("?")[0])      # an id may hold a %2F
         try:
             if method:
                 _only(head, "POST")
@@ -12818,9 +13219,9 @@ class Daemon:
             if not replay:
                 raise HttpError(404)
             _only(head, "GET", "HEAD")
-            numbers = {name: int(head.query[name]) for name in ("limit", "turn") if head.query.get(name)}
+            numbers = {name: decode(head.query[name]) for name in ("limit", "turn") if head.query.get(name)}
             texts = {name: head.query[name] for name in ("type", "format") if head.query.get(name)}
-            found = await self.call("task.events", {"task_id": replay[1], **numbers, **texts}, connection)
+            found = await self.call("task.events", {"task_id": unquote(replay[1]), **numbers, **texts}, connection)
             if "text" in found:
                 return 200, {"Content-Type": TEXT_TYPE, "Cache-Control": "no-store"}, found["text"].encode()
             return _json_response(found)
@@ -12830,8 +13231,10 @@ class Daemon:
             raise HttpError(500) from None
         except HttpError:
             raise
-        except (ThrumError, ValueError) as error:
+        except ThrumError as error:
             return _json_response({"error": str(error)}, 400)
+        except ValueError:
+            return _json_response({"error": "the body must be a JSON object, limit and turn integers"}, 400)
 
     async def _serve_socket(self, connection: WebConnection, reader, data: bytes, work) -> None:
         """A WebSocket: reads what comes, while `work(connection, inbox)` answers one message after the other.
@@ -12914,7 +13317,7 @@ class Daemon:
             outbox.writer.transport.set_write_buffer_limits(0)      # so that drain() waits until all has left
 
             def send(payload: bytes, spare: int) -> bool:
-                return not connection.silent and outbox.room() > spare and outbox.put(connection.framed(payload))
+                return not connection.silent and outbox.room() > spare and outbox.put([connection.framed(payload)])
 
             async def drained() -> None:
                 if outbox.room() <= STREAM_RESERVE:
@@ -13137,6 +13540,7 @@ def _listen(port: int) -> list:
                 one = socket.socket(family, socket.SOCK_STREAM)
                 made.append(one)
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BYTES)       # of those that it accepts
                 if family == socket.AF_INET6:
                     one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 one.bind((host, port))
@@ -13272,6 +13676,7 @@ AWAY_S = 60                     # seconds for which a command waits for a daemon
 ASK_PIPE_S = 1                  # seconds for which a pipe may take to answer a question
 RETRY_S = 0.1                   # seconds between looking for a daemon that somebody else is to start: nothing tells
                                 # a waiting process that a file was removed, without a dependency
+TOLD_MAX = 1_000                # notifications that a Python program may leave unread: four times what the daemon keeps for it
 STATE = {"key": b"", "cursor": b""}
 
 
@@ -13473,7 +13878,14 @@ def answer_record(top: str, argv: list, kind: bytes, payload: bytes) -> bytes | 
 
 
 class Client:
-    """A connection to a repository's daemon for Python programs; see `connect`."""
+    """A connection to a repository's daemon for Python programs; see `connect`.
+
+    Once it has called on behalf of an agent, what that agent has subscribed to comes over it, between the replies:
+
+    >>> team.call("subscribe", all=True, topics=["claims"], caller_agent_id="ci")      # doctest: +SKIP
+    >>> for method, params in team.notifications():                                    # doctest: +SKIP
+    ...     print(params["seq"], method, params.get("preview"))
+    """
 
     def __init__(self, sock, answer_s: float = ANSWER_S):
         self._sock = sock
@@ -13481,6 +13893,8 @@ class Client:
         self._lines = Lines(64 * REQUEST_MAX)
         self._ready = []
         self._id = 0
+        self._told = collections.deque(maxlen=TOLD_MAX)
+        self.missed = 0         # notifications that had to be dropped, the oldest first: `event.wait` gives them again
 
     def call(self, method: str, **params):
         """The result of a method; raises ThrumError with the daemon's words, Unreachable when it went away."""
@@ -13488,19 +13902,15 @@ class Client:
         line = json.dumps({"jsonrpc": "2.0", "id": self._id, "method": method, "params": params}).encode() + b"\n"
         if len(line) > REQUEST_MAX:
             raise InvalidRequest(f"{method}: the request is larger than {REQUEST_MAX:,} bytes")
-        waits_s = params.get("timeout_ms", params.get("wait_ms", WAIT_DEFAULT_MS if method == "message.wait" else 0)) / 1000
-        self._sock.settimeout(self._answer_s + (SLOW_S if method in METHODS and METHODS[method].slow else waits_s))
-        reply = {}
+        row = METHODS.get(method)
+        waits_s = params.get("timeout_ms", params.get("wait_ms", WAIT_DEFAULT_MS if row and row.waits else 0)) / 1000
+        limit_s, reply = self._answer_s + (SLOW_S if row and row.slow else waits_s), {}
+        give_up_at = time.monotonic() + limit_s
+        self._sock.settimeout(limit_s)
         try:
             self._sock.sendall(line)
             while reply.get("id") != self._id:      # another one answers a call that was given up
-                if self._ready:
-                    reply = json.loads(self._ready.pop(0))
-                    continue
-                data = self._sock.recv(65536)
-                if not data:
-                    raise Unreachable("the daemon closed the connection")
-                self._ready += self._lines.feed(data)
+                reply = self._receive(give_up_at)
         except OSError as error:
             raise Unreachable(f"failed to read response (daemon may be unresponsive — try: thrum daemon restart): "
                               f"{os_problem(error)}") from None
@@ -13508,6 +13918,38 @@ class Client:
             kind = {MethodNotFound.code: MethodNotFound, InvalidParams.code: InvalidParams}.get(reply["error"]["code"], ThrumError)
             raise kind(reply["error"]["message"], reply["error"].get("data"))
         return reply["result"]
+
+    def _receive(self, give_up_at: float) -> dict:
+        """What the daemon says next until a time (monotonic s); a notification is kept as well.  Raises OSError, Unreachable."""
+        while not self._ready:
+            self._sock.settimeout(max(give_up_at - time.monotonic(), 0.001))
+            data = self._sock.recv(65536)
+            if not data:
+                raise Unreachable("the daemon closed the connection")
+            self._ready += self._lines.feed(data)
+        said = json.loads(self._ready.pop(0))
+        if "method" in said:
+            self.missed += len(self._told) == TOLD_MAX
+            self._told.append((said["method"], said["params"]))
+        return said
+
+    def next(self, timeout_s: float | None = None) -> tuple | None:
+        """The next notification as (method, params), None when none has come in time; raises Unreachable when the daemon went away."""
+        give_up_at = FAR if timeout_s is None else time.monotonic() + timeout_s
+        while not self._told:
+            try:
+                self._receive(min(give_up_at, time.monotonic() + ANSWER_S))
+            except socket.timeout:      # in Python 3.9 another one than TimeoutError
+                if time.monotonic() >= give_up_at:
+                    return None
+            except OSError as error:
+                raise Unreachable(f"the connection to the daemon broke: {os_problem(error)}") from None
+        return self._told.popleft()
+
+    def notifications(self, timeout_s: float | None = None):
+        """The notifications as they come, each (method, params); ends when none has come for so long."""
+        while (told := self.next(timeout_s)) is not None:
+            yield told
 
     def close(self) -> None:
         self._sock.close()
@@ -15047,7 +15489,7 @@ async def version(console: Console, args: Args) -> int:
 
 FIRST = ("quickstart", "send", "inbox", "reply", "wait", "status")      # what an agent needs to begin with
 TOPICS = {                      # where the others stand in the overview; what is named nowhere stands under "More"
-    "Messages": "message search sent trace",
+    "Messages": "message search sent subscribe subscriptions trace unsubscribe watch",
     "Team": "agent claim claims conflicts group guard overview ping release session team who-has whoami why",
     "Memory": "context prime",
     "Setup": "completion config init migrate setup worktree",
@@ -15139,6 +15581,7 @@ _VALUES = {                     # "command argument" counts before "argument"
     "PATH": "files", "FILE": "files", "agent context NAME": "ask names",
     "--format": "words markdown plain json", "KEY": "words " + " ".join(SETTINGS),
     "group delete NAME": "ask groups", "group info NAME": "ask groups", "group members NAME": "ask groups",
+    "watch --topic": "words " + " ".join(WATCHED), "subscribe --topic": "words " + " ".join(SUBSCRIPTION_TOPICS),
     "agent delete NAME": "ask agents", "ping NAME": "ask agents", "worktree create --path": "folders",
     "worktree create --agent": "", "worktree remove NAME": "ask worktrees", "why LINE": "files",
 }
@@ -15790,8 +16233,18 @@ def start_directory(args: Args) -> str:
 def run_remote(console: LocalConsole, row: Command, state: dict) -> int:
     """Run a command in the daemon, and again with the next daemon if this one goes away; its exit status."""
     places, argv, lost_at, asked, upgraded = console.places, console.argv, None, [], False
-    waits = row.run is wait
-    patience_s = min(AWAY_S, max(console.args.timeout, 0)) if waits else AWAY_S
+    waits = row.run in (wait, watch)
+    patience_s = min(AWAY_S, max(console.args.timeout, 0)) if row.run is wait else AWAY_S
+
+    def lose():
+        nonlocal lost_at
+        if lost_at is None:
+            lost_at = time.monotonic()
+            if not console.args.quiet and not console.args.json and waits:
+                show(2, b"Lost connection to daemon, reconnecting...\n")
+
+    if state["cursor"]:         # the launcher has been that far
+        lose()
 
     def other(kind, payload):
         answer = answer_record(places.top, argv, kind, payload)
@@ -15808,7 +16261,7 @@ def run_remote(console: LocalConsole, row: Command, state: dict) -> int:
             if lost_at is None or not os.path.isdir(places.thrum):      # with `init --remove` nothing comes back
                 raise
             if time.monotonic() - lost_at > patience_s:
-                if waits and patience_s < AWAY_S:
+                if patience_s < AWAY_S:
                     show(2, b"" if console.args.quiet or console.args.json else TIMED_OUT.encode() + b"\n")
                     return 1
                 raise
@@ -15835,12 +16288,9 @@ def run_remote(console: LocalConsole, row: Command, state: dict) -> int:
             raise ThrumError("the running daemon does not know this command; 'thrum daemon restart' renews it")
         if time.monotonic() - began > START_S:
             lost_at = None      # it was well in between
-        if lost_at is None:
-            lost_at = time.monotonic()
-            if not console.args.quiet and not console.args.json and waits:
-                show(2, b"Lost connection to daemon, reconnecting...\n")
-        elif time.monotonic() - lost_at > patience_s:
+        if lost_at is not None and time.monotonic() - lost_at > patience_s:
             raise Unreachable("the daemon went away while it answered; see 'thrum daemon logs'")
+        lose()
         time.sleep(RETRY_S)
 
 

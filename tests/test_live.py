@@ -188,6 +188,59 @@ def test_topics(repo):
         assert page.push("presence")["agent_id"] == "someone-new"
 
 
+def test_what_is_told_names_whom_and_what(repo):
+    """A listener need not ask again whose session, claim, group or message it was."""
+    repo.join("lea", "mason", "core")
+    session = call(repo, "agent.whoami", caller_agent_id="lea")["session_id"]
+    message = send(repo, "m", "@bob", author="lea")["message_id"]
+    reply = send(repo, "r", "@lea", author="bob", reply_to=message)
+    with Wire(repo) as page, Wire(repo) as queue:
+        page.join("mia", topics=["*"])
+        call(repo, "group.create", name="masons", caller_agent_id="lea")
+        call(repo, "group.member.add", group="masons", member_value="lea", caller_agent_id="lea")
+        assert page.push("group.member.add")["name"] == "masons"
+        call(repo, "message.delete", message_id=reply["message_id"], caller_agent_id="bob")
+        told = page.push("message.delete")
+        assert (told["agent_id"], told["thread_id"]) == ("bob", reply["thread_id"])
+        call(repo, "claim.take", paths=["walls"], caller_agent_id="lea")
+        queue.send({"jsonrpc": "2.0", "id": 1, "method": "claim.take",
+                    "params": {"paths": ["walls"], "caller_agent_id": "cyd", "wait_ms": 60_000}})
+        told = page.push("claim.queue")
+        assert (told["agent_id"], told["paths"], told["waiting"]) == ("cyd", ["walls"], True)
+        call(repo, "session.end", session_id=session)
+        found = [page.push("agent.session.end", "claim.release") for _ in range(2)]
+        assert [(one["method"], one["agent_id"], one.get("path"), one.get("reason")) for one in found] == [
+            ("agent.session.end", "lea", None, "normal"), ("claim.release", "lea", "walls", "session ended")]
+        assert page.push("claim.take")["agent_id"] == "cyd" and page.push("claim.queue")["waiting"] is False
+        call(repo, "claim.release", caller_agent_id="cyd")
+
+
+def test_who_subscribes_again_follows_from_here(repo):
+    """After a reconnect the subscription is still there, and its error says from where on it holds."""
+    with Wire(repo) as page:
+        number = page.call("subscribe", caller_agent_id="ada", scope={"type": "again", "value": "1"})["subscription_id"]
+    missed = send(repo, "missed", scopes=[{"type": "again", "value": "1"}])
+    with Wire(repo) as page:
+        error = page.reply("subscribe", caller_agent_id="ada", scope={"type": "again", "value": "1"})["error"]
+        assert error["message"] == "subscribe: subscription already exists" and error["data"]["subscription_id"] == number
+        listed = page.call("message.list", after_seq=number, sort_order="asc", scope={"type": "again", "value": "1"})["messages"]
+        assert [row["message_id"] for row in listed] == [missed["message_id"]] and listed[0]["seq"] <= error["data"]["after_seq"]
+        sent = send(repo, "now", scopes=[{"type": "again", "value": "1"}])
+        note = page.push("message")
+        assert note["message_id"] == sent["message_id"] and note["seq"] > error["data"]["after_seq"]
+        page.call("unsubscribe", caller_agent_id="ada", subscription_id=number)
+
+
+def test_tasks_are_told(repo):
+    with Wire(repo) as page:
+        page.join("ned", topics=["tasks"])
+        call(repo, "task.report", task_id="t", stream_type="text", text="x" * 3000, turn_num=1, caller_agent_id="bob")
+        told = page.push("task_stream")
+        assert (told["task_id"], len(told["text"]), told["agent_id"]) == ("t", 2000, "bob")
+        call(repo, "telemetry.report", pid=7, turns=2)
+        assert page.push("telemetry")["instance_id"] == "external_7"
+
+
 def test_many_receipts_are_told_as_one(repo):
     ids = [send(repo, f"m{n}", "@cyd")["message_id"] for n in range(250)]
     with Wire(repo) as page:

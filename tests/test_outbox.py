@@ -93,7 +93,7 @@ def client(kind=thrum.WebConnection, takes=0):
 def test_who_reads_is_never_behind(loop):
     connection, transport = client(takes=1 << 30)
     for n in range(10_000):
-        connection.push(b"%d" % n)
+        connection.push([b"%d" % n, b""])
     assert not connection.silent and transport.sent.count(b"\x81") == 10_000
 
 
@@ -101,7 +101,7 @@ def test_a_queue_is_counted_in_frames_and_drains(loop):
     connection, transport = client()
     frame = len(thrum.encode_frame(thrum.TEXT, b"x" * 100))
     for _ in range(thrum.QUEUE_MAX):
-        connection.push(b"x" * 100)
+        connection.push([b"x" * 100, b""])
     assert connection.outbox.room() == 0 and not connection.silent
     transport.read(10 * frame + 1)
     assert connection.outbox.room() == 10       # the eleventh has not left whole
@@ -114,24 +114,24 @@ def test_who_is_behind_is_closed_with_what_was_on_its_way(loop, kind, goodbye):
     """1013, try again later; it gets what is queued, in order, and nothing after it."""
     connection, transport = client(kind)
     for n in range(thrum.QUEUE_MAX + 50):
-        connection.push(b"%03d" % n)
+        connection.push([b"%03d" % n, b""])
     assert connection.silent
     waiting = transport.waiting
     assert waiting == b"".join(connection.framed(b"%03d" % n) for n in range(thrum.QUEUE_MAX)) + goodbye
-    connection.push(b"more")
+    connection.push([b"more", b""])
     assert transport.waiting == waiting
 
 
 def test_bytes_count_too(loop):
     connection, transport = client()
     while not connection.silent:
-        connection.push(b"x" * 200_000)
+        connection.push([b"x" * 200_000, b""])
     assert thrum.QUEUE_BYTES <= len(transport.waiting) < thrum.QUEUE_BYTES + 300_000
 
 
 def test_a_stalled_write_ends_after_ten_seconds_and_a_slow_one_does_not(loop):
     connection, transport = client(thrum.Connection)
-    connection.push(b"x" * 1000)
+    connection.push([b"x" * 1000, b""])
     for _ in range(20):
         loop.pass_s(thrum.WRITE_S - 1)
         transport.read(10)
@@ -143,7 +143,7 @@ def test_a_stalled_write_ends_after_ten_seconds_and_a_slow_one_does_not(loop):
 def test_a_closed_connection_that_never_reads_is_given_up(loop):
     """Its descriptor must come back, though the last bytes never leave."""
     connection, transport = client(thrum.Connection)
-    connection.push(b"x")
+    connection.push([b"x", b""])
     connection.close(1001)
     connection.ended()
     loop.pass_s(thrum.WRITE_S)
