@@ -12269,6 +12269,7 @@ class Outbox:
         self.writer = writer
         self.transport = writer.transport
         self._written = 0       # bytes in all, but for those that the kernel took at once
+        self._asked = 0         # bytes of answers, which do not make it slow: it has asked for them
         self._ends = collections.deque()        # where those of the frames end that are still here
         self._watch = None      # the timer that looks whether the client reads
 
@@ -12285,11 +12286,14 @@ class Outbox:
         left = self._written - size
         while self._ends and self._ends[0] <= left:
             self._ends.popleft()
-        return QUEUE_MAX - len(self._ends) if size < QUEUE_BYTES else 0
+        return QUEUE_MAX - len(self._ends) if size - self._asked < QUEUE_BYTES else 0
 
     def put(self, frames: list) -> bool:
-        """Send frames after those before them; False when there is not room for all, and then the first are sent."""
-        room = self.room() if self.transport.get_write_buffer_size() else QUEUE_MAX
+        """Send frames after those before them; False when there is not room for all, and then the first are sent.
+
+        Who has everything is never behind, however many come at once.
+        """
+        room = self.room() if self.transport.get_write_buffer_size() else len(frames)
         if room > 0:
             self.write(*frames[:room])
         return len(frames) <= room
@@ -12318,7 +12322,11 @@ class Outbox:
         """`write`, and wait until the client has read enough; raises ConnectionError when it is given up."""
         self.write(data)
         if self.transport.get_write_buffer_size():
-            await self.writer.drain()
+            self._asked += len(data)
+            try:
+                await self.writer.drain()
+            finally:
+                self._asked -= len(data)
 
     def close(self) -> None:
         """End the watch, unless something is still on its way."""
