@@ -12299,8 +12299,11 @@ class Outbox:
         return QUEUE_MAX - len(self._ends) if self._size < QUEUE_BYTES else 0
 
     def put(self, frames: list) -> bool:
-        """Send frames after those before them; False when there is not room for all, and then the first are sent."""
-        room = self.room()
+        """Send frames after those before them; False when there is not room for all, and then the first are sent.
+
+        Who has everything is never behind, however many come at once.
+        """
+        room = self.room() if self.transport.get_write_buffer_size() else len(frames)
         if room > 0:
             before = self._written
             self.write(b"".join(frames[:room]))

@@ -75,6 +75,10 @@ class FakeWriter:
     def close(self):
         self.transport.closing = True
 
+    async def drain(self):
+        while self.transport.waiting:
+            await asyncio.sleep(0)          # until somebody has called `read` and sends the coroutine on
+
 
 @pytest.fixture
 def loop(monkeypatch):
@@ -127,6 +131,30 @@ def test_bytes_count_too(loop):
     while not connection.silent:
         connection.push([b"x" * 200_000, b""])
     assert thrum.QUEUE_BYTES <= len(transport.waiting) < thrum.QUEUE_BYTES + 300_000
+
+
+def test_a_batch_of_many_is_not_too_much_for_who_has_everything(loop):
+    """256 requests may be one batch, and each may be told twice."""
+    connection, transport = client()
+    connection.push([b"x", b""] * (2 * thrum.QUEUE_MAX))
+    assert not connection.silent and transport.waiting == connection.framed(b"x") * 2 * thrum.QUEUE_MAX
+    connection.push([b"x", b""])
+    assert connection.silent
+
+
+def test_an_answer_does_not_make_anybody_slow(loop):
+    """It was asked for; what is told meanwhile waits behind it."""
+    connection, transport = client()
+    answering = connection.answer(b"x" * 2 * thrum.QUEUE_BYTES)
+    answering.send(None)
+    connection.push([b"told", b""])
+    assert not connection.silent and transport.waiting.endswith(connection.framed(b"told"))
+    with pytest.raises(StopIteration):
+        transport.read(len(transport.waiting))
+        answering.send(None)
+    while not connection.silent:
+        connection.push([b"x" * 200_000, b""])
+    assert len(transport.waiting) < thrum.QUEUE_BYTES + 300_000
 
 
 def test_a_stalled_write_ends_after_ten_seconds_and_a_slow_one_does_not(loop):
