@@ -6306,7 +6306,7 @@ class ThreadStream:
         if not rows:
             return
         followed.latest, count = rows[-1][0], len(rows)
-        at_once = followed.confirmed and not (followed.left or followed.asked or followed.stale or self._turns) and count <= STREAM_BATCH \
+        at_once = followed.confirmed and not (followed.left or followed.stale or self._turns) and count <= STREAM_BATCH \
             and followed.lag() + count <= STREAM_LAG and self._rate.room(now) - self._promised >= count
         told = [(followed.number + place, message) for place, (_, message) in enumerate(rows, 1) if message]
         if not at_once or not self._give(followed, told, followed.latest, followed.number + count, 0, followed.latest, False, now, encoded):
