@@ -981,7 +981,7 @@ def test_a_state_is_told_when_status_or_title_change_and_not_otherwise(hall, cli
     client.settle()
     assert statuses(client, "thr_t") == [("active", 1)]
     hall.send("thr_t", author="ada", reply_to=first)        # its own word is no answer
-    client.settle()
+    assert Client(hall).subscribe("thr_t")[1]["data"]["status"] == "active"
     hall.send("thr_t", author="bob", reply_to=first)
     client.settle()
     assert statuses(client, "thr_t")[1:] == [("resolved", 4)]
