@@ -4,8 +4,13 @@
 
 Figure and floor are taken in turns in one run, so that noise hits both; what is printed are medians.  A budget is a
 ratio to the floor, so it holds on any machine.  `--large` adds the rows for 1,000,000 messages (some minutes and 3 GB),
-`--quick` takes fewer rounds.  `--only` names a group: command, surface, parallel, send, clients, broadcast, crowd, inbox,
+`--quick` takes fewer rounds.  `--only` names a group: command, surface, parallel, send, clients, live, broadcast, crowd, inbox,
 outbox, search, work, start, rebuild, memory.  The exit status is 1 when a budget is missed.
+
+What a notification takes (`live`) is seen by its sender and its subscribers, which are one process, neither the daemon nor
+this one: from just before the request is handed to the kernel until a subscriber has got the frame from it.  So it holds the
+whole durable send, and so does the floor: an asyncio server that appends and syncs the same line, then writes the same
+bytes to as many sockets.  Its p99 is over all reads of a fifth of the rounds, and the median of the five fifths is printed.
 """
 
 import argparse
@@ -15,12 +20,14 @@ import importlib
 import json
 import os
 import random
+import resource
 import selectors
 import shutil
 import signal
 import socket
 import sqlite3
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -434,7 +441,209 @@ def bare_server(folder, prefix, clients):
     asyncio.run(serve())
 
 
-HELPERS = {"open": open_store, "floor": rebuild_floor, "senders": senders, "bare": bare_server}
+class Crowd:
+    """Subscribers of one server, all in this process, and a client that sends to it."""
+
+    def __init__(self):
+        self.selector = selectors.DefaultSelector()
+        self.frame = self.text = b""        # as the last of the subscribers got it, and what was sent
+
+    def open(self, port, hello=b"", sign=b"", limit=0):
+        """A socket that has said hello and waits for a sign; with a receive buffer of `limit` bytes it is soon behind."""
+        sock = socket.socket()
+        if limit:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, limit)
+        sock.connect(("127.0.0.1", port))
+        sock.sendall(hello)
+        return sock, sign
+
+    def settle(self, opened):
+        """Wait for the signs; the sockets."""
+        for sock, sign in opened:
+            answer = b""
+            while sign not in answer:
+                data = sock.recv(65536)
+                if not data:
+                    raise SystemExit(f"hung up, without {sign}: {answer}")
+                answer += data
+        return [sock for sock, _ in opened]
+
+    def listen(self, opened):
+        for sock in self.settle(opened):
+            self.selector.register(sock, selectors.EVENT_READ)
+
+    def read(self, wait_s):
+        """What the subscribers get next, each with the time: (data, ns).  They answer pings, or they would be given up."""
+        for key, _ in self.selector.select(wait_s):
+            data = key.fileobj.recv(65536)
+            yield data, time.monotonic_ns()
+            if not data or data[:1] == b"\x88":
+                raise SystemExit("a subscriber was closed")
+            if b"\x89\0" in data:           # in no other frame of a server: its texts are ASCII, and so short
+                key.fileobj.sendall(thrum.encode_frame(thrum.PONG, b"", mask=b"mask"))
+
+    def round(self, text):
+        """Send a text: the ns until each of the subscribers has it."""
+        spent, count = [], len(self.selector.get_map())
+        begin = time.monotonic_ns()
+        self.send(text)
+        while len(spent) < count:
+            before = len(spent)
+            for data, now in self.read(10):
+                if text in data:
+                    spent.append(now - begin)
+                    self.frame = data
+            if len(spent) == before and time.monotonic_ns() - begin > 20e9:
+                raise SystemExit(f"{count - before} subscribers were not told")
+        self.text = text
+        if b"error" in self.sender.recv(65536):
+            raise SystemExit("a message was refused")
+        return spent
+
+
+class ThrumCrowd(Crowd):
+    """People, each with a session, a WebSocket and a subscription; an agent sends over the Unix socket."""
+
+    def __init__(self, path, count, pad=0, wanted=None):
+        super().__init__()
+        self.places = thrum.find_places(path)
+        with open(self.places.var + "/ws.port") as file:
+            self.port = int(file.read())
+        self.scopes = [{"type": "pad", "value": f"{n:0250d}"} for n in range(pad)]      # makes a notification longer
+        self.wanted = wanted or {"all": True}
+        for first in range(0, count, 100):
+            self.listen([self.join(n) for n in range(first, min(first + 100, count))])
+        self.sender = thrum.dial(self.places.var)
+
+    def join(self, number, limit=0):
+        calls = (("user.register", {"username": f"page{number}"}), ("session.start", {"agent_id": f"user:page{number}"}),
+                 ("subscribe", self.wanted))
+        batch = json.dumps([{"jsonrpc": "2.0", "id": 1, "method": method, "params": params} for method, params in calls]).encode()
+        return self.open(self.port, thrum.request_upgrade(f"localhost:{self.port}", "/ws", "A" * 22 + "==")
+                         + thrum.encode_frame(thrum.TEXT, batch, mask=b"mask"), b'"after_seq"', limit)
+
+    def send(self, text):
+        self.sender.sendall(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "message.send", "params": {
+            "caller_agent_id": "sender", "mentions": ["@receiver"], "content": text.decode(), "scopes": self.scopes}}).encode() + b"\n")
+
+    def line(self):
+        """The last line of the journal."""
+        newest = max(os.listdir(self.places.journal), key=lambda name: int(name[:-6]))
+        with open(f"{self.places.journal}/{newest}", "rb") as file:
+            return file.readlines()[-1]
+
+    def memory(self):
+        return rss(thrum.read_pid(self.places))
+
+
+class EchoCrowd(Crowd):
+    """Subscribers of `echo_server`, who get what those of a model get."""
+
+    def __init__(self, port, count, model):
+        super().__init__()
+        self.listen([self.open(port, b"listen\n", b"listen\n") for _ in range(count)])
+        self.sender, self.model, self.line = self.open(port)[0], model, model.line()
+
+    def send(self, text):
+        frame = self.model.frame.replace(self.model.text, text)
+        self.sender.sendall(b"%d %d\n" % (len(self.line), len(frame)) + self.line + frame)
+
+
+def echo_server(folder):
+    """The floor of notifications: appends and syncs a line, then writes a frame to all who listen, then answers."""
+    journal = os.open(folder + "/echo.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    listening = set()
+
+    async def client(reader, writer):
+        while True:
+            data = await reader.readline()
+            if not data:
+                listening.discard(writer)
+                return writer.close()
+            if data == b"listen\n":
+                listening.add(writer)
+            else:
+                line, frame = [await reader.readexactly(int(size)) for size in data.split()]
+                os.write(journal, line)
+                thrum.durable_sync(journal)
+                for one in listening:
+                    one.write(frame)
+            writer.write(data)
+
+    async def serve():
+        server = await asyncio.start_server(client, "127.0.0.1", 0, backlog=2_000)
+        print(server.sockets[0].getsockname()[1], flush=True)
+        await server.serve_forever()
+
+    many_files()
+    asyncio.run(serve())
+
+
+def many_files():
+    """Let this process have as many sockets as it may."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (10_000 if hard == resource.RLIM_INFINITY else min(hard, 10_000), hard))
+
+
+def of_fifths(rounds, share):
+    """The ms below which such a share of the numbers lies, of each fifth of some lists of ns: the median."""
+    found = []
+    for n in range(5):
+        values = sorted(ns for spent in rounds[n * len(rounds) // 5:(n + 1) * len(rounds) // 5] for ns in spent)
+        found.append(values[int(share * (len(values) - 1))] / 1e6)
+    return statistics.median(found)
+
+
+def told(path, port, count, rounds):
+    """How long it takes to tell so many subscribers of a daemon, and of an echo server: p50 and p99 in ms of each."""
+    many_files()
+    crowds = [ThrumCrowd(path, int(count))]
+    crowds[0].round(b"round 000000")
+    crowds.append(EchoCrowd(int(port), int(count), crowds[0]))
+    spent = [[], []]
+    for number in range(1, int(rounds) + 6):
+        for crowd, found in zip(crowds, spent):
+            found.append(crowd.round(b"round %06d" % number))
+    return [[of_fifths(found[5:], share) for share in (0.5, 0.99)] for found in spent]
+
+
+def stopped(path, other, count, rounds):
+    """The same for two daemons, where the second has one more subscriber who does not read.
+
+    p99 in ms of both, the MB by which each grew at the most, and whether the one who does not read was given up.
+    """
+    many_files()
+    crowds = [ThrumCrowd(where, int(count), pad=12) for where in (path, other)]
+    (sock,) = crowds[1].settle([crowds[1].join(int(count), 4096)])
+    before, most, spent = [crowd.memory() for crowd in crowds], [0, 0], [[], []]
+    for number in range(1, int(rounds) + 6):
+        for n, crowd in enumerate(crowds):
+            spent[n].append(crowd.round(b"round %06d" % number))
+            most[n] = max(most[n], crowd.memory() - before[n]) if number % 10 == 0 else most[n]
+    sock.settimeout(5)
+    try:
+        while data := sock.recv(1 << 20):
+            last = data
+        closed = last[-2:] == b"\x03\xf5"       # 1013
+    except ConnectionError:
+        closed = True
+    except socket.timeout:
+        closed = False
+    return {"p99": [of_fifths(found[5:], 0.99) for found in spent], "grown": most, "closed": closed}
+
+
+def hold(path, count, wanted):
+    """Be so many subscribers for as long as the parent lives."""
+    many_files()
+    crowd = ThrumCrowd(path, int(count), wanted=json.loads(wanted))
+    print("ready", flush=True)
+    parent = os.getppid()
+    while os.getppid() == parent:
+        collections.deque(crowd.read(5), maxlen=0)
+
+
+HELPERS = {"open": open_store, "floor": rebuild_floor, "senders": senders, "bare": bare_server, "echo": echo_server, "told": told,
+           "stopped": stopped, "hold": hold}
 
 
 # ---- the table
@@ -606,6 +815,162 @@ class Bench:
             bare.stdout.close()
             shutil.rmtree(folder)
         self.row("durable sends, 64 clients / bare asyncio server", statistics.median(rates), statistics.median(floors), "/s", SHARE, 0.5)
+
+    def live(self):
+        """What is pushed to subscribers, frames, and catching up."""
+        self.notifications()
+        self.bystanders()
+        self.who_stops_reading()
+        self.frames()
+        self.catching_up()
+
+    def notifications(self):
+        """From a send to the read of 1, 100 and 1,000 subscribers."""
+        repo = self.repo("told")
+        repo.start()
+        with repo.client() as client:
+            repo.join(client, "sender", "receiver")
+        echo = subprocess.Popen(helper_argv("echo", self.scratch), env=CLEAN, stdout=subprocess.PIPE)
+        try:
+            port = int(echo.stdout.readline())
+            for count, rounds in ((1, 1_000), (100, 400), (1_000, 100)):
+                measured, floor = helper("told", repo.path, port, count, self.rounds(rounds))
+                for what, value, beside, limit in (("p50", measured[0], floor[0], ()), ("p99", measured[1], floor[1], (TIMES, 2))):
+                    self.row(f"notification to {count:,}, {what} / the same sync and bytes by asyncio", value, beside, "ms", *limit)
+        finally:
+            echo.kill()
+            echo.wait()
+            echo.stdout.close()
+        repo.stop()
+
+    def bystanders(self):
+        """Sends while 1,000 listen to something else, beside sends while nobody listens."""
+        repos, prefix = [self.repo("alone"), self.repo("watched")], "c"
+        for repo in repos:
+            repo.start()
+            with repo.client() as client:
+                repo.join(client, *(f"{prefix}{n}" for n in range(CONNECTIONS)))
+        others = json.dumps({"scope": {"type": "module", "value": "other"}, "mention_role": "nobody"})
+        crowd = subprocess.Popen(helper_argv("hold", repos[1].path, 1_000, others), env=CLEAN, stdout=subprocess.PIPE)
+        try:
+            if not crowd.stdout.readline():
+                raise SystemExit("the subscribers failed")
+            for clients, each in ((1, 400), (CONNECTIONS, 40)):
+                rates = [[], []]
+                for number in range(self.rounds(16) + 1):
+                    for repo, found in zip(repos, rates):
+                        done = helper("senders", repo.places.var, "thrum.sock", prefix, clients, each)
+                        if number:
+                            found.append(done["messages"] / done["seconds"])
+                alone, watched = map(statistics.median, rates)
+                who = "one client" if clients == 1 else f"{clients} clients"
+                self.row(f"sends of {who}, 1,000 listen to others / nobody listens", watched, alone, "/s", SHARE, 0.95)
+        finally:
+            crowd.kill()
+            crowd.wait()
+            crowd.stdout.close()
+        for repo in repos:
+            repo.stop()
+
+    def who_stops_reading(self):
+        """1,000 subscribers, and one more who does not read, beside 1,000 who all do."""
+        repos = [self.repo("all read"), self.repo("one stops")]
+        for repo in repos:
+            repo.start()
+            with repo.client() as client:
+                repo.join(client, "sender", "receiver")
+        found = helper("stopped", *(repo.path for repo in repos), 1_000, 600)
+        for repo in repos:
+            repo.stop()
+        self.row("notification to 1,000, p99: one more does not read / all read", found["p99"][1], found["p99"][0], "ms", TIMES, 1.25)
+        self.row("… memory that the daemon gains / when all read", found["grown"][1], found["grown"][0], "MB", PLUS, 8)
+        self.row("… who did not read has been closed", float(found["closed"]), 1.0, "", SHARE, 1)
+
+    def frames(self):
+        """Frames of a client decoded, beside a loop that cuts and unmasks the same bytes and checks nothing."""
+        for name, size, count in (("100 bytes", 100, 20_000), ("1 MiB", 1 << 20, 24)):
+            stream = b"".join(thrum.encode_frame(thrum.TEXT, (b"%08d" % n).ljust(size, b"x"), mask=os.urandom(4)) for n in range(count))
+            pieces = [stream[n:n + 65_536] for n in range(0, len(stream), 65_536)]      # as they come from a socket
+
+            def decode(pieces=pieces, count=count):
+                peer, found = thrum.WebSocket(1 << 21), 0
+                for piece in pieces:
+                    peer.feed(piece)
+                    found += len(peer.messages())
+                assert found == count
+
+            def cut(pieces=pieces, count=count, size=size):
+                rest, found, wide = b"", 0, {126: ">H", 127: ">Q"}
+                for piece in pieces:
+                    rest = rest + piece if rest else piece
+                    at = 0
+                    while len(rest) - at >= 14:
+                        length, begin = rest[at + 1] & 127, at + 2
+                        if length > 125:
+                            (length,) = struct.unpack_from(wide[length], rest, begin)
+                            begin += 2 if length < 65_536 else 8
+                        if begin + 4 + length > len(rest):
+                            break
+                        mask, payload = rest[begin:begin + 4], rest[begin + 4:begin + 4 + length]
+                        (int.from_bytes(payload, "big") ^ int.from_bytes(mask * (length // 4), "big")).to_bytes(length, "big")
+                        at, found = begin + 4 + length, found + 1
+                    rest = rest[at:]
+                assert found == count
+
+            measured, floor = self.in_turns(self.rounds(20), decode, cut, warm_up=2)
+            self.row(f"frames decoded, {name} / a loop without checks", count / measured, count / floor, "/s", SHARE, 0.5)
+            self.row("… megabytes", len(stream) / 1e6 / measured, len(stream) / 1e6 / floor, "MB/s")
+
+    def catching_up(self):
+        """10,000 messages over a WebSocket, beside their rows read and encoded in pages of the same size."""
+        repo = self.repo(10_000)
+        repo.start()
+        places = repo.places
+        with open(places.var + "/ws.port") as file:
+            port = int(file.read())
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.sendall(thrum.request_upgrade(f"localhost:{port}", "/ws", "A" * 22 + "=="))
+        buffer, peer = bytearray(), thrum.WebSocket(1 << 26, client=True)
+        while not thrum.decode_response_head(buffer):
+            buffer += sock.recv(65536)
+
+        def call(method, **params):
+            peer.send(json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode())
+            sock.sendall(peer.output())
+            while True:
+                for _, message in peer.messages():
+                    message = json.loads(message)
+                    if "result" in message:
+                        return message["result"]
+                    assert "method" in message, message
+                peer.feed(sock.recv(65536))
+
+        call("user.register", username="late")
+        call("session.start", agent_id="user:late")
+
+        def follow(method, **params):
+            cursor, count = 0, 0
+            while count < 10_000:
+                found = call(method, after_seq=cursor, page_size=100, **params)["messages"]
+                cursor, count = found[-1]["seq"], count + len(found)
+
+        db = sqlite3.connect(places.database)
+        db.row_factory = sqlite3.Row
+
+        def floor():
+            cursor, count = 0, 0
+            while count < 10_000:
+                found = [dict(row) for row in db.execute("select * from messages where seq > ? order by seq limit 100", (cursor,))]
+                json.loads(json.dumps(found))       # as the client must
+                cursor, count = found[-1]["seq"], count + len(found)
+
+        listed, waited, floored = self.in_turns(self.rounds(12), lambda: follow("message.list", sort_order="asc"),
+                                                lambda: follow("message.wait", all=True), floor)
+        db.close()
+        sock.close()
+        repo.stop()
+        self.row("10,000 messages by message.list, over a WebSocket / the rows as JSON", listed * 1e3, floored * 1e3)
+        self.row("… by message.wait", waited * 1e3, floored * 1e3)
 
     def broadcast(self):
         """One message to 1,000 agents."""
@@ -886,7 +1251,7 @@ def number(value, unit):
     return f"{value:,.{digits}f} {unit}".rstrip()
 
 
-GROUPS = ("command", "surface", "parallel", "send", "clients", "broadcast", "crowd", "inbox", "outbox", "search", "work", "start",
+GROUPS = ("command", "surface", "parallel", "send", "clients", "live", "broadcast", "crowd", "inbox", "outbox", "search", "work", "start",
           "rebuild", "memory")
 
 
