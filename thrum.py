@@ -6635,7 +6635,7 @@ class Streams:
 async def hear_stream(stream: ThreadStream, payload: bytes, change, now) -> None:
     """Take a message of the client; `await change(handler, params)` is a request to the ledger, `now()` the time (ns)."""
     ask = stream.take(payload, now())
-    if isinstance(ask, Ask):
+    if ask:
         stream.answered(ask, await _reply_to(change, ask), now())
 
 
@@ -12762,7 +12762,7 @@ class Daemon:
         notes, news, store = [], None, self.ledger.store
         try:
             notes = self.subscriptions.news(store, events)
-            news = stream_news(store, events if len(self.streams) else [])
+            news = stream_news(store, events if self.streams else [])
         except Exception:       # it is stored, and who asks will find it
             self.log.exception("listeners were not told")
         return notes, news
@@ -12778,7 +12778,7 @@ class Daemon:
         if events:
             self.last_seq = events[-1][0]
         self.audience.tell(news[0])
-        if len(self.streams):
+        if self.streams:
             self.streams.publish(news[1], self.world.now_ns())
         self.waiters.publish(events)
         if self.ledger.export_problem != self._sync_told:
