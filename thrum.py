@@ -6443,7 +6443,7 @@ class ThreadStream:
         if not rows:
             return
         followed.latest, count = rows[-1][0], len(rows)
-        at_once = followed.confirmed and not (followed.left or followed.asked or followed.stale or self._turns) and count <= STREAM_BATCH \
+        at_once = followed.confirmed and not (followed.left or followed.stale or self._turns) and count <= STREAM_BATCH \
             and followed.lag() + count <= STREAM_LAG and self._rate.room(now) - self._promised >= count
         told = [(followed.number + place, message) for place, (_, message) in enumerate(rows, 1) if message]
         if not at_once or not self._give(followed, told, followed.latest, followed.number + count, 0, followed.latest, False, now, encoded):
@@ -6646,7 +6646,7 @@ class Streams:
 async def hear_stream(stream: ThreadStream, payload: bytes, change, now) -> None:
     """Take a message of the client; `await change(handler, params)` is a request to the ledger, `now()` the time (ns)."""
     ask = stream.take(payload, now())
-    if isinstance(ask, Ask):
+    if ask:
         stream.answered(ask, await _reply_to(change, ask), now())
 
 

@@ -29,7 +29,7 @@ class Hall:
         self.ledger.open("r_0123456789AB")
         self.reading = thrum.Store(self.places.database, self.world)
         self.streams = thrum.Streams(self.keep)
-        self.count = 0
+        self.count, self.held, self.holds = 0, [], False
         self.agent("ada", "bob", "cyd")
 
     def keep(self):
@@ -43,14 +43,22 @@ class Hall:
 
     def change(self, handler, params):
         (outcome,) = self.commit(lambda context: handler(context, params))
+        self.tell()             # what was written before is told before
         return outcome
 
-    def commit(self, *requests, told=True):
-        """One batch; gives the outcomes, exceptions among them."""
+    def commit(self, *requests):
+        """One batch; gives the outcomes, exceptions among them.  With `holds` it is told later, as by a busy loop."""
         outcomes, events = self.ledger.commit(list(requests))
-        if told and events and self.streams:
-            self.streams.publish(thrum.stream_news(self.ledger.store, events), self.world.at)
+        if events and self.streams:
+            self.held.append(thrum.stream_news(self.ledger.store, events))
+        if not self.holds:
+            self.tell()
         return outcomes
+
+    def tell(self):
+        """Tell what was held back."""
+        while self.held:
+            self.streams.publish(self.held.pop(0), self.world.at)
 
     def ask(self, handler, params):
         self.asked += 1
@@ -221,6 +229,13 @@ def client(hall):
 
 def to(first, last):
     return list(range(first, last + 1))
+
+
+def since(client, place):
+    """What a client has got since a place in `got`, to be asked as it is."""
+    part = Client.__new__(Client)
+    part.got = client.got[place:]
+    return part
 
 
 # ---- events and their fields
@@ -446,13 +461,56 @@ def test_threads_that_are_joined_are_followed_by_either_id(hall, client):
     client.settle()
     again = Client(hall)
     again.subscribe("thr_a")
-    new = Client(hall)
-    new.got = client.got[before:]
+    new = since(client, before)
     assert again.numbers("thr_a") == to(1, 7)
     assert new.ids("thr_a") == new.ids("thr_b") == again.ids("thr_a") and new.numbers("thr_a") == to(1, 7)
     hall.send("thr_a")
+    hall.send("thr_b")
+    hall.emit(("message.remove", {"message_ids": again.ids("thr_a")[:1]}))      # what is left is no new thread
+    hall.send("thr_a")
     client.settle()
-    assert client.numbers("thr_a")[-1] == client.numbers("thr_b")[-1] == 8
+    new = since(client, before)
+    assert new.numbers("thr_a") == new.numbers("thr_b") == to(1, 10)
+
+
+def test_a_thread_that_is_joined_while_it_is_asked_for(hall, client):
+    """The answer is of before, and not of the thread that there is now."""
+    hall.fill("thr_b", 3)
+    hall.emit(hall.message("thr_a", reply_to="msg_late"))
+    client.say({"type": "subscribe", "data": {"thread_id": "thr_a"}})
+    due = client.stream.due(hall.world.at)
+    reply = hall.ask(due.handler, due.params)
+    hall.emit(("message.create", {**hall.message("thr_b")[1], "message_id": "msg_late"}))
+    client.stream.answered(due, reply, hall.world.at)
+    assert client.settle().numbers("thr_a") == to(1, 5) and len(client.of("batch")) == 1
+
+
+def test_a_thread_is_followed_through_its_names(hall, client):
+    """By the id of a message in it, while it goes by smaller and smaller ids that others gave it."""
+    lone = hall.send()
+    thread = thrum.thread_of(lone)
+    client.subscribe(thread)
+    first = hall.send("thr_x", reply_to=lone)
+    hall.fill("thr_w", 2)
+    before = len(client.got)
+    assert client.numbers(thread) == [1, 2]
+    hall.send("thr_w", reply_to=first)
+    client.settle()
+    hall.send("thr_w")
+    assert since(client.settle(), before).numbers(thread) == to(1, 6)
+
+
+def test_an_older_message_that_joins_a_thread_is_sent(hall, client):
+    lone = hall.send(content="older")
+    hall.fill("thr_t", 3)
+    client.subscribe("thr_t")
+    before = len(client.got)
+    hall.send("thr_t", reply_to=lone)           # as the reference puts it: the parent is in the thread of the answer
+    client.settle()
+    new = since(client, before)
+    assert new.rows("thr_t")[0]["content"] == "older" and new.numbers("thr_t") == to(1, 5)
+    hall.send("thr_t")
+    assert since(client.settle(), before).numbers("thr_t") == to(1, 6)
 
 
 # ---- live
@@ -666,6 +724,31 @@ def test_a_thousand_without_acknowledgement_pause_a_thread_and_five_hundred_let_
     assert client.settle().numbers("thr_t") == to(1, 1002) and client.codes() == ["LAG_EXCEEDED"]
 
 
+def test_live_messages_pause_a_thread_too(hall, client):
+    hall.fill("thr_t", 1)
+    client.subscribe("thr_t", 1)
+    for _ in range(1003):
+        hall.world.at += SECOND // 20
+        hall.send("thr_t")
+        client.pump()
+    assert client.numbers("thr_t") == to(2, 1001) and client.codes() == ["LAG_EXCEEDED"]
+    client.ack("thr_t", 1003)           # ahead of what it was sent
+    assert client.settle().numbers("thr_t") == [*to(2, 1001), 1004] and stored(hall, "thr_t") == 1003
+
+
+def test_a_busy_thread_does_not_starve_others(hall, client):
+    hall.fill("thr_u", 1)
+    hall.fill("thr_t", 500)
+    client.subscribe("thr_u", 1)
+    client.subscribe("thr_t")
+    for _ in range(1000):               # 100 a second, as much as may go out
+        hall.world.at += SECOND // 100
+        hall.send("thr_u")
+        client.pump()
+        client.ack("thr_u", (client.numbers("thr_u") or [0])[-1])
+    assert len(client.numbers("thr_t")) == 500 and len(client.numbers("thr_u")) >= 400
+
+
 def test_a_subscription_lifts_the_pause(hall, client):
     hall.fill("thr_t", 1100)
     client.subscribe("thr_t")
@@ -850,6 +933,9 @@ def test_a_query_that_fails_is_said_once_and_tried_again(hall, client):
     assert client.settle().numbers("thr_t") == [1, 2, 3]
     hall.send("thr_t")
     assert client.numbers("thr_t") == to(1, 4)
+    hall.streams.publish(None, hall.world.at)
+    client.stream.answered(client.stream.due(hall.world.at), OSError(), hall.world.at)
+    assert client.codes() == ["FETCH_FAILED"] * 2           # another time
 
 
 def test_a_thread_that_fails_does_not_hold_up_others(hall, client):
@@ -874,7 +960,9 @@ def test_a_ledger_that_refuses_is_a_failed_subscription(hall, client):
 def test_news_that_could_not_be_worked_out_are_looked_for(hall, client):
     hall.fill("thr_t", 3)
     client.subscribe("thr_t")
-    hall.commit(lambda context: context.append(*hall.message("thr_t")[:1], **hall.message("thr_t")[1]), told=False)
+    hall.holds = True
+    hall.send("thr_t")
+    hall.held.clear()
     assert client.pump() is None and client.numbers("thr_t") == to(1, 3)
     hall.streams.publish(None, hall.world.at)
     assert client.settle().numbers("thr_t") == to(1, 4)
@@ -892,12 +980,14 @@ def test_a_state_is_told_when_status_or_title_change_and_not_otherwise(hall, cli
     first = hall.send("thr_t", refs=asks)
     client.settle()
     assert statuses(client, "thr_t") == [("active", 1)]
+    hall.send("thr_t", author="ada", reply_to=first)        # its own word is no answer
+    assert Client(hall).subscribe("thr_t")[1]["data"]["status"] == "active"
     hall.send("thr_t", author="bob", reply_to=first)
     client.settle()
-    assert statuses(client, "thr_t")[1:] == [("resolved", 3)]
+    assert statuses(client, "thr_t")[1:] == [("resolved", 4)]
     second = hall.send("thr_t", refs=asks)
     client.settle()
-    assert statuses(client, "thr_t")[2:] == [("active", 4)]
+    assert statuses(client, "thr_t")[2:] == [("active", 5)]
     answer = hall.send("thr_t", author="bob", reply_to=second)
     client.settle()
     hall.emit(("message.delete", {"message_id": answer}))
@@ -1009,9 +1099,7 @@ def test_every_subscriber_gets_every_row_once_and_in_order(hall, seed):
 
     def check(one, thread, complete):
         start, after = begun[one, thread]
-        part = Client.__new__(Client)
-        part.got = one.got[start:]
-        rows = [(row["message_seq"], row["id"]) for row in part.rows(thread)]
+        rows = [(row["message_seq"], row["id"]) for row in since(one, start).rows(thread)]
         assert rows == sorted(set(rows)), f"{thread}: out of order, or twice"
         expected = visible(thread, after)
         assert not set(rows) - set(expected)
@@ -1056,7 +1144,11 @@ def test_every_subscriber_gets_every_row_once_and_in_order(hall, seed):
             clients.remove(one)
             asks.pop(one, None)
             begun = {key: value for key, value in begun.items() if key[0] is not one}
-        elif step < 0.63:
+        elif step < 0.61:
+            hall.holds = not hall.holds
+            if not hall.holds:
+                hall.tell()
+        elif step < 0.64:
             hall.streams.tell("telemetry", {"instance_id": "x"}, hall.world.at)
         elif one in asks:               # the answer to what was asked before
             ask, reply = asks.pop(one)
@@ -1067,6 +1159,8 @@ def test_every_subscriber_gets_every_row_once_and_in_order(hall, seed):
                 asks[one] = due, hall.ask(due.handler, due.params)
         for key in begun if turn % 10 == 0 else ():
             check(*key, complete=False)
+    hall.holds = False
+    hall.tell()
     for one in clients:
         one.stopped = False
         one.read()
