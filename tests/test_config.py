@@ -69,7 +69,7 @@ def test_the_daemon_gets_the_variables_of_its_settings(repo, monkeypatch):
     with pytest.raises(Seen) as seen:
         thrum.start_daemon(thrum.find_places(str(repo.path)))
     passed = {name for name in seen.value.args[0] if name.startswith("THRUM_")}
-    assert passed == {"THRUM_HOSTNAME", "THRUM_LOCAL", "THRUM_SYNC_INTERVAL", "THRUM_WS_PORT"}
+    assert passed == {"THRUM_HOSTNAME", "THRUM_LOCAL", "THRUM_SYNC_INTERVAL", "THRUM_WS_PORT", "THRUM_WS_ECHO"}
 
 
 @pytest.mark.parametrize("name, text, value", [

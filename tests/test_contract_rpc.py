@@ -36,6 +36,24 @@ ROWS = {
     "1.1 idle timeout": "test_daemon.test_a_silent_connection_is_closed",
     "1.1 handler deadline": "test_daemon.test_a_question_that_takes_too_long_is_interrupted",
     "1.1 server push": "decision 13", "1.1 authentication": "test_daemon.test_another_user_is_not_served",
+    "1.2 bind": "decision 12, test_port.test_the_port_stays_the_same_and_gives_way",
+    "1.2 path": "test_port.test_a_websocket_at_the_root_too",
+    "1.2 handshake": "test_port.test_handshakes_that_are_wrong", "1.2 origin": "test_port.test_origin", "1.2 host": "test_port.test_host",
+    "1.2 frames": "test_port.test_json_rpc_over_the_websocket", "1.2 message size": "test_port.test_too_much_is_1009",
+    "1.2 batch": "test_port.test_json_rpc_over_the_websocket", "1.2 concurrency": "test_port.test_pings_are_answered_while_a_request_runs",
+    "1.2 keepalive": "test_outbox.test_a_silent_client_is_pinged_and_given_up, test_outbox.test_any_frame_is_a_sign_of_life",
+    "1.2 write deadline": "test_outbox.test_a_stalled_write_ends_after_ten_seconds_and_a_slow_one_does_not",
+    "1.2 slow client": "decision 14, test_outbox.test_who_is_behind_is_closed_with_what_was_on_its_way",
+    "1.2 close codes": "test_port.test_a_close_is_answered, test_port.test_the_daemon_says_goodbye",
+    "1.3 routes": "test_pages.test_a_deep_link_is_the_page_and_a_missing_asset_is_none, test_port.test_health",
+    "11.1 subscribe": "test_live.test_subscribe_refuses", "11.1 unsubscribe": "test_live.test_what_matches",
+    "11.1 subscriptions.list": "test_live.test_the_same_subscription_twice",
+    "11.2 lifetime": "test_live.test_a_session_that_ends_leaves_nothing",
+    "11.3 matching": "test_live.test_what_matches, test_live.test_a_role_that_changes_is_followed",
+    "12.1 triggers": "test_live.test_edits_threads_and_the_unread_count_of_each, test_live.test_topics",
+    "12.3 params": "test_live.test_a_person_joins_by_itself_and_is_told_of_everything",
+    "12.4 params": "test_live.test_edits_threads_and_the_unread_count_of_each",
+    "12.5 binding": "test_live.test_a_subscription_made_by_a_command_reaches_a_connection_of_its_agent",
     "1.1 shutdown": "test_daemon.test_a_stop_answers_what_is_in_flight, test_daemon.test_a_stop_is_over_in_its_time_whatever_clients_do",
     # 2 envelope
     "2 valid call": "test_the_envelope", "2 params missing": "test_the_envelope", "2 params null": "test_the_envelope",
@@ -52,7 +70,7 @@ ROWS = {
     "3.2 failure": "test_who_is_calling", "3.2 client side": "test_commands.test_environment_says_who",
     "3.3 message.send": "test_vector_11", "3.3 message.edit": "test_edit", "3.3 message.markRead": "decision 16",
     "3.3 message.list": "test_list_without_a_session", "3.3 message.outbox": "test_outbox", "3.3 message.get": "test_get",
-    "3.3 subscriptions": "issue: live", "3.3 agent.whoami": "test_whoami", "3.3 group audit": "test_group_info",
+    "3.3 subscriptions": "test_live.test_subscribe_refuses", "3.3 agent.whoami": "test_whoami", "3.3 group audit": "test_group_info",
     # 4 shapes
     "4 shapes": "test_every_reply_has_its_shape", "4 no reply tells authored_by": "design 6",
     # 6.1 - 6.4
@@ -143,7 +161,10 @@ ROWS = {
     "18 #36": "test_daemon.test_who_leaves_in_the_middle_leaves_nothing_behind", "18 #39": "test_daemon.test_mixed_calls_in_parallel",
     **{f"18 #{n}": "decision 15" for n in (1, 4)}, "18 #18": "decision 19", "18 #21": "design 10",
     "18 #25": "decision 16", "18 #26": "design 6",
-    **{f"18 #{n}": "issue: live" for n in (5, 28, 29, 30)}, "18 #34": "issue: sync", "18 #35": "issue: sync",
+    "18 #5": "test_port.test_json_rpc_over_the_websocket",
+    "18 #28": "decision 13, test_live.test_a_person_joins_by_itself_and_is_told_of_everything",
+    "18 #29": "test_live.test_subscribe_refuses, test_live.test_the_same_subscription_twice",
+    "18 #30": "test_live.test_a_session_that_ends_leaves_nothing", "18 #34": "issue: sync", "18 #35": "issue: sync",
 }
 
 
@@ -151,7 +172,7 @@ def test_each_row_has_its_proof():
     assert not unproved(ROWS, "test_contract_rpc")
     sections = {row.split()[0] for row in ROWS}
     assert sections >= set("1.1 2 3.1 3.2 3.3 4 6.1 6.2 6.3 6.4 6.5 6.6 6.7 6.8 6.9 6.10 6.11 7.1 7.2 7.3 7.4 7.5 7.6 7.7 7.8 "
-                           "8.1 8.2 8.3 8.4 9 10 13 18".split())
+                           "8.1 8.2 8.3 8.4 9 10 13 18 1.2 1.3 11.1 11.2 11.3 12.1 12.3 12.4 12.5".split())
     assert {f"18 #{n}" for n in range(1, 41)} <= set(ROWS)
 
 

@@ -16,7 +16,7 @@ HIDDEN = {"complete", "daemon run", "guard message"}
 # The last words of commands that change something; a command with another one only reads or tells.
 CHANGING = {"add", "archive", "claim", "cleanup", "clear", "create", "delete", "edit", "end", "heartbeat", "init", "install", "migrate",
             "preamble", "purge", "quickstart", "read", "register", "release", "remove", "reply", "restart", "run", "save", "send", "set",
-            "set-intent", "set-task", "setup", "start", "stop", "sync", "unset", "update", "worktree"}
+            "set-intent", "set-task", "setup", "start", "stop", "subscribe", "sync", "unset", "unsubscribe", "update", "worktree"}
 
 
 def shown(capfd, *argv):

@@ -26,7 +26,8 @@ class Team:
 
     def open(self):
         self.ledger = thrum.Ledger(self.places, self.world)
-        self.ledger.facts.update(started=self.world.monotonic(), stop=lambda: None)     # as the daemon does
+        self.ledger.facts.update(started=self.world.monotonic(), stop=lambda: None, port=9999,      # as the daemon does
+                                 link=lambda: "http://localhost:9999/")
         self.ledger.open("r_0123456789AB")
         self.reading = thrum.Store(self.places.database, self.world)
 
@@ -100,6 +101,7 @@ def abc(team):
 RIGHT = {
     "health": {},
     "daemon.stop": {},
+    "page.link": {},
     "agent.register": {"role": "x", "module": "new", "name": "newcomer", "display": "New", "force": True, "re_register": True,
                        "worktree": "repo", "dry_run": False},
     "agent.delete": {"name": "c", "caller_agent_id": "a"},
@@ -156,7 +158,8 @@ RIGHT = {
     "message.list": {"scope": {"type": "s", "value": "v"}, "ref": {"type": "r", "value": "v"}, "thread_id": "THREAD",
                      "author_id": "a", "mentions": True, "mention_role": "b", "caller_mention_role": "y", "unread": True,
                      "unread_for_agent": "b", "exclude_self": True, "for_agent": "b", "for_agent_role": "y",
-                     "created_after": "2026-01-01T00:00:00Z", "after_seq": 0, "sort_by": "created_at", "sort_order": "asc",
+                     "created_after": "2026-01-01T00:00:00Z", "after_seq": 0, "epoch": "EPOCH",
+                     "sort_by": "created_at", "sort_order": "asc", "audiences": True,
                      "page_size": 5, "page": 1, "caller_agent_id": "b"},
     "message.outbox": {"to": "@b", "unread": True, "overdue": False, "page_size": 5, "page": 1, "caller_agent_id": "a"},
     "message.edit": {"message_id": "MESSAGE", "content": "new", "structured": {"k": 2}, "caller_agent_id": "a"},
@@ -165,10 +168,25 @@ RIGHT = {
     "message.wait": {"after_seq": 0, "epoch": "EPOCH", "created_after": "2026-01-01T00:00:00Z", "timeout_ms": 1, "all": False,
                      "unread": False, "from": "a", "thread_id": "THREAD", "scope": {"type": "s", "value": "v"},
                      "mention_role": "b", "page_size": 5, "caller_agent_id": "b"},
+    "subscribe": {"scope": {"type": "s", "value": "v"}, "mention_role": "b", "all": False, "topics": ["claims"], "caller_agent_id": "a"},
+    "event.wait": {"after_seq": 0, "epoch": "EPOCH", "created_after": "2026-01-01T00:00:00Z", "topics": ["messages", "claims"], "from": "a",
+                   "to": "b", "scope": {"type": "s", "value": "v"}, "limit": 5, "timeout_ms": 1, "caller_agent_id": "b"},
+    "unsubscribe": {"subscription_id": 1, "caller_agent_id": "a"},
+    "subscriptions.list": {"caller_agent_id": "a"},
+    "task.report": {"task_id": "t", "thread_id": "THREAD", "stream_type": "tool_use", "turn_num": 1, "text": "x", "tool_name": "Bash",
+                    "tool_input": "ls", "tool_output": "a", "error_msg": "e", "status": "running", "tokens_in": 1, "tokens_out": 2,
+                    "cost": 0.5, "duration_sec": 3, "workspace": "/w", "directive": "d", "directive_full": "dd", "agent_id": "a",
+                    "source_type": "direct", "caller_agent_id": "a"},
+    "task.list": {"limit": 5},
+    "task.events": {"task_id": "t", "limit": 5, "turn": 1, "type": "text", "format": "json"},
+    "telemetry.report": {"instance_id": "a", "pid": 1, "turns": 1, "tokens_in": 1, "tokens_out": 1, "cost": 1, "status": "running",
+                         "duration_sec": 1, "caller_agent_id": "a"},
+    "telemetry.list": {"limit": 5},
 }
 WRONG = {
     str: [0, 1, False, True, [], ["x"], {}, {"a": 1}, 1.5],
     int: ["1", "", False, True, 1.5, [], {}],
+    float: ["1", "", False, True, [], {}],
     bool: [0, 1, "true", "", [], {}],
     dict: [0, "x", "", False, True, [], [{}]],
     thrum.PAIR: [0, "a:b", "", True, [], {}, {"type": "a"}, {"type": "a", "value": 1}, {"type": "", "value": "v"},
@@ -185,6 +203,7 @@ def rich(abc):
     sent = abc.send("a", "first", mentions=["@b"], scopes=[{"type": "s", "value": "v"}], refs=[{"type": "r", "value": "v"}])
     known = {"SESSION": abc.sessions["a"], "MESSAGE": sent["message_id"], "THREAD": "thr_" + sent["message_id"][4:],
              "EPOCH": abc.ledger.journal.epoch, "TOP": abc.places.root}
+    abc.call("task.report", task_id="t", stream_type="turn_start", turn_num=1)
 
     def right(method):
         return json.loads(json.dumps(RIGHT[method]), object_hook=lambda d: {
@@ -265,7 +284,7 @@ def test_no_number_is_an_internal_error(rich, method, field):
             assert error.code in (-32602, -32000) and field in str(error), f"{value}: {error}"
 
 
-@pytest.mark.parametrize("method", ["message.list", "message.wait", "message.search"])
+@pytest.mark.parametrize("method", ["message.list", "message.wait", "message.search", "event.wait"])
 def test_no_time_is_an_internal_error(rich, method):
     for stamp in ("1970-01-01T00:00:00Z", "2262-04-12T00:00:00Z", "9999-12-31T23:59:59.999999999Z"):
         try:
@@ -274,7 +293,7 @@ def test_no_time_is_an_internal_error(rich, method):
             assert error.code == -32602 and "created_after" in str(error), stamp
 
 
-@pytest.mark.parametrize("method", ["message.list", "message.wait", "message.search"])
+@pytest.mark.parametrize("method", ["message.list", "message.wait", "message.search", "event.wait"])
 def test_a_time_that_is_none_is_refused(rich, method):
     for stamp in ("yesterday", "2026-03-10", "2026-13-10T00:00:00Z", "2026-03-10T09:15:00", "-30s"):
         error = rich.refused(method, query="x", caller_agent_id="b", created_after=stamp)
@@ -1137,6 +1156,7 @@ def test_every_method_answers_through_the_daemon(served):
         session = client.call("agent.whoami", caller_agent_id="a")["session_id"]
         client.call("group.create", name="g")
         sent = client.call("message.send", content="first", mentions=["@b"], caller_agent_id="a")
+        client.call("task.report", task_id="t", stream_type="turn_start")
         known = {"SESSION": session, "MESSAGE": sent["message_id"], "THREAD": "thr_" + sent["message_id"][4:],
                  "EPOCH": client.call("health")["epoch"], "TOP": str(served.path)}
         last = ("group.delete", "message.delete", "session.start", "session.end", "agent.delete", "daemon.stop")

@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import socket
+import time
 
 import thrum
 
@@ -21,6 +22,15 @@ def http_get(repo, path, headers=None, method="GET", body=None):
     found = reply.status, {name.lower(): value for name, value in reply.getheaders()}, reply.read()
     connection.close()
     return found
+
+
+def sockets_open(repo, expected=0, patience_s=20):
+    """How many WebSockets the daemon says there are, when it is as many as expected or it was asked for so long."""
+    give_up_at = time.monotonic() + patience_s
+    while True:
+        count = json.loads(http_get(repo, "/health")[2])["connections"]
+        if count == expected or time.monotonic() > give_up_at:
+            return count
 
 
 class Refused(Exception):
