@@ -5694,7 +5694,7 @@ class Conflicts:
 AGENTS_MAX = 64                 # agents that are reached over one connection: a page that acts for all of a team
 PREVIEW_TOLD = 100              # characters of a message in a notification, as in the reference
 RECEIPTS_TOLD = 200             # message ids in one notification: some 10 KiB
-TOLD_TOGETHER = 16              # notes that a connection gets with one write, which costs more than all the rest: of a batch of sends
+TOLD_TOGETHER = 16              # notes of a batch that a connection gets with one write: the write costs more than all the rest
 THREADS_TOLD = 100              # threads of one batch whose counts are told: who has read more at once, asks
 SUBSCRIPTION_TOPICS = {                      # what one can subscribe to beside messages, and the events that are told as they are
     "agents": ("agent.register", "agent.cleanup", "agent.session.start", "agent.session.end", "session.update", "agent.update"),
@@ -6006,19 +6006,26 @@ class Audience:
             connection.close(code)
 
     def tell(self, notes: list) -> None:
-        """Push the notes of `Subscriptions.news`, each over a connection at most once; some go out together."""
+        """Push the notes of `Subscriptions.news`, each over a connection at most once."""
         for first in range(0, len(notes), TOLD_TOGETHER):
-            telling = {}        # connection -> head and tail of each note
-            for head, receivers in notes[first:first + TOLD_TOGETHER]:
-                for agent_id, tail in receivers:
-                    for connection in self.connections.get(agent_id, ()):
-                        own = telling.get(connection)
-                        if not own:
-                            telling[connection] = [head, tail]
-                        elif own[-2] is not head:
-                            own += head, tail
-            for connection, own in telling.items():
-                connection.push(own)
+            some, held = notes[first:first + TOLD_TOGETHER], {}
+            for head, receivers in some:
+                for connection, tail in self._reached(receivers):
+                    if len(some) == 1:
+                        connection.push(head + tail)
+                    else:
+                        held.setdefault(connection, []).append((head, tail))
+            for connection, own in held.items():
+                connection.push(*[head + tail for head, tail in own])
+
+    def _reached(self, receivers):
+        """The connections over which some agents are reached, each once, with what the first of its agents is told."""
+        found = set()
+        for agent_id, tail in receivers:
+            for connection in self.connections.get(agent_id, ()):
+                if connection not in found:
+                    found.add(connection)
+                    yield connection, tail
 
 
 # ---- thread streams
@@ -12362,9 +12369,9 @@ class Connection:
         self.socket = None
         self.ahead = b""
 
-    def push(self, notes: list) -> None:
-        """Send notifications, each as two halves, after those before them; who is too far behind is closed, and gets nothing more."""
-        if not self.silent and not self.outbox.put([self.framed(notes[n] + notes[n + 1]) for n in range(0, len(notes), 2)]):
+    def push(self, *payloads) -> None:
+        """Send notifications after those before them; who is too far behind is closed, and gets nothing more."""
+        if not self.silent and not self.outbox.put([self.framed(payload) for payload in payloads]):
             self.close(1013)
             self.silent = True
 
