@@ -13,9 +13,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# Half a second a time: what it leaves is read by the processes that the tests start, whatever PYTHONDONTWRITEBYTECODE says.
+kept, sys.dont_write_bytecode = sys.dont_write_bytecode, False
 import thrum  # noqa: E402
 
+sys.dont_write_bytecode = kept
+
 THRUM = ROOT / "thrum.py"
+SCRIPT = [sys.executable, str(THRUM)]
+QUICK = [sys.executable, str(ROOT / "tests" / "script.py"), str(THRUM)]     # the same, without compiling it anew
 CLEAN = {name: value for name, value in os.environ.items()
          if not name.startswith(("THRUM_", "GIT_")) and name not in ("COLUMNS", "NO_COLOR", "CI")}
 
@@ -63,7 +69,7 @@ class Repo:
 
     def command(self, *args):
         """The command line that an agent here would use: the launcher, or the script before there is one."""
-        return [str(self.launcher), *args] if self.launcher.exists() else [sys.executable, str(THRUM), *args]
+        return [*([str(self.launcher)] if self.launcher.exists() else QUICK), *args]
 
     def run(self, *args, env=None, input=None, check=None, cwd=None, command=None, timeout=60):
         """Run a command; `check` is the exit status that it must have.  Gives the CompletedProcess, as text."""

@@ -6,12 +6,11 @@ import queue
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import thrum
-from conftest import CLEAN, THRUM, Repo
+from conftest import CLEAN, QUICK, Repo
 
 END_S = 20                      # how long anything may take before a test gives up on it
 
@@ -77,7 +76,7 @@ def start(repo, *args, env=None, command=None, cwd=None, **more):
 
 def script(repo, *args, **more):
     """Run thrum.py itself instead of the launcher."""
-    return repo.run(*args, command=[sys.executable, str(THRUM)], **more)
+    return repo.run(*args, command=QUICK, **more)
 
 
 def finish(process):

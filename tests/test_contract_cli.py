@@ -10,13 +10,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import thrum
-from conftest import CLEAN
+from conftest import CLEAN, QUICK
 from rows import unproved
 from shapes import SHAPES, shaped
 from team import END_S, Team, error_line, finish, one_document, raw_in, script, start
@@ -633,7 +631,7 @@ def test_init_refuses(make_repo):
 def test_init_outside_of_git_with_flags(tmp_path):
     """20 #15: whatever the flags, nothing is left where there is no repository."""
     for words in ("", "--stealth", "--force", "--dry-run", "--agent-name a --agent-role r --agent-module m"):
-        done = subprocess.run([sys.executable, str(Path(thrum.__file__)), "init", *words.split()], cwd=tmp_path, env=CLEAN,
+        done = subprocess.run([*QUICK, "init", *words.split()], cwd=tmp_path, env=CLEAN,
                               capture_output=True, text=True, timeout=END_S)
         assert re.search("(?i)git|repository", error_line(done)), words
         assert not list(tmp_path.iterdir())

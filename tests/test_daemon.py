@@ -22,7 +22,7 @@ import time
 import pytest
 
 import thrum
-from conftest import CLEAN, ROOT, THRUM, Repo
+from conftest import CLEAN, QUICK, ROOT, THRUM, Repo
 
 LONG = 30           # seconds after which something that should have happened has not
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -544,7 +544,7 @@ def test_a_socket_that_is_named_is_not_started(make_repo):
 def test_a_copy_that_does_not_run_is_reported_in_one_line(make_repo, text, word):
     repo = prepare(make_repo())
     (repo.path / ".thrum" / "bin" / "thrum.py").write_text(f'__version__ = "9.9.9"\n{text}\n')
-    one_line(repo.run("daemon", "start", command=[sys.executable, str(THRUM)]), word)
+    one_line(repo.run("daemon", "start", command=QUICK), word)
 
 
 @linux
@@ -566,7 +566,7 @@ def test_a_start_proves_that_git_runs(make_repo, tmp_path):
     repo = prepare(make_repo())
     empty = tmp_path / "empty"
     empty.mkdir()
-    one_line(repo.run("daemon", "start", command=[sys.executable, str(THRUM)], env={"PATH": str(empty)}), "git")
+    one_line(repo.run("daemon", "start", command=QUICK, env={"PATH": str(empty)}), "git")
     assert not (repo.var / "thrum.sock").exists()
 
 
@@ -1149,7 +1149,7 @@ def test_a_path_of_300_characters_with_spaces_and_other_letters(make_repo):
     below = other.path / "a b" / "ç"
     below.mkdir(parents=True)
     assert [m["message_id"] for m in other.json("inbox", "--unread", cwd=below)["messages"]] == [sent["message_id"]]
-    away = other.run("inbox", "--unread", "--json", "--repo", str(other.path), cwd="/", command=[sys.executable, str(THRUM)], check=0)
+    away = other.run("inbox", "--unread", "--json", "--repo", str(other.path), cwd="/", command=QUICK, check=0)
     assert sent["message_id"] in away.stdout
     here = os.getcwd()
     with repo.client() as client:
