@@ -13201,7 +13201,7 @@ class Daemon:
         return hmac.compare_digest(_cookie(head, self._cookie_name()).encode(), self._cookie().encode())
 
     def _cookie_name(self) -> str:
-        return f"thrum_{self.port}"     # cookies are shared by the ports of a host
+        return "thrum_" + self.ledger.daemon_id[2:]     # the ports of a host share their cookies, and one may move to another port
 
     def _cookie(self) -> str:
         """What the browser of somebody with a link gets in place of the token."""

@@ -136,24 +136,24 @@ def test_bytes_count_too(loop):
 def test_a_batch_of_many_is_not_too_much_for_who_has_everything(loop):
     """256 requests may be one batch, and each may be told twice."""
     connection, transport = client()
-    connection.push([b"x", b""] * (2 * thrum.QUEUE_MAX))
+    connection.push(*[b"x"] * (2 * thrum.QUEUE_MAX))
     assert not connection.silent and transport.waiting == connection.framed(b"x") * 2 * thrum.QUEUE_MAX
-    connection.push([b"x", b""])
+    connection.push(b"x")
     assert connection.silent
 
 
 def test_an_answer_does_not_make_anybody_slow(loop):
     """It was asked for; what is told meanwhile waits behind it."""
     connection, transport = client()
-    answering = connection.answer(b"x" * 2 * thrum.QUEUE_BYTES)
+    answering = connection.answer(b"x" * 2 * thrum.QUEUE_BYTES)     # it waits in drain()
     answering.send(None)
-    connection.push([b"told", b""])
+    connection.push(b"told")
     assert not connection.silent and transport.waiting.endswith(connection.framed(b"told"))
     with pytest.raises(StopIteration):
         transport.read(len(transport.waiting))
         answering.send(None)
     while not connection.silent:
-        connection.push([b"x" * 200_000, b""])
+        connection.push(b"x" * 200_000)
     assert len(transport.waiting) < thrum.QUEUE_BYTES + 300_000
 
 
@@ -240,7 +240,7 @@ def test_several_frames_count_as_several(loop):
     assert connection.outbox.room() == 1 and not connection.silent
     waiting = transport.waiting
     connection.push(b"y", b"z")         # what it does not get it finds in the journal
-    assert connection.silent and transport.waiting == waiting + thrum.encode_frame(thrum.CLOSE, b"\x03\xf5")
+    assert connection.silent and transport.waiting == waiting + connection.framed(b"y") + thrum.encode_frame(thrum.CLOSE, b"\x03\xf5")
 
 
 def test_an_audience_is_told_once_and_forgets(loop):
