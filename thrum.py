@@ -6240,6 +6240,7 @@ class Followed:
         self.stale = False              # its state may have changed
         self.told = None                # the status and title that it knows
         self.gone = ""                  # how messages were last removed
+        self.anew = False               # it began anew unasked: acknowledgements may still be of the numbers before
         self.rewind()
 
     def rewind(self) -> None:
@@ -6322,6 +6323,8 @@ class ThreadStream:
 
     def _ack(self, followed: Followed, number: int) -> None:
         if number > followed.number and followed.left:
+            if followed.anew:
+                return None
             followed.ahead, followed.paused = max(followed.ahead, number), False       # what lies between is skipped in its turn
             return self._queue(followed)
         if number >= followed.sent:
@@ -6401,7 +6404,9 @@ class ThreadStream:
             return self._lose(followed, now)
         else:
             followed.failing, followed.not_before = False, 0
-            self.streams.rename(followed, reply["thread"])
+            if reply["thread"] != followed.goes_by:
+                self.streams.rename(followed, reply["thread"])
+                return self._queue(followed)            # again: what was written under that name since then was not told
             at = followed.number + reply["skipped"]
             if followed.confirmed and not params["limit"]:      # only its state was asked for
                 followed.reached, followed.left = reply["reached"], reply["passed"] + reply["left"] + (followed.latest > reply["reached"])
@@ -6465,7 +6470,7 @@ class ThreadStream:
     def begin_anew(self, followed: Followed) -> None:
         """Its thread was put together with another, whose messages may stand between those that it got: it gets them all again."""
         followed.rewind()
-        followed.left = followed.left or 1
+        followed.anew, followed.left = True, followed.left or 1
         self._queue(followed)
 
     def _tell_state(self, followed: Followed, state: dict, now: int) -> None:
