@@ -49,8 +49,8 @@ __all__ = [
 TYPE_CHECKING = False           # type checkers read this name as True
 if TYPE_CHECKING:
     import asyncio, base64, bisect, calendar, codecs, collections, concurrent.futures, difflib, errno, fcntl, hashlib, hmac  # noqa: E401
-    import json, logging, queue, re, resource, select, shlex, shutil, signal, socket, sqlite3, struct, subprocess  # noqa: E401
-    import threading, unicodedata, zlib  # noqa: E401
+    import importlib.util, json, logging, marshal, queue, re, resource, select, shlex, shutil, signal, socket, sqlite3  # noqa: E401
+    import struct, subprocess, threading, unicodedata, zlib  # noqa: E401
 
 
 class _Lazy:
@@ -68,8 +68,8 @@ class _Lazy:
 
 
 LAZY_MODULES = (
-    "asyncio base64 bisect calendar codecs collections concurrent difflib errno fcntl hashlib hmac json logging queue re resource "
-    "select shlex shutil signal socket sqlite3 struct subprocess threading unicodedata zlib"
+    "asyncio base64 bisect calendar codecs collections concurrent difflib errno fcntl hashlib hmac importlib json logging marshal queue "
+    "re resource select shlex shutil signal socket sqlite3 struct subprocess threading unicodedata zlib"
 ).split()
 globals().update((name, _Lazy(name)) for name in LAZY_MODULES)
 
@@ -14189,6 +14189,8 @@ def pages() -> dict:
 
 REPOSITORY_URL = "https://github.com/leonletto/thrum"
 WEBSITE_URL = "https://leonletto.github.io/thrum"
+BEGAN = time.time()
+COMPILE_S = 5                   # at most between the opening of this file and BEGAN: ten times what a slow machine took
 BUILD_DIGITS = 7                # of the file's SHA-256: tells one copy from another, as git's short ids do
 
 # ---- the private copy and the launcher
@@ -14227,7 +14229,27 @@ def install_copy(places: Places, source: str = "", force: bool = False, dry: boo
     # Python takes cached bytecode for that of a source with the same size and the same second.
     later = max(int(time.time()), before + 1)
     os.utime(places.copy, (later, later))
+    try:        # what certainly runs here: not what somebody saved in the meantime, nor what -O has shortened
+        if os.path.samefile(source, __file__) and os.stat(source).st_ctime < BEGAN - COMPILE_S and not sys.flags.optimize:
+            cache_copy(places, later, len(data))
+    except (OSError, ImportError, SyntaxError, ValueError):
+        pass                    # whoever starts first compiles it
     return True
+
+
+def cache_copy(places: Places, mtime: int, size: int) -> None:
+    """Leave this program's bytecode where Python looks for that of the copy, a file of that time and size (PEP 552).
+
+    To get here it was compiled as a whole; the daemon would do it again while `init` or `quickstart` waits for it.
+    """
+    frame = sys._getframe()         # a script's module has not ended; that of an import has, but it is cached
+    while frame and (frame.f_code.co_name != "<module>" or frame.f_globals is not globals()):
+        frame = frame.f_back
+    code = frame.f_code if frame else __loader__.get_code(__name__)
+    folder = os.path.dirname(places.copy) + "/__pycache__"      # launcher and daemon run with -I: no variable moves it
+    make_folder(folder)
+    atomic_write(f"{folder}/thrum.{sys.implementation.cache_tag}.pyc",
+                 importlib.util.MAGIC_NUMBER + struct.pack("<III", 0, mtime, size) + marshal.dumps(code), 0o644)
 
 
 def source_of(text: str, function) -> str:

@@ -1,12 +1,15 @@
 """`init` in full, its removal, `setup` and `migrate`, in real repositories (command line contract, 3.1, 3.3, 3.5)."""
 
 import json
+import marshal
 import os
 import pty
 import shutil
 import stat
 import sys
 import time
+from importlib.util import cache_from_source
+from pathlib import Path
 
 import pytest
 
@@ -277,6 +280,35 @@ def test_init_after_the_repository_was_moved_or_copied(make_repo, tmp_path):
     finally:
         copy.close()
     assert not changed(before, snapshot(repo.path))
+
+
+@pytest.mark.parametrize(("how", "kept"), [
+    ([], True), (["-c", "import sys, thrum; sys.exit(thrum.main(sys.argv[2:]))"], True), (["-O"], False), (["just saved"], False)])
+def test_init_leaves_bytecode(make_repo, tmp_path, how, kept):
+    """What runs `init` is compiled already: the daemon starts from that, unless it may be another program than the copy."""
+    repo, program = make_repo(), tmp_path / "thrum.py"
+    just_saved = how == ["just saved"] and how.pop()
+    program.write_text(THRUM.read_text().replace("\nCOMPILE_S = 5 ", f"\nCOMPILE_S = {5 if just_saved else -600} "))
+    repo.run("init", command=[sys.executable, *how, str(program)], env={"PYTHONPATH": str(tmp_path)}, check=0)
+    copy = repo.path / ".thrum/bin/thrum.py"
+    cache = Path(cache_from_source(str(copy)))
+    before = cache.read_bytes()
+    # The import system puts another file in its place when it does not accept this one, and that names the copy.
+    assert marshal.loads(before[16:]).co_filename == str(program if kept else copy)
+    repo.ok("daemon", "restart")
+    assert repo.json("version")["path"] == str(copy) and cache.read_bytes() == before
+
+
+def test_init_without_room_for_bytecode(make_repo):
+    """A cache that cannot be written stops nothing."""
+    repo = make_repo()
+    repo.ok("init")
+    copy = repo.path / ".thrum/bin/thrum.py"
+    copy.unlink()
+    shutil.rmtree(copy.parent / "__pycache__")
+    (copy.parent / "__pycache__").write_text("mine")
+    assert "Installed" in script(repo, "init", check=0).stdout
+    assert repo.ok("status") and (copy.parent / "__pycache__").read_text() == "mine"
 
 
 def test_init_force(make_repo):
