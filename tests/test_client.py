@@ -17,7 +17,7 @@ import pytest
 
 import thrum
 from conftest import QUICK, SCRIPT, THRUM
-from team import END_S, Proxy, Team, confined, error_line, finish, one_document, start
+from team import END_S, Proxy, Team, confined, error_line, finish, one_document, start, vendored
 
 pytestmark = pytest.mark.slow
 
@@ -467,23 +467,13 @@ def test_reach_starts_what_is_absent(team, monkeypatch, number):
 
 # ---------------------------------------------------------------- copies and launchers
 
-def vendored(folder, version):
-    """A copy of thrum.py that says it is of another version."""
-    text = THRUM.read_text()
-    changed = text.replace(f'__version__ = "{thrum.__version__}"', f'__version__ = "{version}"', 1)
-    assert changed != text
-    path = folder / "thrum.py"
-    path.write_text(changed)
-    return [sys.executable, str(path)]
-
-
 def test_two_copies_do_not_flap(make_repo):
     """A newer vendored copy replaces the daemon once; older and equal ones are served by it, in any order."""
     ada = make_repo()
     ada.join("ada")
     bob = ada.worktree("bob")
     bob.join("bob")
-    old, new = vendored(ada.path, "0.0.9"), vendored(bob.path, "9.9.9")
+    old, new = vendored(ada.path / "thrum.py", "0.0.9"), vendored(bob.path / "thrum.py", "9.9.9")
     before = ada.pid()
     ada.run("send", "from the old", "--to", "@bob", command=old, check=0)
     assert ada.pid() == before and ada.json("daemon", "status")["version"] == thrum.__version__

@@ -295,7 +295,6 @@ def test_init_leaves_bytecode(make_repo, tmp_path, how, kept):
     before = cache.read_bytes()
     # The import system puts another file in its place when it does not accept this one, and that names the copy.
     assert marshal.loads(before[16:]).co_filename == str(program if kept else copy)
-    repo.ok("daemon", "restart")
     assert repo.json("version")["path"] == str(copy) and cache.read_bytes() == before
 
 
