@@ -13164,6 +13164,10 @@ class Daemon:
             headers = {**SECURITY_HEADERS, **headers, "Connection": "keep-alive" if keeps else "close"}
             await connection.outbox.send(encode_response(status, headers, body, head_only=head_only))
             connection.busy, connection.since = False, self.world.monotonic()
+            if connection.outbox.transport.is_closing():
+                return
+            if buffer:
+                await asyncio.sleep(0)      # who sends hundreds of requests at once must not keep others waiting
 
     async def _receive_body(self, connection: WebConnection, head, reader, buffer: bytearray) -> bytes:
         if head.length > BODY_MAX:
@@ -13306,6 +13310,8 @@ class Daemon:
                 for message in connection.feed(data) if data else ():
                     connection.reading = not inbox.full()
                     await inbox.put(message)
+                    if connection.outbox.transport.is_closing() and not connection.web.closed:
+                        return          # it has gone without a word: thousands of calls may be left
                 connection.reading = True
                 if not connection.web.closed:
                     data = await reader.read(65536)
