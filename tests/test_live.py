@@ -337,6 +337,19 @@ def test_subscriptions_outlive_the_daemon(repo):
         assert page.call("unsubscribe", caller_agent_id="cyd", subscription_id=number)["removed"]
 
 
+def test_several_long_answers_at_once_to_a_slow_reader(repo):
+    """They wait for the client together: Python 3.9 has room for one who waits."""
+    before = call(repo, "health")["last_seq"]
+    for _ in range(8):
+        send(repo, "x" * 60_000, "@bob")
+    with Wire(repo, limit=4096) as page:
+        for number in range(6):
+            page.peer.send(json.dumps({"jsonrpc": "2.0", "id": number, "method": "message.wait", "params": {
+                "all": True, "after_seq": before, "page_size": 100, "timeout_ms": 1000}}).encode())
+        page.flush()
+        assert sorted(page.take()["id"] for _ in range(6)) == list(range(6))
+
+
 def test_list_then_follow_has_no_gap(repo):
     """While eight senders write, a client that lists up to `after_seq` and follows sees each message once."""
     import threading
