@@ -18,7 +18,8 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # These begin, so that none of them is left at the end.
-LONGEST = ("stream_sockets", "init", "daemon", "contract_cli", "removal", "work", "guard", "worktree", "claims", "durability", "client", "commands")
+LONGEST = ("stream_sockets", "init", "daemon", "contract_cli", "removal", "work", "guard", "worktree", "claims", "durability",
+           "client", "commands")
 MEMORY, ROOM = "/dev/shm", 2 << 30      # some hundred times what a module leaves, in bytes
 
 
