@@ -490,8 +490,8 @@ def test_case_22_a_close_is_echoed(repo, code):
         page.ping()
         other.subscribe(thread)
         assert sockets_open(repo, before + 2) == before + 2
-        payload = code.to_bytes(2, "big") + b"bye" if code else b""
-        page.sock.sendall(thrum.encode_frame(thrum.CLOSE, payload, mask=b"mask"))
+        page.peer.close(code or 1005, "bye")        # 1005 stands for none
+        page.flush()
         assert page.end() == (code or 1005)
         assert page.sock.recv(1) == b""
         assert sockets_open(repo, before + 1) == before + 1
