@@ -49,8 +49,8 @@ __all__ = [
 TYPE_CHECKING = False           # type checkers read this name as True
 if TYPE_CHECKING:
     import asyncio, base64, bisect, calendar, codecs, collections, concurrent.futures, difflib, errno, fcntl, hashlib, hmac  # noqa: E401
-    import json, logging, queue, re, resource, select, shlex, shutil, signal, socket, sqlite3, struct, subprocess  # noqa: E401
-    import threading, unicodedata, zlib  # noqa: E401
+    import importlib.util, json, logging, marshal, queue, re, resource, select, shlex, shutil, signal, socket, sqlite3  # noqa: E401
+    import struct, subprocess, threading, unicodedata, zlib  # noqa: E401
 
 
 class _Lazy:
@@ -68,8 +68,8 @@ class _Lazy:
 
 
 LAZY_MODULES = (
-    "asyncio base64 bisect calendar codecs collections concurrent difflib errno fcntl hashlib hmac json logging queue re resource "
-    "select shlex shutil signal socket sqlite3 struct subprocess threading unicodedata zlib"
+    "asyncio base64 bisect calendar codecs collections concurrent difflib errno fcntl hashlib hmac importlib json logging marshal "
+    "queue re resource select shlex shutil signal socket sqlite3 struct subprocess threading unicodedata zlib"
 ).split()
 globals().update((name, _Lazy(name)) for name in LAZY_MODULES)
 
@@ -5694,19 +5694,20 @@ class Conflicts:
 AGENTS_MAX = 64                 # agents that are reached over one connection: a page that acts for all of a team
 PREVIEW_TOLD = 100              # characters of a message in a notification, as in the reference
 RECEIPTS_TOLD = 200             # message ids in one notification: some 10 KiB
-TOLD_TOGETHER = 16              # notes that a connection gets with one write, which costs more than all the rest: of a batch of sends
+TOLD_TOGETHER = 16              # notes of a batch that a connection gets with one write: the write costs more than all the rest
 THREADS_TOLD = 100              # threads of one batch whose counts are told: who has read more at once, asks
 SUBSCRIPTION_TOPICS = {                      # what one can subscribe to beside messages, and the events that are told as they are
     "agents": ("agent.register", "agent.cleanup", "agent.session.start", "agent.session.end", "session.update", "agent.update"),
-    "messages": ("message.delete", "message.remove", "purge.executed", "thread.create"),
+    "messages": ("message.delete", "message.remove", "purge.executed", "thread.create", "agent.cleanup"),     # it takes its mail along
     "receipts": ("message.receipt", "message.route"),
-    "claims": ("claim.take", "claim.renew", "claim.release", "claim.lapse"),
+    "claims": ("claim.take", "claim.renew", "claim.release", "claim.lapse", "agent.cleanup"),
     "groups": ("group.create", "group.update", "group.delete", "group.member.add", "group.member.remove"),
     "presence": (), "work": (), "tasks": (), "sync": (),       # no events: `notification.presence` and so on
 }
 DOERS = ("created_by", "updated_by", "deleted_by", "added_by", "removed_by")    # fields of events that say whose doing they are
 INTERNAL_FIELDS = frozenset(("event_id", "v", "origin_daemon", "sequence"))     # of an event, which are nothing to a listener
-TOPIC_OF = {kind: topic for topic, kinds in SUBSCRIPTION_TOPICS.items() for kind in kinds}
+TOPICS_OF = {kind: tuple(topic for topic, kinds in SUBSCRIPTION_TOPICS.items() if kind in kinds)
+             for kinds in SUBSCRIPTION_TOPICS.values() for kind in kinds}
 # The same with the messages themselves: what a client that was away asks for.  The last three leave nothing to be asked for.
 EVENT_TOPICS = {**SUBSCRIPTION_TOPICS, "messages": ("message.create", "message.edit", *SUBSCRIPTION_TOPICS["messages"])}
 SUBSCRIPTION_CHANGES = frozenset((
@@ -5779,13 +5780,15 @@ class Subscriptions:
     def __init__(self, listening):
         self.listening = listening
         self._rows = {}         # subscription id -> row, with `keys` by which it is found
+        self.stale = False      # it may not be what the store has
         self._found_by = {}     # EVERYTHING, ("scope", type, value), ("mention", value) or ("topic", name) -> {id: row}
 
     def load(self, store: Store) -> None:
-        """Begin with what the store has."""
-        self._rows, self._found_by = {}, {}
+        """Begin with what the store has; other threads see all of it at once."""
+        fresh = Subscriptions(self.listening)
         for row in store.subscriptions():
-            self._add(row)
+            fresh._add(row)
+        self._rows, self._found_by, self.stale = fresh._rows, fresh._found_by, False
 
     def _add(self, row: dict) -> None:
         keys = []
@@ -5832,9 +5835,9 @@ class Subscriptions:
                 if row["id"] not in self._rows:
                     self._add(row)
 
-    def to_topic(self, topic: str) -> list:
-        """The agents with a subscription to a topic that have a connection.  Any thread may ask."""
-        found = list(self._found_by.get(("topic", topic), {}).values())
+    def to_topics(self, *topics) -> list:
+        """The agents with a subscription to one of some topics that have a connection.  Any thread may ask."""
+        found = [row for topic in topics for row in list(self._found_by.get(("topic", topic), {}).values())]
         return list(dict.fromkeys(row["agent_id"] for row in found if row["agent_id"] in self.listening))
 
     def matching(self, refs: list, scopes: list) -> dict:
@@ -5852,11 +5855,13 @@ class Subscriptions:
     def news(self, store: Store, events: list) -> list:
         """What to push after a batch: [(head, [(agent id, tail), …])], where head + tail is one notification."""
         notes, receipts, threads = [], [], {}
+        if self.stale:
+            self.load(store)
 
         def tell_receipts():
             if receipts:
                 told = {**told_of(store, *receipts[-1]), "message_ids": [one["message_id"] for _, one in receipts]}
-                notes.append(_plain_note(told, self.to_topic("receipts")))
+                notes.append(_plain_note(told, self.to_topics("receipts")))
                 receipts.clear()
 
         for seq, event in events:
@@ -5865,29 +5870,30 @@ class Subscriptions:
                 self._follow(store, event)
             if not self._rows or not self.listening:
                 continue
-            if kind == "message.receipt" and (row := store.message(event["message_id"])) and row["thread_id"]:
-                threads.setdefault(row["thread_id"], {})[event["agent_id"]] = True
+            if kind == "message.receipt" and self._hears(event["agent_id"]) \
+                    and (row := store.message(event["message_id"])) and row["thread_id"]:
+                threads.setdefault(row["thread_id"], {})[event["agent_id"]] = True      # whose unread count has changed
             if receipts and not (kind == "message.receipt" and len(receipts) < RECEIPTS_TOLD and all(
                     event.get(field) == receipts[0][1].get(field) for field in ("agent_id", "receipt_type"))):
                 tell_receipts()
-            topic = TOPIC_OF.get(kind)
+            topics = [topic for topic in TOPICS_OF.get(kind, ()) if ("topic", topic) in self._found_by]
             if kind in ("message.create", "message.edit"):
                 notes += self._of_message(store, seq, event)
-            elif topic and ("topic", topic) in self._found_by:
+            elif topics:
                 if kind == "message.receipt":
                     receipts.append((seq, event))
                 else:
                     row = store.message(event["message_id"]) if "message_id" in event else None
-                    notes.append(_plain_note(told_of(store, seq, event, row), self.to_topic(topic)))
+                    notes.append(_plain_note(told_of(store, seq, event, row), self.to_topics(*topics)))
+            if kind == "message.delete" and (row := store.message(event["message_id"])) and row["thread_id"]:
+                notes += self._of_thread(store, seq, row["thread_id"], self.matching(*stored_pairs(row)))
             if kind == "agent.session.end" and ("topic", "claims") in self._found_by:      # it frees what the session has claimed
                 notes += [_plain_note({"seq": seq, "type": "claim.release", "timestamp": event["timestamp"], **claim,
-                                       "reason": "session ended"}, self.to_topic("claims"))
+                                       "reason": "session ended"}, self.to_topics("claims"))
                           for claim in store.claims_freed_by(event["session_id"])]
         tell_receipts()
         for thread_id, readers in list(threads.items())[-THREADS_TOLD:]:
-            newest = store.newest_of(thread_id)
-            notes += self._of_thread(store, events[-1][0], thread_id, {
-                **(self.matching(*stored_pairs(newest)) if newest else {}), **{one: None for one in readers if self._hears(one)}})
+            notes += self._of_thread(store, events[-1][0], thread_id, readers)
         return notes
 
     def _of_message(self, store: Store, seq: int, event: dict) -> list:
@@ -5994,20 +6000,32 @@ class Audience:
         for agent_id in list(connection.agents):
             self._unbind(connection, agent_id)
 
+    def dismiss(self, code: int) -> None:
+        """Close all connections."""
+        for connection in list({connection: True for own in self.connections.values() for connection in own}):
+            connection.close(code)
+
     def tell(self, notes: list) -> None:
-        """Push the notes of `Subscriptions.news`, each over a connection at most once; some go out together."""
+        """Push the notes of `Subscriptions.news`, each over a connection at most once."""
         for first in range(0, len(notes), TOLD_TOGETHER):
-            telling = {}        # connection -> head and tail of each note
-            for head, receivers in notes[first:first + TOLD_TOGETHER]:
-                for agent_id, tail in receivers:
-                    for connection in self.connections.get(agent_id, ()):
-                        own = telling.get(connection)
-                        if not own:
-                            telling[connection] = [head, tail]
-                        elif own[-2] is not head:
-                            own += head, tail
-            for connection, own in telling.items():
-                connection.push(own)
+            some, held = notes[first:first + TOLD_TOGETHER], {}
+            for head, receivers in some:
+                for connection, tail in self._reached(receivers):
+                    if len(some) == 1:
+                        connection.push(head + tail)
+                    else:
+                        held.setdefault(connection, []).append((head, tail))
+            for connection, own in held.items():
+                connection.push(*[head + tail for head, tail in own])
+
+    def _reached(self, receivers):
+        """The connections over which some agents are reached, each once, with what the first of its agents is told."""
+        found = set()
+        for agent_id, tail in receivers:
+            for connection in self.connections.get(agent_id, ()):
+                if connection not in found:
+                    found.add(connection)
+                    yield connection, tail
 
 
 # ---- thread streams
@@ -6222,6 +6240,7 @@ class Followed:
         self.stale = False              # its state may have changed
         self.told = None                # the status and title that it knows
         self.gone = ""                  # how messages were last removed
+        self.anew = False               # it began anew unasked: acknowledgements may still be of the numbers before
         self.rewind()
 
     def rewind(self) -> None:
@@ -6304,6 +6323,8 @@ class ThreadStream:
 
     def _ack(self, followed: Followed, number: int) -> None:
         if number > followed.number and followed.left:
+            if followed.anew:
+                return None
             followed.ahead, followed.paused = max(followed.ahead, number), False       # what lies between is skipped in its turn
             return self._queue(followed)
         if number >= followed.sent:
@@ -6384,7 +6405,9 @@ class ThreadStream:
             return self._lose(followed, now)
         else:
             followed.failing, followed.not_before = False, 0
-            self.streams.rename(followed, reply["thread"])
+            if reply["thread"] != followed.goes_by:
+                self.streams.rename(followed, reply["thread"])
+                return self._queue(followed)            # again: what was written under that name since then was not told
             at = followed.number + reply["skipped"]
             if followed.confirmed and not params["limit"]:      # only its state was asked for
                 followed.reached, followed.left = reply["reached"], reply["passed"] + reply["left"] + (followed.latest > reply["reached"])
@@ -6448,7 +6471,7 @@ class ThreadStream:
     def begin_anew(self, followed: Followed) -> None:
         """Its thread was put together with another, whose messages may stand between those that it got: it gets them all again."""
         followed.rewind()
-        followed.left = followed.left or 1
+        followed.anew, followed.left = True, followed.left or 1
         self._queue(followed)
 
     def _tell_state(self, followed: Followed, state: dict, now: int) -> None:
@@ -8846,7 +8869,7 @@ def _from_where(store: Store, params: dict, unread: bool, fallback: bool) -> tup
     """
     if params.get("epoch", store.meta("epoch")) != store.meta("epoch"):
         return -1, fallback
-    return params.get("after_seq", -1), unread
+    return min(params.get("after_seq", -1), store.reached()[0]), unread
 
 
 def _created_after(params: dict) -> int:
@@ -9135,11 +9158,12 @@ def event_wait(context: Context, params: dict) -> dict | None:
     """
     store, history, types = context.store, context.ledger.history, types_of(params.get("topics", []))
     last, epoch, since = store.reached()[0], store.meta("epoch"), _created_after(params)
-    seq, caller, found, size = max(params.get("after_seq", 0), 0), params.get("caller_agent_id", ""), [], 0
+    seq, caller, found, size = min(max(params.get("after_seq", 0), 0), last), params.get("caller_agent_id", ""), [], 0
     if params.get("epoch", epoch) != epoch:
         unread = store.page(receiver=caller, unread=True, after_seq=0, ascending=True, limit=1)["messages"] if caller else []
         seq = unread[0]["seq"] - 1 if unread else last if caller else 0
-    seq = max(seq, min(store.first_since(since) - 1, last)) if since else seq
+    if since and not seq:       # who has a number is past that place, and to find it takes long
+        seq = min(store.first_since(since) - 1, last)
     begin, end, limit = seq, min(last, seq + SCAN_MAX), min(max(params.get("limit", PAGE_MAX), 1), STORE_BATCH)
     may_be = re.compile(b'"(?:%s)"' % "|".join(map(re.escape, sorted(types))).encode()).search
     for seq, line in history.read(begin, end):
@@ -9721,7 +9745,7 @@ def task_report(context: Context, params: dict) -> dict:
 def telemetry_report(context: Context, params: dict) -> dict:
     data = _reported(params, TELEMETRY_FIELDS)
     data = {**{name: "" if kind is str else 0 for name, kind in TELEMETRY_FIELDS.items()}, "status": "running",
-            "instance_id": f"external_{data.get('pid', 0)}", **data}
+            "instance_id": params.get("caller_agent_id") or f"external_{data.get('pid', 0)}", **data}
     context.store.add_telemetry(data, context.world.now_ns())
     _tell_live(context, "telemetry", data)
     return {"status": "ok"}
@@ -11362,8 +11386,10 @@ async def unsubscribe_command(console: Console, args: Args) -> int:
     if not (number.isascii() and number.isdigit() and 0 < int(number[:20]) <= INTEGER_MAX):
         raise Usage(f"invalid subscription ID: {one_line(number)}")
     done = await console.call("unsubscribe", subscription_id=int(number), caller_agent_id=me)
-    await console.answer(done, f"✓ Subscription #{number} removed" if done["removed"] else f"✗ Failed to remove subscription #{number}")
-    return 0
+    if not done["removed"] and not args.json:
+        raise ThrumError(f"Failed to remove subscription #{number}: your session has none of that number; 'thrum subscriptions' lists them")
+    await console.answer(done, f"✓ Subscription #{number} removed")
+    return 0 if done["removed"] else 1
 
 
 async def subscriptions_command(console: Console, args: Args) -> int:
@@ -11457,7 +11483,7 @@ async def watch(console: Console, args: Args) -> int:
             await console.note("Watching; Ctrl-C ends it.")
         await console.resume_at(json.dumps(at))
     while at["left"]:
-        found = await console.call("event.wait", after_seq=at["after_seq"], epoch=at["epoch"], created_after=at["since"],
+        found = await console.call("event.wait", after_seq=at["after_seq"], epoch=at["epoch"], created_after=at["since"], limit=STORE_BATCH,
                                    timeout_ms=0 if at["since"] else WAIT_CALL_MS, **wanted)
         before, text = dict(at), ""
         for event in found["events"]:
@@ -12135,7 +12161,7 @@ QUEUE_MAX = 256                 # frames on their way to a client; one that is s
 QUEUE_BYTES = 1 << 20           # bytes of them
 KERNEL_BYTES = 64 << 10         # that the kernel is to keep for a client of the port: by itself it keeps 2.6 MB of what nobody reads
 ASIDE_MAX = 16                  # calls of a WebSocket that wait or ask git, while later ones are answered
-AHEAD_MAX = 64                  # messages of a WebSocket that wait for their turn: then nothing more is read
+AHEAD_MAX = 8                   # messages of a WebSocket that wait for their turn: then nothing more is read
 HANDSHAKE_S = 10                # seconds for the head of a request, and for its body
 PING_S, DEAD_S = 54, 60         # seconds without a frame from a WebSocket until it is pinged, and until it is given up
 CLOSE_S = 2                     # seconds that a client has to answer a Close
@@ -12270,7 +12296,8 @@ class Outbox:
         self.writer = writer
         self.transport = writer.transport
         self._written = 0       # bytes in all, but for those that the kernel took at once
-        self._ends = collections.deque()        # where those of the frames end that are still here
+        self._ends = collections.deque()        # where those of the pushed frames end that are still here, and their size
+        self._size = 0          # bytes of these
         self._watch = None      # the timer that looks whether the client reads
 
     def _left(self) -> int:
@@ -12279,31 +12306,33 @@ class Outbox:
 
     def room(self) -> int:
         """How many frames may be added."""
-        size = self.transport.get_write_buffer_size()
-        if not size:
-            self._ends.clear()
-            return QUEUE_MAX
-        left = self._written - size
-        while self._ends and self._ends[0] <= left:
-            self._ends.popleft()
-        return QUEUE_MAX - len(self._ends) if size < QUEUE_BYTES else 0
+        left = self._left()
+        while self._ends and self._ends[0][0] <= left:
+            self._size -= self._ends.popleft()[1]
+        return QUEUE_MAX - len(self._ends) if self._size < QUEUE_BYTES else 0
 
     def put(self, frames: list) -> bool:
-        """Send frames after those before them; False when there is not room for all, and then the first are sent."""
-        room = self.room() if self.transport.get_write_buffer_size() else QUEUE_MAX
+        """Send frames after those before them; False when there is not room for all, and then the first are sent.
+
+        Who has everything is never behind, however many come at once.
+        """
+        room = self.room() if self.transport.get_write_buffer_size() else len(frames)
         if room > 0:
-            self.write(*frames[:room])
+            before = self._written
+            self.write(b"".join(frames[:room]))
+            for frame in frames[:room] if self._written > before else ():
+                before += len(frame)
+                self._ends.append((before, len(frame)))
+                self._size += len(frame)
         return len(frames) <= room
 
-    def write(self, *frames) -> None:
+    def write(self, data: bytes) -> None:
         """Send what has to be sent, whether there is room or not: an answer, a Close."""
         if self.transport.is_closing():
             return
-        self.transport.write(b"".join(frames))
+        self.transport.write(data)
         if self.transport.get_write_buffer_size():
-            for frame in frames:
-                self._written += len(frame)
-                self._ends.append(self._written)
+            self._written += len(data)
             if not self._watch:
                 self._watch = asyncio.get_running_loop().call_later(WRITE_S, self._look, self._left())
 
@@ -12335,7 +12364,7 @@ class Connection:
     def __init__(self, task, now: float, writer):
         self.task = task
         self.since = now        # when it was last heard of (monotonic s)
-        self.busy = False       # a request is being answered
+        self.busy = 0           # requests that are being answered
         self.waiting = 0        # it waits for a message, which it can do again with the next daemon
         self.agent = ""         # who it called for last
         self.agents = {}        # all that it called for; what concerns them is pushed to it
@@ -12346,9 +12375,9 @@ class Connection:
         self.socket = None
         self.ahead = b""
 
-    def push(self, notes: list) -> None:
-        """Send notifications, each as two halves, after those before them; who is too far behind is closed, and gets nothing more."""
-        if not self.silent and not self.outbox.put([self.framed(notes[n] + notes[n + 1]) for n in range(0, len(notes), 2)]):
+    def push(self, *payloads) -> None:
+        """Send notifications after those before them; who is too far behind is closed, and gets nothing more."""
+        if not self.silent and not self.outbox.put([self.framed(payload) for payload in payloads]):
             self.close(1013)
             self.silent = True
 
@@ -12392,6 +12421,7 @@ class WebConnection(Connection):
         self._frames = 0        # that had come then
         self.reading = True     # False while it has sent more than we look at
         self.gone = asyncio.Event()     # set when nothing more comes from it
+        self._draining = asyncio.Lock()         # one at a time: Python 3.9 has room for one who waits
         self._ping_at = self.heard + PING_S
         self._beat = self.loop.call_at(self._ping_at, self._look)
 
@@ -12404,7 +12434,9 @@ class WebConnection(Connection):
     async def answer(self, payload: bytes, kind: int = TEXT) -> None:
         """Send a message, unless a Close went before it (RFC 6455, section 5.5.1)."""
         if not self.silent:
-            await self.outbox.send(encode_frame(kind, payload))
+            self.outbox.write(encode_frame(kind, payload))
+            async with self._draining:
+                await self.outbox.writer.drain()
 
     def feed(self, data: bytes) -> list:
         """The messages that are complete with this data.  Pings are answered; a Close waits for `hang_up`, behind the answers."""
@@ -12433,7 +12465,7 @@ class WebConnection(Connection):
             return self.task.cancel()       # it reads no more, so that it has not noticed
         if now - self.heard >= DEAD_S and self.reading:
             return self.outbox.writer.transport.abort()
-        if now >= self._ping_at:
+        if now >= self._ping_at and not self.web.closing:      # else the Close would go before the answers
             self._ping_at = now + PING_S
             self.web.ping()
             self._flush()
@@ -12563,6 +12595,8 @@ class Daemon:
         self._opening = {}          # connections to the port without a complete request yet, the oldest first
         self._links = {}            # one-time codes of links to the page -> until when they are good (monotonic s)
         self._told = {}             # agent id -> when its presence was told last (monotonic s)
+        self._keeping = set()       # the tasks that write down what streams have acknowledged
+        self._hosts = set()         # what clients of the port may call it
         self._sync_told = ""        # what was told of the exchange with the remote last
         self._full_told = -SYNC_S   # monotonic s
         self.log = logging.getLogger("thrum")
@@ -12610,8 +12644,11 @@ class Daemon:
             self.port = self.ledger.facts["port"] = ports[0].getsockname()[1]
             self.ledger.facts["link"] = self._link
             self._hosts = {f"{name}:{self.port}" for name in LOOPBACK} | set(LOOPBACK if self.port == 80 else ())
-            atomic_write(self.places.var + "/ws.port", b"%d\n" % self.port)
-            await self._write(lambda context: context.store.set_meta(ws_port=self.port))
+            try:
+                atomic_write(self.places.var + "/ws.port", b"%d\n" % self.port)
+                await self._write(lambda context: context.store.set_meta(ws_port=self.port))
+            except (ThrumError, OSError, sqlite3.Error) as error:       # the rest works without it
+                self.log.warning("the port %d was not noted: %s", self.port, error)
         chores = [self.loop.create_task(chore) for chore in (self._housekeeping(), self._look_after_claims())]
         self.log.info("started: version %s, pid %d, %d events, %d projected at start, %d damaged lines", __version__, os.getpid(),
                       self.ledger.journal.last, self.ledger.rebuilt, self.ledger.bad_lines.count)
@@ -12624,9 +12661,8 @@ class Daemon:
             task.cancel()
         for server in (self._server, *web):
             server.close()
-        remove(self.places.var + "/ws.port")
         for connection in list(self.connections):
-            if connection.web and (connection.waiting or not connection.busy):
+            if connection.web and connection.busy <= connection.waiting:
                 connection.close(1001)
             elif connection.waiting or not connection.busy:
                 connection.task.cancel()
@@ -12682,8 +12718,8 @@ class Daemon:
                 connection.task.cancel()    # it had only stopped to send when we looked last
             elif (connection.busy or connection.waiting) and connection.agent:      # whoever waits is here
                 self.ledger.seen[connection.agent] = self.world.now_ns()
-            elif connection.person:         # and who has the page open
-                self._heard_of(connection.person, connection)
+            for agent_id in list(connection.agents) if self.subscriptions.any_of(connection.agents) else ():
+                self._heard_of(agent_id, connection)        # and so is who listens: a page, or an agent's program
         if not os.path.exists(self.places.var + "/thrum.pid") or read_pid(self.places) not in (0, os.getpid()):
             self.log.warning("%s is gone, or another daemon's: stopping", self.places.var)
             self.stopping.set()
@@ -12760,12 +12796,14 @@ class Daemon:
 
     def _news(self, events: list) -> tuple:
         """What a batch means for subscribers and for streams; None: it is not known, and they have to look themselves."""
-        notes, news, store = [], None, self.ledger.store
+        notes = news = None
         try:
-            notes = self.subscriptions.news(store, events)
-            news = stream_news(store, events if self.streams else [])
+            notes = self.subscriptions.news(self.ledger.store, events)
+            news = stream_news(self.ledger.store, events if self.streams else [])
         except Exception:       # it is stored, and who asks will find it
             self.log.exception("listeners were not told")
+            if notes is None:
+                self.subscriptions.stale = True
         return notes, news
 
     def _idle(self) -> None:
@@ -12778,10 +12816,16 @@ class Daemon:
         """Tell everybody, listeners before senders."""
         if events:
             self.last_seq = events[-1][0]
-        self.audience.tell(news[0])
-        if self.streams:
-            self.streams.publish(news[1], self.world.now_ns())
-        self.waiters.publish(events)
+        try:
+            if news[0] is None:     # what it was, nobody knows: who listens comes again with its cursor
+                self.audience.dismiss(1013)
+            else:
+                self.audience.tell(news[0])
+            if self.streams:
+                self.streams.publish(news[1], self.world.now_ns())
+            self.waiters.publish(events)
+        except Exception:           # what was asked for is done and durable
+            self.log.exception("listeners were not told")
         if self.ledger.export_problem != self._sync_told:
             self._sync_told = self.ledger.export_problem
             self._tell("sync", "sync", {"sync_state": "error" if self._sync_told else "ok", "problem": self._sync_told})
@@ -12795,7 +12839,7 @@ class Daemon:
 
     def _tell(self, topic: str, method: str, params: dict) -> None:
         """Push what is no event of the log to those who subscribed to a topic."""
-        agents = self.subscriptions.to_topic(topic)
+        agents = self.subscriptions.to_topics(topic)
         if agents:
             self.audience.tell([(notification(method, encode(params)), [(agent_id, b"") for agent_id in agents])])
 
@@ -12814,15 +12858,18 @@ class Daemon:
         async def keep():
             try:
                 await self._write(lambda context: note_stream_acks(context, acks))
-            except ThrumError as error:
+            except Exception as error:          # a full or slow disk: the next ones say more
                 self.log.warning("acknowledgements were not kept: %s", error)
-        self._keeping = self.loop.create_task(keep())       # a task that nobody holds may be collected
+        task = self.loop.create_task(keep())
+        self._keeping.add(task)         # a task that nobody holds may be collected
+        task.add_done_callback(self._keeping.discard)
 
     def _heard_of(self, agent_id: str, connection: Connection) -> None:
         """Note that somebody calls: it is here, and what concerns it can be pushed over this connection."""
         now = self.world.monotonic()
         connection.agent = agent_id
-        self.ledger.seen[agent_id] = self.world.now_ns()
+        if len(self.ledger.seen) < SEEN_MAX:
+            self.ledger.seen[agent_id] = self.world.now_ns()
         if connection.reader or connection.web:
             self.audience.bind(connection, agent_id)
         if now - self._told.get(agent_id, -PRESENCE_TELL_S) >= PRESENCE_TELL_S:
@@ -12967,10 +13014,12 @@ class Daemon:
         checked = check_params(method, params)
         if web and connection.person and "caller_agent_id" in method.params:
             checked.setdefault("caller_agent_id", connection.person)
+        if name == "subscribe" and not checked.get("caller_agent_id"):      # to be reached over this connection, it has to be known before
+            checked["caller_agent_id"] = await self._read(caller_of, checked)
         caller = checked.get("caller_agent_id") or (name == "session.start" and checked["agent_id"])
-        if caller and connection and len(self.ledger.seen) < SEEN_MAX:
+        if caller and connection:
             self._heard_of(caller, connection)
-            if not method.waits:
+            if not method.waits and len(self._acted) < SEEN_MAX:
                 self._acted.add(caller)
         try:
             while method.indexes and self.ledger.unindexed:
@@ -13098,7 +13147,7 @@ class Daemon:
                 head = await asyncio.wait_for(_receive(reader, buffer, lambda: decode_head(buffer)), HANDSHAKE_S)
                 if not head:
                     return
-                head_only, keeps = head.method == "HEAD", head.keeps
+                connection.busy, head_only, keeps = True, head.method == "HEAD", head.keeps
                 self._admit(head)
                 work = self._socket_at(head)
                 if work:
@@ -13106,6 +13155,7 @@ class Daemon:
                     connection.outbox.write(accept_upgrade(head))
                     self._opening.pop(connection, None)
                     connection.upgrade(limit)
+                    connection.busy = False
                     return await self._serve_socket(connection, reader, bytes(buffer), serve(head))
                 body = await self._receive_body(connection, head, reader, buffer)
                 self._opening.pop(connection, None)
@@ -13114,6 +13164,11 @@ class Daemon:
                 status, headers, body, keeps = error.http, {**error.headers, "Content-Type": TEXT_TYPE}, f"{error}\n".encode(), False
             headers = {**SECURITY_HEADERS, **headers, "Connection": "keep-alive" if keeps else "close"}
             await connection.outbox.send(encode_response(status, headers, body, head_only=head_only))
+            connection.busy, connection.since = False, self.world.monotonic()
+            if connection.outbox.transport.is_closing():
+                return
+            if buffer:
+                await asyncio.sleep(0)      # who sends hundreds of requests at once must not keep others waiting
 
     async def _receive_body(self, connection: WebConnection, head, reader, buffer: bytearray) -> bytes:
         if head.length > BODY_MAX:
@@ -13149,11 +13204,14 @@ class Daemon:
         if (foreign or (site not in ("none", "same-origin") and not visits)) and not proven:
             raise HttpError(403)
         if self.token and not proven and (head.upgrades or head.path != "/" or "link" not in head.query):
-            if not hmac.compare_digest(_cookie(head, self._cookie_name()).encode(), self._cookie().encode()):
+            if not self._has_cookie(head):
                 raise HttpError(401)
 
+    def _has_cookie(self, head) -> bool:
+        return hmac.compare_digest(_cookie(head, self._cookie_name()).encode(), self._cookie().encode())
+
     def _cookie_name(self) -> str:
-        return f"thrum_{self.port}"     # cookies are shared by the ports of a host
+        return "thrum_" + self.ledger.daemon_id[2:]     # the ports of a host share their cookies, and one may move to another port
 
     def _cookie(self) -> str:
         """What the browser of somebody with a link gets in place of the token."""
@@ -13194,8 +13252,10 @@ class Daemon:
         if head.path.startswith("/api/"):
             return await self._respond_api(head, body, connection)
         _only(head, "GET", "HEAD")
-        if head.path == "/" and self.token and "link" in head.query:
+        if head.path == "/" and self.token and "link" in head.query and head.method == "GET":      # a preview does not use it up
             if self._links.pop(head.query["link"], 0) < self.world.monotonic():
+                if self._has_cookie(head):
+                    return 303, {"Location": "/"}, b""
                 raise HttpError(401)
             return 303, {"Location": "/", "Set-Cookie": f"{self._cookie_name()}={self._cookie()}; Path=/; HttpOnly; SameSite=Strict"}, b""
         found = self.pages.get(head.path) or (None if head.path.startswith("/assets/") else self.pages.get("/"))
@@ -13251,6 +13311,8 @@ class Daemon:
                 for message in connection.feed(data) if data else ():
                     connection.reading = not inbox.full()
                     await inbox.put(message)
+                    if connection.outbox.transport.is_closing() and not connection.web.closed:
+                        return          # it has gone without a word: thousands of calls may be left
                 connection.reading = True
                 if not connection.web.closed:
                     data = await reader.read(65536)
@@ -13281,12 +13343,17 @@ class Daemon:
             aside = set()
 
             async def answer(calls):
+                connection.busy += 1
                 try:
                     reply = await self._answer(calls, connection)
                     if reply:
                         await connection.answer(reply)
                 except ConnectionError:     # nobody waits for it; what it has sent before it went is done all the same
                     pass
+                finally:
+                    connection.busy -= 1
+                if self.stopping.is_set() and not connection.busy:
+                    connection.close(1001)
 
             def answered(task):
                 aside.discard(task)
@@ -13294,16 +13361,12 @@ class Daemon:
                     self._work_ended(connection, task)
             try:
                 while (came := await inbox.get()) is not None:
-                    connection.busy = True
                     calls = decode_request(came[1])
                     if len(aside) < ASIDE_MAX and any(call.method in METHODS and METHODS[call.method].takes_long() for call in calls[0]):
                         aside.add(task := self.loop.create_task(answer(calls)))
                         task.add_done_callback(answered)
                     else:
                         await answer(calls)
-                    connection.busy = False
-                    if self.stopping.is_set():
-                        connection.close(1001)
                 if aside:
                     await asyncio.wait(aside)
             finally:
@@ -13325,11 +13388,12 @@ class Daemon:
                     await outbox.writer.drain()
 
             async def wait(seconds: float | None) -> None:
+                timer = seconds is not None and self.loop.call_later(seconds, woken.set)
                 try:
-                    await asyncio.wait_for(woken.wait(), seconds)
-                except asyncio.TimeoutError:
-                    pass
-                woken.clear()
+                    await woken.wait()      # wait_for() of Python 3.9 to 3.11 may swallow a cancellation
+                finally:
+                    timer and timer.cancel()
+                    woken.clear()
             stream = self.streams.open(head.query.get("instance_id", ""), self.world.now_ns(), send, connection.close, woken.set)
             serving = self.loop.create_task(serve_stream(
                 stream, lambda handler, params: self._read(handler, params), drained, wait, self.world.now_ns))
@@ -14137,7 +14201,7 @@ hctOuG2/vuqE7soxUr8nXW81J9Zs3ZPuPKO76R3AbaXbnnTZ7rbrSdetrtuzy9u1h3B7pi2Xqha0Memx
 5uFwENZ5P3nzD8vAfKRh+z5ibCaEtgnt9Z0LICSCiDqmFNt39ZdNSKUKFSDFKRZpSFEAGV62Q4fabd91fJ3dnt8mePug7b/WqbU/znm0bYDOO8jeSZqG4tIgMdDD0WvR
 PepRbzFYBybPv5F9LqqZHufm478R6SW7prRn/aZHtsOxe/CVs/5nO+p/TNv+evMfSpvysA==
 """),
-    "app.js": ("text/javascript; charset=utf-8", '"59130d62609ba204"', """
+    "app.js": ("text/javascript; charset=utf-8", '"740557269cda775d"', """
 eNqtXO9y20aS/+6nGKN8WcCmIWmTXF2RkXVeR5v4zrFTkbeclOMVIWJIIgIBBgCtcGVW7ad7gPt893L7JNe/7pnBDEg5yda5tjbE/Onp6en/06OjI/V6qdU6W2hVz1W3
 bDarsbpZ1qpo1VI3eqSyKqeGrKNOvVVttlVdrXQ2W6qaWpqRKov3Or13dET/U68qrd7oq4t6dq27VKmn8043MnpWV5WeMRhZry0WVauKaqTazVU7a4or3cpydVVuMa5S
 WXvdqnndCAZFp8psdk2j2pr6qaUiHIpqgaXnWVm26kp3N1pXE5Wp9aZdAt9Whrb1SvNgtcxawmZl9gZ82myl1c8b3XZFXamrhkYRZtjAdLZp2rqZgh4YWW1WV7SjosKS
@@ -14172,41 +14236,41 @@ uuRt0rapycLGdJKwp6Rw2rYQQ98uaTs5sqi4p+myqxZeHVl5Ere6EhVB9Gw4wkGKlbMYkkNFTE6CSji3
 RkK9uMreF4uMXICUIoTrljThoIWoyndasSj9xxD5xwUOkBeCxuQfcZClxokfVBgOHeDy3KSG2ReG+mDK9LHIRE0sP/qRgVnDP38HF2dPLWMOKkii6nUxa8fqbfQwerf7
 lZgAPH+UlZwPUPoX4qX2iBiC9j4IBl3ouynLiTfZok9scv+ItEJGm36vLXvcAWtPWlS4M5mcMmze3YJ48xLRv5Bw54Kjnnp9RLXzcz9P+TozVer1EmEJMaa7BRO+QtIH
 vAhTMzL3AHzxQ/wsPgnzZqauNg2xWtEym9o7T+FQcsbrJpd0ftY0BVlRx6R7iSROHMBY2rRF7zOyCWW9YpAkzcImcIZsvZc1YA/j4AyTE4hEXQ07GzKF7wHVBGSAzf5F
-7MdpytpdDDbL2tOjU2hxX/B2r/mdOxTrNAsQz2tBbiZlRowbva6bzmjjA9tZbxpkJH7Rsw2nmfZxNeBhOUgQ98EeAkoOg66QghMXgu8VX83tFi2b2YNJ4UhctlpXl9kA
-5tFfYx79wfDqh1mZFavkx/TDX2/q5vqBYXwsnZjFxKnN42Q/X2xZ0mZtsTX4FAirl/VNFeRn7759VkWuHtMhms8RXw9CGvjCfMzmR67lkdSl9mXdFH+rK+lRd1xt4wqd
-sEREh2S5cDFfkRfi69HPiakzIOHAPTe7gZA7iBQpOpwRfpLHXmlaFyQa28Slyyr5e6N1fTHzTYItYcjMXsyd3AIONK6rAV+CsrFJ79yD0SJd8KUxMYx8xhUWbIVgVXDJ
-jYSCl7sXO1V0fbkD0o5yHw8FgXtvFm8T/sQdNVvRMhcfNaffQb0Um07h7sg4k/2xPXwHS+pC2NhIo9VzRqAwgAWGd+TrBM+DMayr84Lkxqnt93WRy2K+CHHDZo17jX0x
-PyRTsoQgLTT2Y1u7HZfM9LJcw6WtphnMcIG2t20ewqj8ZS1ry8GPGP7HFAvTyYYPwcG0+mek03AdyhBZzFzy6R1Fyes4toK0Y4ytDqWp4bHs7U2QZKEj5yJA32WYgn3g
-UpYQklUBn90Y/TNF5CdJMrKGHbtVYwHoFJ+3U3vNTXyp+/R2O0LMw4lptk+lqZNhzw27NizMXosFGxBrTho8H3iflhplwY7mLVI6l23xN/LkUCyzC9JrzuRaGORIlzpm
-uJbjWl8iBLEgjWcdVhl84MLFny+0PxXM5cvrNXrDdhst/7M3wihGN8Qum2Zd/PgkOTNlEjnZBb48jwa4x4c2JYZQAHZ1l5WDo3vqVTkZ9WTTIhOpWZium02lpyOnbZlO
-Jsdm0gcU6y6grFYc3V6R8VLiEuQEPKu4yic4csuavCJ0XUUYzrSfHN9U7jPkjJVLv19oZ+Ph1ZLvQPIw1AJSYhS7zt4P/e2MxmjiuMbKYExn2V2y/0WGLGtxSe5xo621
-6n1GqDCPMfgGzOMacpy8M1JPvLqqRw5aEgi/lZqJr9SYD3x2FzqeDViKBHrAY7ZW5rbXxaKB7nuyQYcb+7o66U/OoeHn2z1Y0AID0cNBplme+yB7LdwfZUiYAd72FtM4
-9MzAp970s8PCBNXniBDK4lBeXQIz0J68kncdYTOCRO3Eng97sgNtf623rOstvU0d0X3QAuRlsnry2zXFyp6xyUMJcM/DFWkWwTKG1RYDebazP0KscQe7vPXObEyu3e5d
-srcEe1tOW0PwJJy2PocsBEEYCYEF+7weCB6SOtXH7OGQJ0OT6GnDJ6eBBk0GXPFPmBKR5rFfQiToHnE3rjhOdr8iev8vEhau8U+aiJ1VgoPz4QDFHN4nnxiYfE/yhS91
-l+vfY1UCU7Sv2kNdDvK7mo3ezhLjIM3qEpaBWrGBhxdWJ3ewlrdf/1rbo7DEK7g8oKjMDgi0dhjj5v1SKpTzfeB9cMp4kbe5cW7mbsg6FRcw7AMZDUMrBxRfaX9XPLg3
-BepMBh9hbkh5ovFk3pCJj9HwG3CFqHM0csrnlnLNsanaZI/IX5tHQLP6A8BlRfsigyAcHJC6vfaJG7OknwQy7Mw9Hkh8fwwCuvF/ZsWL4qpEHOnuvAmhomp10/2JZYLp
-IoVLAUc4m+dRlmnKxVMvAAZmLWIejjzCckOKGHWP03YDSyJDRY8lXB/6Ut+00hzEGcx8Re5EwBOUIpdST088BgJBAnBm2YEB7au0yhZ8OOu8CxzIP9cNQZKYlgwD7rWR
-XTcXsQ3ukqvtSG2qknbcV1eTH4n8XyF+Y2O9QzF3h00Xa6wvTgPXiGvkyXmS0vEfyD8oKJJuvtbFYtmFYeJHFU7gKg7X9Lyxg5Q0BPooQ6cHnJzDE8KT2B2KD9763yP1
-8YV7k/AuhdcaJ29P3g1tuvMnbBq41/LxbzSbJ7jaHhoDASGtBrSQHtmmx9y7dxkgnt6Z/Jcgvqhp7b7ScuzMmkCSRw5efdve8RmQ/iQuwfvoJFv1Eo4fxn/Ry7p/psJx
-DxdSbvGe5uANldzoovBMRUuS6lrupCAPmVxVwm1NI0vDnavvN0oONw7ZSF1J0J/5Fp+teeACqIwd3SfULA5vMP5JMNrWrH9jYwSO/kg4CwoJN3mBHObE5LIkEFzgw8V3
-aOHagXrTHbqHFaeoqW+Cau3QN7PZOeI1iu26Uuc8IcyMOMcpZEnSQtEoiDmM92QEv2bBF59lXlQ5AaS9t3W1M/VV+H34LtMWuAGGvUjA71QmefcxFrxx9eTKXhbwqj5Q
-20xjSuSYzd7Y65WB/DPtDURQ7m4O4tXcWRCPmLgs4zcgliZ2uGTP39nFUEsxUt6SsVRXALWrhqLKGSmTCGVZyHJu6ZhRnjX99we3fRk/z0520+A6ihEwVovY6zMpjZfW
-tsQt9/FIfZqkP9UFyQ7xfbLjRIIdY2Y+Vp/u1IosMCrnpaefMaxY9dw2jxTZplty+NaTAg1eun3m3T7KEBim1DY799lUPYgLIQK95toMaokcGKYCmtK8wLIRrVd781H7
-6+bnxXtAQJtTEva2FtvlSz9LaEGcYm25kQ0G0xIjNf3Hf/03UfAAa9DpjGx9/L458KVjlTXXnJvsL23W5fayq8EE/DtSkrG3AyTQNGomkszvcIygToOutuCEm6boiFa4
-5PI56cBowlxA8Z4pPnSD2lm97tnZCRr4V1iZOZnf8yyaerOO7uR5YkyehftvaZ72MeefalJWWeVRiL2WwQHiJQSd4YgP3mkJwxG9GPRvuMhTsb3tuiy6OPqxipJ+ZP+2
-KwyTpOjpjtqtC7JayLBaL0Z6DxVMuT5URp3/QkyUs76IODKz+UQw8cCTRQXgAHxfdhXm1k2d2IYteQiqqxcLMgEBtB7dwAfA/DNva+AG/oAXGQ2mDnZjPIX7BMM6UQZz
-yLd5JyZTXWUCB3qQAedy+4M9qedB8rhNxjN34ackJwLxRDMLOPUmgaKUcWXBo8y160jecRl5HzEGou0QeG0q3AlKNa4URmVbqUaTqyLzslLekHAphPFt1hwMsc1eZUXp
-HtSGl8QuwghDamM7s9bTkzbb4L0xoIkHajqCFB1x94l5TRV27DiVaxunfFJjVBG6RrkN9FUGEBpq9IQlmXt8Rd7bnZPjY9IrVkrd40MhU2IJ/GgPcy40zravQdl4YH76
-diaXA2qf8higtO/4wa187BJ5uc0ajn9F+5ezuLy1jh+/E5WL2ZXmZ8ZjUn7+Sxm8KtU53696Hr2pVPM9ehkYFOt6WR0DnT1Mz+fni2Tr8Bck9ptcX9bzOWr9pP4Dnr+Z
-7IEj/5gTheGFwwt+AYuLqxE5kzMtpYz2fmjJEtfaN7fmba0JDt1ltr8lKTb88CGocz5w3ReU/Hs4Giodunbcjfrk7+d4muSR8JF79xsUsHqbtff88DW8x2n9LQaXnp4G
-pLeOqeVpsVT2ix00Fz9yva/MCy8GvDt/qeHCkL6swH95dudJ2ZYAZVNms4fyrzi7Mg1JPcM0vwfCfR+CH8hL7csgGHKU+oJCG/dxph6fkLCdBJd6FuahN1TSJ9EyryNO
-hOD7jI41CUCZbR2GZTp/MzBI2x2BsUHL6NOzwTdXmdvcClIqQZSM92XBIzCLl58q74c+ZgW2hwFp73Dezp7p1ItX+2fhbo+xZdTeqBhe3GPPM/8lgREueSU1HIpcwPNq
-jhfVW9/TbnQP9wAjImPIK31h/xpAP9kW6wyfNjPQs76YRwgMmrvynn6Q7ZMd0soWSX5kzIUj6IrkWTBeMPNudnjMPPWL7fEHCE4HvgJ2ZV0Fs0dnAQ+FCHvxxN6kwYSG
-PF/24XnYdVGJ3uHST44JpcSSX0rLGMzAXaAlhbeFvJY7vI+cxpntLITLuPaTG2abpgGSKF1xaR+x3XyPC/occNEEDgpReVgQ5VRbfrzf6VU7QkWQ3L5Jw1kvWfsFtA9u
-eYxj+we3mL0Lm42PE7USCFFAoeT1q4cDHVzX/hpF3vqa+6rJqtk+VtLcn5R82xVHvFl72KRh9aV54EBT8clPA70hXEuGTv4RJX7oJQPqiiQdyPu5hHVWNAc8Xzj9wG3K
-P2wyyXfhjJeO+Sk6E84l7AVgamyugDgpDto5D/2O4+dB4qHzz8DvxpzQ22LfkiUX2Z8ObzHa4B0nHAK/gpXt7scq3+9+A7L31tF3JeFYxP0Se/5pn8v2Q4HQNfVe3ZpH
-QO5h5ORAlZ3LxmNt8ipRYI8qQPxJHPL/gF6YYx0GfYfrI80F8Z5P5bZEMeU5XjEiKtQVjY3eF21xVVBEvBUujcSppUn7Y+uKra0bsf8MZUA7qBTzekO8mpH9UxCWENGn
-+AsG0L+R+xM9n01Ub0/lfXtPzHv/B2QDl2k=
+7MdpytpdDDbL2tOjU2hxX/B2r/mdOxTrNAsQz2tBbiZlRowbva6bzmjjA9tZbxpkJH7Rsw3STOF2mB84yqs2a0sjfx9maVgVEtL9JQ8tSM6ErpCeE/eC7xxfze32LQva
+Q0vhZFy2WleXWefSLkd/jXngB8PCH2ZlVqySH9MPf72pm+sHRh6wamLWEV83j5P9NLLlVJvMxa7gaiDaXtY3VZC2vftSWhW5ekxnaz5HfGsIIeF79DFbJbmtR66X2pd1
+U/ytrqRH3XHjjZt1whKBHnLowtx8c16IC0g/J6b8gGQG19/sHUIcIWmk/3A8+EmOfKVpXZBobPOZLtnk743W9aXPtxS2siEzezFXdQv41bjFBnyJ1cYm63MPtoxUxJfG
+8jDyGRdesHGCscHdN/IMXkpfzFfR9VUQyEbKNT30Bq7DWepNVBR31GwlztyH1JyVB/VSbDqFFyTjTFLI9vDVLGkR4WAjpFb9GTnDAJYj3pGvKjzHxnCtzgsSJ6fN39dF
+Lov50sMNmzWuO/al/5A4yRKCtNDYD3ntdlyO00t+DZe2Cmgww8Xf3rZ5CKPyl7WsLQc/Yvgf0zdMJxtVBAfT6p+RZcMtKUNkMXM5qXcUPK/j2ArSjjG2qpWmhseytzdB
+koWOfI4AfZd4CvaBu1pCSFYFfPZu9M8UqJ8kycjae+xWjQWg03neTu3tN/Gl7rPe7QihEOer2WyVpnyGHTrs2rAwOzMWbECsOSn2fOCUWmqUBfuft8j0XLbF38jBQw3N
+Lsi6OUtsYZB/XeqY4VqOa32JEMSC7J71Y2XwgXsYf77Q/lQwly+v1+gN220U/M/eCKMY3RC7bJp18eOT5MxUT+RkEvhOPRrgHh/alNhHAdjVXVYOju6pV/xk1JPNlkyk
+lGG6bjaVno6ctmU6mdSbySpQCLyAslpx0HtFdkuJp5AT8Kzi4p/gyC1r8orQdRVhONN+znxTuc+QM1YuK3+hnemHs0suBcnDUAtI5VHsOnv39LczGqOJ4xorgzGdZXfJ
+bhkZsqzF3bnHjbYEq3clocI8xuCLMY9ryAHxzkg98cqtHjloSSD8VmomvlJjPvDZXeh4NmApEugBj9kSmtteF4sGuu/JBh1u7OvqpD85h4afhvdgQQsMRA8HmWZ57oPs
+tXB/lCFhBnjby03j5zMDn3rTzw4LE1SfI0Ioi0N5dXnNQHvySt4thU0UErUTez7s4A60/bXesq639DblRfdBC5CXyerJb9cUK3vGJj0lwD3HV6RZBMsYVlsj5NnO/gix
+xh3s8tY7szG5drt3yd4S7G05bQ3Bkyjb+hyyEARhJAQW7PN6IHjI9VQfs4dDngxNoqcNn5wGGjQZcMU/YUpEmsd+ZZGge8TduPk42f2K6P2/SFi4xj9pInZWCQ7Oh2MT
+c3iffGJg8vXJF77UXa5/j1UJTNG+ag91OcjvSjl6O0uMg+yry2MGasUGHl60ndzBWt5+/dtuj8ISr+BOgQIyOyDQ2mHom/dLqVDO94H3MSvjRd7mxrmZuyHrVFzXsA9k
+NAytHFB8pf0V8uA6FagzGXyEuSHlicaTeUMmPkbDb8AVos7RyCmfW8qlyKaYkz0if20eAc3qDwCXFe2LDIJwcEDq9trnc8ySfm7IsDP3eCDx/TEI6Mb/mRUviqsScaS7
+CieEiqrVTfcnlgmmi9QzBRzhbJ5HWaYp11S9ABiYtYh5OPIIyw0pYtQ9TtsNLIkMFT2WcNnoS33TSnMQZzDzFbkTAU9QilwqQD3xGAgECcCZZQcGtK/SKlsH4qzzLnAg
+/1w3BEliWjIMuO5G0t3czza4Yq62I7WpStpxX3RNfiTSgoX4jY31DsXcHTZdrLG+OA1cIy6dJ+dJKsp/IP+goEi6+VoXi2UXhokfVTiBqzhc0/PGDlLSEOijDJ0ecHIO
+TwhPYncoPnjrf4/UxxfuTcK7FF5rnLw9eTe06c6fsNnhXsvHv9FsnuDGe2gMBIS0GtBCemSbHnPv3h2BeHpn8l+C+KKmtfsCzLEzawJJ3j54ZW97x2dA+pO4Mu+jk2wx
+TDh+GP9FL+v+9QrHPVxfucUzm4MXV3LRi3o0FS1Jqmu5qoI8ZHKDCbc1jSwNd67s3yg5XERkI3UlQX/mW3y25oELoDJ2dJ9Qszi8wfgnwWhbyv6NjRE4+iPhLCgk3OQF
+0pcTk8uSQHCBDxffoYVLCupNd+h6Vpyipr4JirhD38xm54jXKLbrSp3zhDAz4hynkCVJC0WjIOYw3pMR/JoFX3yWeVHlBJD23tbVzpRd4ffhK06bgAUMe7+A36lM8q5p
+LHjj6slNvizgFYOg5JnGlKhwNHtjr1cG8s+0NxBBFbw5iFdzZ0E8YuIOjZ+GWJrY4ZJUf2cXQ4nFSHlLxlJ0AdSuGooqZ6RMIlRrIcu5pWNG1db03x/c9tX9PDvZTYNb
+KkbAWC1ir8+kYl5a2xKX38cj9WmS/lQXJDvE98mOEwl2jJn5WH26UyuywCiol55+xrCQ1XPbPFJkm27J4VtPCjR4mfaZdykpQ2CYUtvs3GdTDCEuhAj0mks2qCVyYJgK
+aErzAstGtF7tzUdJsJufF+8BAW1OSdhLXGyX7wItoQVxirXlojYYTEuM1PQf//XfRMEDrEGnM7Jl8/vmwJeOVdZcc26yv8tZl9vLrgYT8O9IScbeDpBA06iZSDK/wzGC
+Og262oITbpqiI1rh7svnpAOjCXMBxXum+NANamf1umdnJ2jgX2Fl5mR+5rNoatzf3MXzxJg8C9fi0jztY84/1TXufzwKsdcyOEA8kKAzHPHBOy1hOKIXg/5pF3kqtrdd
+l0UXRz9WUdKP7J98hWGS1ELdUdJ1QVYLGVbrxUjvoToq14eCqfNfiIly1hcRR2Y2nwgmHniyKAwcgO+rscLcuikf27AlD0F19WJBJiCA1qMb+ACYf+ZtDdzAH/Aio8HU
+wW6Mp3CfYFgnymAO+TbPx2SqK1jgQA8y4Fxuf7An9TxI3rzJeOYu/JTkRCCeaGYBp94kUJQyrix4lLmNHcnzLiPvI8ZAtB0Cr02F60Ap0pV6qWwrRWpyVWQeXMrTEq6Q
+ML7NmoMhttmrrCjdO9vw7thFGGFIbWxn1np60mYbvKcHNPFAqUeQoiPuPjGPrMKOHadybeOUT2qM4kLXKLeBvsoAQkONnrAkc4+vyHu7c3J8THrFSql7kyhkSiyBH+1h
+zvXH2fY1KBsPzE/fzuRyQO0LHwOU9h0/uJWPXSIPulnD8a9o/3IWl7fW8ePno3Ixu9L8+nhMys9/QIPHpjrn+1XPozcFbL5HLwODGl4vq2Ogs4fp+fx8kWwd/oLEfpPr
+y3o+RwmglIXA8zeTPXDkH3OiMLxweMEPY3FxNSJncqalwtHeDy1Z4lr7FNc8uTXBobvM9rckNYgfPgTlzweu+4KXAB6OhkqHrh13oz75+zleLHkkfOSeAwd1rd5m7RU/
+fA3vzVp/i8EVqacB6a1janlaLJX9YgfNxY9cBizzwosB785fSrswpK8o8B+k3XlStiVA2VTf7KH8K86uTENSzzDN74Fw34fgB/JSEjMIhhylvqDQxn2cqccnJGwnwaWe
+hXnoaZX0SbTM64gTIfg+o2NNAlBmW4dhmc7fDAzSdkdgbNAy+vRs8M3F5za3gpRKECXj2VnwNszi5afK+6GPWYHtYUDaO5y3s2c69eLV/rW422NsGbU3KoYX99jzzH9g
+YIRLHk8NhyIX8Lya46H11ve0G93DPcCIyBjySl/YPxLQT7Z1OsMXzwz0rK/jEQKD5q6ypx9k+2SHtLJFkt8ec+EIuiJ5LYyHzbybHd44T/0afPxdgtOBr4BdWVfB7NFZ
+wEMhwl48sTdpMKEhz5d9eB52XVSid7gilGNCqbzkB9QyBjNwF2hJ4W0hr+UO7yOncWY7C+EyLgnlhtmmaYAkSldc2kdsN9/jgj4HXDSBg/pUHhZEOdWW3/R3etWOUBEk
+t2/ScNZL1n5d7YNbHuPY/sEtZu/CZuPjRK0EQhRQKHkU6+FAB9e1v0aRt77mvmqyaraPlTT3JyXfdsURb9YeNmlYfWnePdBUfPKLQW8I15Khk39EiR96yYC6IkkH8n4u
+YZ0VzQHPF04/cJvyD5tM8l0446VjforOhHMJewGYGpsrIE6Kg3bOQ7/j+HmQeOj8M/C7MSf0tti3ZMlF9qfDE402eN4Jh8AvbGW7+7GC+Lufhuw9gfRdSTgWcb/Enn/a
+57L9UCB0Tb3HuOZtkHsvOTlQZeey8VibvErU3aMKEH8ph/w/oBfmWIdB3+HSSHNBvOdTuS1RTHmOx42ICnVFY6P3RVtcFRQRb4VLI3FqadL+2Lpia+tG7L9OGdAOKsU8
+6hCvZmT/QoQlRPQp/rAB9G/k/nLPZxPV21N59t4T897/AQS9nuw=
 """),
     "icon.svg": ("image/svg+xml; charset=utf-8", '"e0be07126f94f680"', """
 eNpdz8EOgjAMANC7X9HUs2xjRIlhHLz7EQhjW5xAxtz4fEdUEk3apH1p2rSag4LlYYdZoPZ+OhMSY8wiz0anSE4pJWkCIRgZL+MikAIFnqfAunKy9RBN57XABKClUdq/
@@ -14235,6 +14299,8 @@ def pages() -> dict:
 
 REPOSITORY_URL = "https://github.com/leonletto/thrum"
 WEBSITE_URL = "https://leonletto.github.io/thrum"
+BEGAN = time.time()
+COMPILE_S = 5                   # at most between the opening of this file and BEGAN: ten times what a slow machine took
 BUILD_DIGITS = 7                # of the file's SHA-256: tells one copy from another, as git's short ids do
 
 # ---- the private copy and the launcher
@@ -14273,7 +14339,27 @@ def install_copy(places: Places, source: str = "", force: bool = False, dry: boo
     # Python takes cached bytecode for that of a source with the same size and the same second.
     later = max(int(time.time()), before + 1)
     os.utime(places.copy, (later, later))
+    try:        # what certainly runs here: not what somebody saved in the meantime, nor what -O has shortened
+        if os.path.samefile(source, __file__) and os.stat(source).st_ctime < BEGAN - COMPILE_S and not sys.flags.optimize:
+            cache_copy(places, later, len(data))
+    except (OSError, ImportError, SyntaxError, ValueError):
+        pass                    # whoever starts first compiles it
     return True
+
+
+def cache_copy(places: Places, mtime: int, size: int) -> None:
+    """Leave this program's bytecode where Python looks for that of the copy, a file of that time and size (PEP 552).
+
+    To get here it was compiled as a whole; the daemon would do it again while `init` or `quickstart` waits for it.
+    """
+    frame = sys._getframe()         # a script's module has not ended; that of an import has, but it is cached
+    while frame and (frame.f_code.co_name != "<module>" or frame.f_globals is not globals()):
+        frame = frame.f_back
+    code = frame.f_code if frame else __loader__.get_code(__name__)
+    folder = os.path.dirname(places.copy) + "/__pycache__"      # launcher and daemon run with -I: no variable moves it
+    make_folder(folder)
+    atomic_write(f"{folder}/thrum.{sys.implementation.cache_tag}.pyc",
+                 importlib.util.MAGIC_NUMBER + struct.pack("<III", 0, mtime, size) + marshal.dumps(code), 0o644)
 
 
 def source_of(text: str, function) -> str:

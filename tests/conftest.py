@@ -13,11 +13,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# Half a second a time: what it leaves is read by the processes that the tests start, whatever PYTHONDONTWRITEBYTECODE says.
+sys.dont_write_bytecode = False
 import thrum  # noqa: E402
 
 THRUM = ROOT / "thrum.py"
+SCRIPT = [sys.executable, str(THRUM)]
+QUICK = [sys.executable, str(ROOT / "tests" / "script.py"), str(THRUM)]     # the same, without compiling it anew
 CLEAN = {name: value for name, value in os.environ.items()
          if not name.startswith(("THRUM_", "GIT_")) and name not in ("COLUMNS", "NO_COLOR", "CI")}
+# Who commits in the tests; a commit starts one process less without maintenance.
+USER = ("-c", "user.name=Test", "-c", "user.email=test@localhost", "-c", "maintenance.auto=false")
 
 
 class FakeWorld(thrum.World):
@@ -58,12 +64,11 @@ class Repo:
         return self.path / ".thrum" / "bin" / "thrum"
 
     def git(self, *args):
-        return subprocess.run(["git", "-c", "user.name=Test", "-c", "user.email=test@localhost", *args], cwd=self.path, env=CLEAN,
-                              check=True, capture_output=True, text=True).stdout
+        return subprocess.run(["git", *USER, *args], cwd=self.path, env=CLEAN, check=True, capture_output=True, text=True).stdout
 
     def command(self, *args):
         """The command line that an agent here would use: the launcher, or the script before there is one."""
-        return [str(self.launcher), *args] if self.launcher.exists() else [sys.executable, str(THRUM), *args]
+        return [*([str(self.launcher)] if self.launcher.exists() else QUICK), *args]
 
     def run(self, *args, env=None, input=None, check=None, cwd=None, command=None, timeout=60):
         """Run a command; `check` is the exit status that it must have.  Gives the CompletedProcess, as text."""

@@ -1,13 +1,15 @@
 """What the tests of the thread stream share: its client, which looks at each event, and writers who fill threads."""
 
+import contextlib
 import itertools
-import json
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from conftest import Repo
-from wire import Wire, http_get
+from conftest import CLEAN, ROOT, Repo
+from wire import Wire, sockets_open
 
 MESSAGE = "id thread_id message_seq created_at from_type from_id to_type to_id kind subject? content metadata_json?"
 DATA = {                        # spec/stream.md, section 4.2 and 9: the keys of an event's data in their order
@@ -128,12 +130,25 @@ def make(tmp_path_factory, name, *agents, **settings):
     return repo
 
 
+@contextlib.contextmanager
+def patched(repo, patch):
+    """A daemon as our child, with lines of Python executed before; it is killed if it is still there."""
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import thrum\n{patch}\n"
+            f"thrum.main(['daemon', 'run', '--repo', {str(repo.path)!r}])")
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True, cwd="/", env=CLEAN)
+    try:
+        line = process.stderr.readline()
+        assert "serving" in line, line
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def calm(repo):
     """Nobody is connected any more, and the daemon has nothing to complain of."""
-    until = time.monotonic() + 10
-    while (count := json.loads(http_get(repo, "/health")[2])["connections"]) and time.monotonic() < until:
-        pass                    # each look is a whole request; what the last client closed may still be on its way
-    assert count == 0
+    assert sockets_open(repo) == 0
     log = "".join(path.read_text() for path in sorted(repo.var.glob("daemon.log*")))
     assert "ERROR" not in log and "Traceback" not in log, log[-3000:]
 

@@ -2,16 +2,16 @@
 
 import json
 import os
+import py_compile
 import queue
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import thrum
-from conftest import CLEAN, THRUM, Repo
+from conftest import CLEAN, QUICK, THRUM, Repo
 
 END_S = 20                      # how long anything may take before a test gives up on it
 
@@ -77,7 +77,25 @@ def start(repo, *args, env=None, command=None, cwd=None, **more):
 
 def script(repo, *args, **more):
     """Run thrum.py itself instead of the launcher."""
-    return repo.run(*args, command=[sys.executable, str(THRUM)], **more)
+    return repo.run(*args, command=QUICK, **more)
+
+
+def vendored(path, version):
+    """A copy of thrum.py that says it is of another version: what runs it as a script, compiled once and not at each call."""
+    own = f'__version__ = "{thrum.__version__}"'
+    text = THRUM.read_text()
+    assert text.count(own) == 1
+    path.write_text(text.replace(own, f'__version__ = "{version}"'))
+    py_compile.compile(str(path), doraise=True)
+    return [*QUICK[:-1], str(path)]
+
+
+def shown(capfd, *argv):
+    """What a command line says on stdout; it must succeed and say nothing else."""
+    assert thrum.main(list(argv)) == 0, argv
+    out, err = capfd.readouterr()
+    assert not err, err
+    return out
 
 
 def finish(process):

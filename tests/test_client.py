@@ -16,8 +16,8 @@ import time
 import pytest
 
 import thrum
-from conftest import THRUM
-from team import END_S, Proxy, Team, confined, error_line, finish, one_document, start
+from conftest import QUICK, SCRIPT, THRUM
+from team import END_S, Proxy, Team, confined, error_line, finish, one_document, start, vendored
 
 pytestmark = pytest.mark.slow
 
@@ -95,7 +95,7 @@ def test_killed_before_it_printed(fresh, proxy, words, by):
     sent = fresh.mail("do not lose me")
     reader, writer = full_pipe()
     try:
-        command = fresh.bob.command() if by == "launcher" else [sys.executable, str(THRUM)]
+        command = fresh.bob.command() if by == "launcher" else QUICK
         process = start(fresh.bob, *words.format(id=sent).split(), env=proxy.env(), stdout=writer, command=command)
         proxy.await_record("X")         # everything is there: the process is stuck in its write, or about to be
         process.kill()
@@ -177,7 +177,7 @@ def test_head_is_quiet(fresh):
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb") as stdout:
-        for command in (fresh.bob.command(), [sys.executable, str(THRUM)]):
+        for command in (fresh.bob.command(), QUICK):
             for words in ("inbox", "help", "help send", "status", "inbox --help"):
                 status, _, err = finish(start(fresh.bob, *words.split(), stdout=stdout, command=command))
                 assert (status, err) == (0, ""), words
@@ -189,7 +189,7 @@ def test_non_blocking_stdout(fresh):
     for _ in range(3):
         fresh.ada.ok("send", "-", "--to", "@bob", input="word " * 12_000)
     expected = fresh.bob.ok("inbox", "--unread")
-    for command in (fresh.bob.command(), [sys.executable, str(THRUM)]):
+    for command in (fresh.bob.command(), QUICK):
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         process = start(fresh.bob, "inbox", "--unread", stdout=writer, command=command)
@@ -426,7 +426,7 @@ def test_a_sandbox_gets_one_clear_line(fresh):
     sock.chmod(0)
     try:
         for words, status in (("inbox", 1), ("send x --to @ada", 1), ("wait", 2), ("daemon status", 1)):
-            for program in (fresh.bob.command(), [sys.executable, str(THRUM)]):
+            for program in (fresh.bob.command(), QUICK):
                 text = error_line(fresh.bob.run(*words.split(), command=[*command, *program]), status)
                 assert "Permission denied" in text and "sandbox" in text, words
         done = fresh.bob.run("whoami", "--json", command=[*command, *fresh.bob.command()], check=0)
@@ -467,23 +467,13 @@ def test_reach_starts_what_is_absent(team, monkeypatch, number):
 
 # ---------------------------------------------------------------- copies and launchers
 
-def vendored(folder, version):
-    """A copy of thrum.py that says it is of another version."""
-    text = THRUM.read_text()
-    changed = text.replace(f'__version__ = "{thrum.__version__}"', f'__version__ = "{version}"', 1)
-    assert changed != text
-    path = folder / "thrum.py"
-    path.write_text(changed)
-    return [sys.executable, str(path)]
-
-
 def test_two_copies_do_not_flap(make_repo):
     """A newer vendored copy replaces the daemon once; older and equal ones are served by it, in any order."""
     ada = make_repo()
     ada.join("ada")
     bob = ada.worktree("bob")
     bob.join("bob")
-    old, new = vendored(ada.path, "0.0.9"), vendored(bob.path, "9.9.9")
+    old, new = vendored(ada.path / "thrum.py", "0.0.9"), vendored(bob.path / "thrum.py", "9.9.9")
     before = ada.pid()
     ada.run("send", "from the old", "--to", "@bob", command=old, check=0)
     assert ada.pid() == before and ada.json("daemon", "status")["version"] == thrum.__version__
@@ -558,7 +548,7 @@ def test_the_launcher_from_anywhere(fresh, tmp_path):
 @pytest.mark.parametrize("words", ["wait", "send -"])
 def test_control_c(fresh, proxy, by, words):
     """Ctrl-C ends a command that waits with 130 and without a word; nothing is sent."""
-    command = fresh.bob.command() if by == "launcher" else [sys.executable, str(THRUM)]
+    command = fresh.bob.command() if by == "launcher" else SCRIPT
     before = fresh.seq()
     process = start(fresh.bob, *words.split(), env=proxy.env(), command=command, stdin=subprocess.PIPE)
     proxy.await_record("S" if words == "wait" else "N")

@@ -5,12 +5,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 
 import thrum
-from conftest import CLEAN, THRUM, Repo
+from conftest import CLEAN, QUICK, SCRIPT, Repo
 from team import Team, confined, error_line, finish, one_document, script, start
 
 pytestmark = pytest.mark.slow
@@ -209,7 +208,7 @@ def test_wait_has_three_ends(fresh):
         error_line(done, 2)
     error_line(bob.run("wait", env={"THRUM_NAME": "ghost"}), 2)
     error_line(bob.run("wait", env={"THRUM_SOCKET": "/nowhere/s"}), 2)
-    error_line(bob.run("wait", cwd="/", command=[sys.executable, str(THRUM)]), 2)
+    error_line(bob.run("wait", cwd="/", command=QUICK), 2)
     fresh.mail("for wait")
     first = bob.run("wait", "--unread", "--timeout", "5s", check=0).stdout
     assert first.startswith("MESSAGES_RECEIVED\n") and "@ada: for wait" in first
@@ -698,7 +697,7 @@ def test_version(team):
     assert out.startswith(f"thrum v{thrum.__version__} (")
     found = team.ada.json("version")
     assert found["version"] == thrum.__version__ and os.path.isabs(found["path"]) and f"build: {found['build']}" in out
-    assert Repo("/").run("version", command=[sys.executable, str(THRUM)]).returncode == 0, "it needs no repository"
+    assert Repo("/").run("version", command=SCRIPT).returncode == 0, "it needs no repository"
 
 
 def test_status_says_what_is_there(fresh):

@@ -118,7 +118,7 @@ def test_where_a_value_comes_from():
         effect({}, {"THRUM_WS_PORT": "x"}, "daemon.ws_port")
 
 
-@pytest.mark.parametrize("config, key", [
+WRONG = [
     ({"local_only": "yes"}, "local_only"), ({"daemon": {"sync_interval": -1}}, "daemon.sync_interval"),
     ({"daemon": {"sync_interval": False}}, "daemon.sync_interval"),
     ({"wake": "x"}, "wake must be an object"),
@@ -128,15 +128,17 @@ def test_where_a_value_comes_from():
     ({"daemon": {"ws_token": 12345}}, "daemon.ws_token must be .*, not what it is"),
     ({"runtime": {"primary": {"a": 1}}}, "runtime.primary"),
     ({"daemon": {"local_only": "z" * 9000}}, "daemon.local_only"),
-], ids=str)
-def test_a_wrong_file_is_named_with_its_key(repo, config, key):
+]
+
+
+def test_a_wrong_file_is_named_with_its_key(repo):
     """Every command that reads it says so in one line; what may be corrected by a command is."""
-    write(repo, config)
-    for words in (["config", "show"], ["config", "get", "wake.max_hops"], ["config", "set", "peers.plaintext", "yes"]):
-        with pytest.raises(thrum.ThrumError, match=key):
-            raise thrum.ThrumError(error_line(repo.run(*words)))
-        assert "config.json: " in error_line(repo.run(*words))
-    assert config_of(repo) == config
+    for config, key in WRONG:
+        write(repo, config)
+        for words in (["config", "show"], ["config", "get", "wake.max_hops"], ["config", "set", "peers.plaintext", "yes"]):
+            text = error_line(repo.run(*words))
+            assert re.search(key, text) and "config.json: " in text, (config, words)
+        assert config_of(repo) == config
 
 
 # ---------------------------------------------------------------- show
@@ -278,7 +280,7 @@ def test_a_secret_is_never_printed_whole(repo):
     assert secret not in error_line(repo.run("config", "set", "daemon.ws_token", secret + " x"))
 
 
-@pytest.mark.parametrize("line, text", [
+REFUSED = [
     ("set daemon.autostrt 1", "unknown setting 'daemon.autostrt' for "), ("set local_only 1", "unknown setting 'local_only'"),
     ("set daemon 5", "unknown setting 'daemon'"), ("get nope", "unknown setting 'nope'"), ("unset nope", "unknown setting 'nope'"),
     ("get daemon", "'daemon' is a section of "), ("unset daemon", "'daemon' is a section of "), ("get .", "unknown setting '.'"),
@@ -286,13 +288,16 @@ def test_a_secret_is_never_printed_whole(repo):
     ("set daemon.autostart", "accepts 2 arg(s), received 1"),
     ("get", "accepts 1 arg(s), received 0"), ("set \x1b[2J 1", "unknown setting"), (f"get {'k' * 5000}", "unknown setting"),
     (f"set wake.max_hops {'9' * 5000}", "wake.max_hops must be a whole number from 1 to 1,000, not "), ("set \udc80 1", "unknown setting"),
-])
-def test_what_is_refused_leaves_the_file(repo, line, text):
+]
+
+
+def test_what_is_refused_leaves_the_file(repo):
     before = (repo.path / ".thrum/config.json").read_bytes()
-    assert error_line(repo.run("config", *line.split())).startswith(text)
-    assert (repo.path / ".thrum/config.json").read_bytes() == before
-    if "autostrt" in line:
-        assert "did you mean 'daemon.autostart'" in error_line(repo.run("config", *line.split()))
+    for line, text in REFUSED:
+        said = error_line(repo.run("config", *line.split()))
+        assert said.startswith(text), line
+        assert (repo.path / ".thrum/config.json").read_bytes() == before, line
+        assert "autostrt" not in line or "did you mean 'daemon.autostart'" in said
 
 
 def test_unknown_keys_are_kept_and_can_be_read_and_removed(repo):
@@ -328,12 +333,12 @@ def test_a_wrong_value_can_be_corrected(repo):
     assert config_of(repo) == {"x": 1}
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": NaN}', '{"a":' * 100_000, "\0", '{"daemon": [' * 50 + "]}" * 50], ids=range(7))
-def test_a_file_that_is_no_object_is_named(repo, content):
-    write(repo, content)
-    for words in (["show"], ["get", "daemon.autostart"], ["set", "daemon.autostart", "no"], ["unset", "daemon.autostart"]):
-        assert "config.json" in error_line(repo.run("config", *words))
-    assert (repo.path / ".thrum/config.json").read_text() == content
+def test_a_file_that_is_no_object_is_named(repo):
+    for content in ("", "[]", "{", '{"a": NaN}', '{"a":' * 100_000, "\0", '{"daemon": [' * 50 + "]}" * 50):
+        write(repo, content)
+        for words in (["show"], ["get", "daemon.autostart"], ["set", "daemon.autostart", "no"], ["unset", "daemon.autostart"]):
+            assert "config.json" in error_line(repo.run("config", *words)), (content[:40], words)
+        assert (repo.path / ".thrum/config.json").read_text() == content, content[:40]
 
 
 def test_deep_nesting_is_kept_or_refused_but_never_a_crash(repo):

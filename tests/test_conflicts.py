@@ -673,7 +673,7 @@ def test_both_are_told_once_when_it_appears_and_when_it_is_gone(two, foreground)
 
 def test_looks_are_half_a_minute_apart(two, world, monkeypatch):
     """However often it is asked; the clock and the sleep are the test's."""
-    daemon = thrum.Daemon(thrum.find_places(str(two[0].path)), world)
+    daemon = thrum.Daemon(thrum.find_places(str(two[0].path)), world, {})
     at, looks, slept = [1000.0], [], []
     world.monotonic = lambda: at[0]
 

@@ -22,7 +22,8 @@ import time
 import pytest
 
 import thrum
-from conftest import CLEAN, ROOT, THRUM, Repo
+from conftest import CLEAN, QUICK, ROOT, THRUM, Repo
+from team import vendored
 
 LONG = 30           # seconds after which something that should have happened has not
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -544,7 +545,7 @@ def test_a_socket_that_is_named_is_not_started(make_repo):
 def test_a_copy_that_does_not_run_is_reported_in_one_line(make_repo, text, word):
     repo = prepare(make_repo())
     (repo.path / ".thrum" / "bin" / "thrum.py").write_text(f'__version__ = "9.9.9"\n{text}\n')
-    one_line(repo.run("daemon", "start", command=[sys.executable, str(THRUM)]), word)
+    one_line(repo.run("daemon", "start", command=QUICK), word)
 
 
 @linux
@@ -566,7 +567,7 @@ def test_a_start_proves_that_git_runs(make_repo, tmp_path):
     repo = prepare(make_repo())
     empty = tmp_path / "empty"
     empty.mkdir()
-    one_line(repo.run("daemon", "start", command=[sys.executable, str(THRUM)], env={"PATH": str(empty)}), "git")
+    one_line(repo.run("daemon", "start", command=QUICK, env={"PATH": str(empty)}), "git")
     assert not (repo.var / "thrum.sock").exists()
 
 
@@ -604,16 +605,8 @@ def test_a_daemon_whose_directory_is_gone_ends(make_repo, foreground):
 
 # ---- being replaced
 
-def newer(repo, version):
-    """A copy of the program of another version, outside of the repository."""
-    path = repo.path.parent / f"thrum-{version}.py"
-    text = THRUM.read_text()
-    path.write_text(text.replace(f'__version__ = "{thrum.__version__}"', f'__version__ = "{version}"', 1))
-    return [sys.executable, str(path)]
-
-
 @linux
-def test_a_newer_copy_replaces_the_daemon_and_two_copies_do_not_flap(repo):
+def test_a_newer_copy_replaces_the_daemon_and_two_copies_do_not_flap(repo, tmp_path):
     repo.join("ada")
     repo.join("bob", role="tester")
     first = repo.pid()
@@ -622,9 +615,9 @@ def test_a_newer_copy_replaces_the_daemon_and_two_copies_do_not_flap(repo):
     as_ada = {"THRUM_NAME": "ada"}
     until(lambda: sockets(first) > 2 or waiting.poll() is not None, "the waiting command has connected")
     for version in ("0.0.9", thrum.__version__):
-        repo.ok("agent", "list", command=newer(repo, version))
+        repo.ok("agent", "list", command=vendored(tmp_path / f"{version}.py", version))
         assert repo.pid() == first, "equal or lower is served as it is"
-    up, down = newer(repo, "9.10.0"), newer(repo, "9.9.9")
+    up, down = (vendored(tmp_path / f"{version}.py", version) for version in ("9.10.0", "9.9.9"))
     repo.ok("agent", "list", command=up)
     second = repo.pid()
     assert second != first and gone(first) and repo.json("daemon", "status")["version"] == "9.10.0"
@@ -644,9 +637,9 @@ def test_a_newer_copy_replaces_the_daemon_and_two_copies_do_not_flap(repo):
 
 
 @linux
-def test_commands_of_a_newer_copy_at_once_replace_the_daemon_once(repo):
+def test_commands_of_a_newer_copy_at_once_replace_the_daemon_once(repo, tmp_path):
     repo.ok("init")
-    first, command = repo.pid(), newer(repo, "9.9.9")
+    first, command = repo.pid(), vendored(tmp_path / "newer.py", "9.9.9")
     processes = [subprocess.Popen([*command, "agent", "list"], cwd=repo.path, env=CLEAN, stdout=subprocess.PIPE,
                                   stderr=subprocess.PIPE, text=True) for _ in range(4)]
     said = [process.communicate(timeout=2 * LONG) for process in processes]
@@ -1149,7 +1142,7 @@ def test_a_path_of_300_characters_with_spaces_and_other_letters(make_repo):
     below = other.path / "a b" / "ç"
     below.mkdir(parents=True)
     assert [m["message_id"] for m in other.json("inbox", "--unread", cwd=below)["messages"]] == [sent["message_id"]]
-    away = other.run("inbox", "--unread", "--json", "--repo", str(other.path), cwd="/", command=[sys.executable, str(THRUM)], check=0)
+    away = other.run("inbox", "--unread", "--json", "--repo", str(other.path), cwd="/", command=QUICK, check=0)
     assert sent["message_id"] in away.stdout
     here = os.getcwd()
     with repo.client() as client:

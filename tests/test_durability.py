@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 import thrum
-from conftest import CLEAN, THRUM, FakeWorld, Repo
+from conftest import CLEAN, QUICK, FakeWorld, Repo
 
 pytestmark = pytest.mark.slow
 
@@ -444,7 +444,7 @@ def test_a_full_disk_refuses_in_one_line_and_recovers(small_disk):
             while True:
                 file.write(bytes(4096))
     fill()
-    refused(repo.run("init", command=[sys.executable, str(THRUM)]), "No space left", "space", "git")
+    refused(repo.run("init", command=QUICK), "No space left", "space", "git")
     assert not (path / ".thrum").exists() and repo.git("branch", "--list", "a-sync") == "", "a failed init leaves no trace"
     (small_disk / "filler").unlink()
     field = Field(repo)
@@ -510,7 +510,7 @@ def test_init_in_a_read_only_directory_says_so_and_leaves_nothing(make_repo):
     before = sorted(str(path) for path in repo.path.rglob("*"))
     with read_only(repo.path):
         for words in (["init"], ["quickstart", "--name", "ada", "--role", "planner", "--module", "core"]):
-            refused(repo.run(*words, command=[sys.executable, str(THRUM)]), "Read-only", "Permission denied", "not writable")
+            refused(repo.run(*words, command=QUICK), "Read-only", "Permission denied", "not writable")
     assert sorted(str(path) for path in repo.path.rglob("*")) == before
     repo.ok("init")
 

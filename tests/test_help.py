@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 import thrum
-from team import error_line, raw_in
+from team import error_line, raw_in, shown
 
 ROWS = {**thrum.COMMANDS, **thrum.HERE}
 NAMES = [name for name, row in ROWS.items() if row.help]
@@ -17,14 +17,6 @@ HIDDEN = {"complete", "daemon run", "guard message"}
 CHANGING = {"add", "archive", "claim", "cleanup", "clear", "create", "delete", "edit", "end", "heartbeat", "init", "install", "migrate",
             "preamble", "purge", "quickstart", "read", "register", "release", "remove", "reply", "restart", "run", "save", "send", "set",
             "set-intent", "set-task", "setup", "start", "stop", "subscribe", "sync", "unset", "unsubscribe", "update", "worktree"}
-
-
-def shown(capfd, *argv):
-    """What a command line says on stdout; it must succeed and say nothing else."""
-    assert thrum.main(list(argv)) == 0, argv
-    out, err = capfd.readouterr()
-    assert not err, err
-    return out
 
 
 @pytest.mark.parametrize("name", [*NAMES, *GROUPS, ""])

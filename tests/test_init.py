@@ -1,17 +1,20 @@
 """`init` in full, its removal, `setup` and `migrate`, in real repositories (command line contract, 3.1, 3.3, 3.5)."""
 
 import json
+import marshal
 import os
 import pty
 import shutil
 import stat
 import sys
 import time
+from importlib.util import cache_from_source
+from pathlib import Path
 
 import pytest
 
 import thrum
-from conftest import THRUM, Repo
+from conftest import QUICK, SCRIPT, THRUM, Repo
 from team import END_S, confined, error_line, finish, script, start
 
 pytestmark = pytest.mark.slow
@@ -61,7 +64,7 @@ def test_init(make_repo):
     config = repo.path / ".thrum/config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "theirs": {"x": 1}}))
     before, refs = config.read_bytes(), branches(repo)
-    for command in (repo.command(), [sys.executable, str(THRUM)]):
+    for command in (repo.command(), SCRIPT):
         done = repo.run("init", command=command, check=0)
         assert "initialized already" in done.stdout and "nothing was overwritten" in done.stdout and not done.stderr
     assert (config.read_bytes(), (repo.path / ".gitignore").read_text(), branches(repo)) == (before, ignored, refs)
@@ -121,7 +124,7 @@ def test_init_outside_of_git(tmp_path):
 @pytest.mark.parametrize("shut", [".", ".git", ".git/refs/heads"])
 def test_init_where_nothing_may_be_written(make_repo, words, shut):
     """A directory that cannot be written: one line, and not a byte left behind, in the tree or in git."""
-    command = confined(sys.executable, str(THRUM))
+    command = confined(*QUICK)
     if not command:
         pytest.skip("no setpriv, and root may write everywhere")
     repo = make_repo()
@@ -171,7 +174,7 @@ def test_any_path(make_repo, name):
 
 def test_init_undoes_a_first_run_that_fails(make_repo):
     """An ignore file of the user's gets its bytes and its mode back, and git has nothing new."""
-    command = confined(sys.executable, str(THRUM))
+    command = confined(*QUICK)
     if not command:
         pytest.skip("no setpriv, and root may write everywhere")
     repo = make_repo()
@@ -277,6 +280,34 @@ def test_init_after_the_repository_was_moved_or_copied(make_repo, tmp_path):
     finally:
         copy.close()
     assert not changed(before, snapshot(repo.path))
+
+
+@pytest.mark.parametrize(("how", "kept"), [
+    ([], True), (["-c", "import sys, thrum; sys.exit(thrum.main(sys.argv[2:]))"], True), (["-O"], False), (["just saved"], False)])
+def test_init_leaves_bytecode(make_repo, tmp_path, how, kept):
+    """What runs `init` is compiled already: the daemon starts from that, unless it may be another program than the copy."""
+    repo, program = make_repo(), tmp_path / "thrum.py"
+    just_saved = how == ["just saved"] and how.pop()
+    program.write_text(THRUM.read_text().replace("\nCOMPILE_S = 5 ", f"\nCOMPILE_S = {5 if just_saved else -600} "))
+    repo.run("init", command=[sys.executable, *how, str(program)], env={"PYTHONPATH": str(tmp_path)}, check=0)
+    copy = repo.path / ".thrum/bin/thrum.py"
+    cache = Path(cache_from_source(str(copy)))
+    before = cache.read_bytes()
+    # The import system puts another file in its place when it does not accept this one, and that names the copy.
+    assert marshal.loads(before[16:]).co_filename == str(program if kept else copy)
+    assert repo.json("version")["path"] == str(copy) and cache.read_bytes() == before
+
+
+def test_init_without_room_for_bytecode(make_repo):
+    """A cache that cannot be written stops nothing."""
+    repo = make_repo()
+    repo.ok("init")
+    copy = repo.path / ".thrum/bin/thrum.py"
+    copy.unlink()
+    shutil.rmtree(copy.parent / "__pycache__")
+    (copy.parent / "__pycache__").write_text("mine")
+    assert "Installed" in script(repo, "init", check=0).stdout
+    assert repo.ok("status") and (copy.parent / "__pycache__").read_text() == "mine"
 
 
 def test_init_force(make_repo):
@@ -564,7 +595,7 @@ def test_remove_touches_nothing_of_others(make_repo, tmp_path):
 
 def test_remove_that_cannot_is_one_line_and_goes_on_later(make_repo):
     """A folder that may not be emptied: the error names it; once it may, the next removal completes the first."""
-    command = confined(sys.executable, str(THRUM))
+    command = confined(*QUICK)
     if not command:
         pytest.skip("no setpriv, and root may write everywhere")
     repo = make_repo()
@@ -597,7 +628,7 @@ def test_remove_ends_those_who_wait(make_repo):
     linked.join("bob")
     present = connections(repo)
     waiting = [start(where, "wait", "--timeout", "60s", command=command) for where in (repo, linked)
-               for command in (None, [sys.executable, str(THRUM)])]
+               for command in (None, QUICK)]
     try:
         give_up_at = time.monotonic() + END_S
         while connections(repo) < present + len(waiting):      # nothing tells us but the daemon's own table

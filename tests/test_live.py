@@ -231,6 +231,49 @@ def test_who_subscribes_again_follows_from_here(repo):
         page.call("unsubscribe", caller_agent_id="ada", subscription_id=number)
 
 
+def test_the_client_of_the_documents(repo):
+    """seeds/event-streaming.md: it only opens the socket, subscribes to all, and is told."""
+    for row in call(repo, "subscriptions.list", caller_agent_id="ada")["subscriptions"]:
+        call(repo, "unsubscribe", caller_agent_id="ada", subscription_id=row["id"])
+    for identity in (repo.path / ".thrum" / "identities").glob("*.json"):
+        if identity.stem != "ada":
+            identity.unlink()
+    with Wire(repo) as page:
+        page.send(b'{"jsonrpc":"2.0","method":"subscribe","params":{"all":true},"id":1}')
+        reply = page.take()
+        assert "result" in reply, reply
+        number = reply["result"]["subscription_id"]
+        sent = send(repo, "for the page", "@cyd", author="bob")
+        assert page.push("message")["message_id"] == sent["message_id"]
+        page.call("unsubscribe", subscription_id=number)
+
+
+def test_a_thread_that_shrinks_and_an_agent_that_goes(repo):
+    parent = send(repo, "p", "@bob")["message_id"]
+    reply = send(repo, "r", "@ada", author="bob", reply_to=parent)["message_id"]
+    repo.join("oda", "guest", "core")
+    call(repo, "claim.take", paths=["oda.txt"], caller_agent_id="oda")
+    with Wire(repo) as page:
+        page.join("pia", all=True, topics=["claims"])
+        call(repo, "message.delete", message_id=reply, caller_agent_id="bob")
+        told = page.push("thread.updated")
+        assert (told["message_count"], told["preview"], told["last_sender"]) == (1, "p", "ada")
+        call(repo, "agent.delete", name="oda")
+        assert page.push()["method"] == "agent.cleanup"
+
+
+def test_a_cursor_beyond_the_end_is_the_end(repo):
+    epoch = call(repo, "health")["epoch"]
+    found = call(repo, "message.wait", after_seq=10**9, epoch=epoch, timeout_ms=0, all=True)
+    assert found["timed_out"]
+    with repo.client() as client:
+        client.call("health")
+        sent = send(repo, "m", "@bob")
+        assert client.call("message.wait", after_seq=client.call("health")["last_seq"] - 1, all=True)["messages"][0][
+            "message_id"] == sent["message_id"]
+        assert client.call("event.wait", after_seq=10**9, timeout_ms=0)["after_seq"] == client.call("health")["last_seq"]
+
+
 def test_tasks_are_told(repo):
     with Wire(repo) as page:
         page.join("ned", topics=["tasks"])
@@ -292,6 +335,19 @@ def test_subscriptions_outlive_the_daemon(repo):
         send(repo, "after", "@bob")
         assert page.push("message")["preview"] == "after"
         assert page.call("unsubscribe", caller_agent_id="cyd", subscription_id=number)["removed"]
+
+
+def test_several_long_answers_at_once_to_a_slow_reader(repo):
+    """They wait for the client together: Python 3.9 has room for one who waits."""
+    before = call(repo, "health")["last_seq"]
+    for _ in range(8):
+        send(repo, "x" * 60_000, "@bob")
+    with Wire(repo, limit=4096) as page:
+        for number in range(6):
+            page.peer.send(json.dumps({"jsonrpc": "2.0", "id": number, "method": "message.wait", "params": {
+                "all": True, "after_seq": before, "page_size": 100, "timeout_ms": 1000}}).encode())
+        page.flush()
+        assert sorted(page.take()["id"] for _ in range(6)) == list(range(6))
 
 
 def test_list_then_follow_has_no_gap(repo):

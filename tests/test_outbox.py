@@ -75,6 +75,10 @@ class FakeWriter:
     def close(self):
         self.transport.closing = True
 
+    async def drain(self):
+        while self.transport.waiting:
+            await asyncio.sleep(0)          # until somebody has called `read` and sends the coroutine on
+
 
 @pytest.fixture
 def loop(monkeypatch):
@@ -93,7 +97,7 @@ def client(kind=thrum.WebConnection, takes=0):
 def test_who_reads_is_never_behind(loop):
     connection, transport = client(takes=1 << 30)
     for n in range(10_000):
-        connection.push([b"%d" % n, b""])
+        connection.push(b"%d" % n)
     assert not connection.silent and transport.sent.count(b"\x81") == 10_000
 
 
@@ -101,7 +105,7 @@ def test_a_queue_is_counted_in_frames_and_drains(loop):
     connection, transport = client()
     frame = len(thrum.encode_frame(thrum.TEXT, b"x" * 100))
     for _ in range(thrum.QUEUE_MAX):
-        connection.push([b"x" * 100, b""])
+        connection.push(b"x" * 100)
     assert connection.outbox.room() == 0 and not connection.silent
     transport.read(10 * frame + 1)
     assert connection.outbox.room() == 10       # the eleventh has not left whole
@@ -114,24 +118,48 @@ def test_who_is_behind_is_closed_with_what_was_on_its_way(loop, kind, goodbye):
     """1013, try again later; it gets what is queued, in order, and nothing after it."""
     connection, transport = client(kind)
     for n in range(thrum.QUEUE_MAX + 50):
-        connection.push([b"%03d" % n, b""])
+        connection.push(b"%03d" % n)
     assert connection.silent
     waiting = transport.waiting
     assert waiting == b"".join(connection.framed(b"%03d" % n) for n in range(thrum.QUEUE_MAX)) + goodbye
-    connection.push([b"more", b""])
+    connection.push(b"more")
     assert transport.waiting == waiting
 
 
 def test_bytes_count_too(loop):
     connection, transport = client()
     while not connection.silent:
-        connection.push([b"x" * 200_000, b""])
+        connection.push(b"x" * 200_000)
     assert thrum.QUEUE_BYTES <= len(transport.waiting) < thrum.QUEUE_BYTES + 300_000
+
+
+def test_a_batch_of_many_is_not_too_much_for_who_has_everything(loop):
+    """256 requests may be one batch, and each may be told twice."""
+    connection, transport = client()
+    connection.push(*[b"x"] * (2 * thrum.QUEUE_MAX))
+    assert not connection.silent and transport.waiting == connection.framed(b"x") * 2 * thrum.QUEUE_MAX
+    connection.push(b"x")
+    assert connection.silent
+
+
+def test_an_answer_does_not_make_anybody_slow(loop):
+    """It was asked for; what is told meanwhile waits behind it."""
+    connection, transport = client()
+    answering = connection.answer(b"x" * 2 * thrum.QUEUE_BYTES)     # it waits in drain()
+    answering.send(None)
+    connection.push(b"told")
+    assert not connection.silent and transport.waiting.endswith(connection.framed(b"told"))
+    with pytest.raises(StopIteration):
+        transport.read(len(transport.waiting))
+        answering.send(None)
+    while not connection.silent:
+        connection.push(b"x" * 200_000)
+    assert len(transport.waiting) < thrum.QUEUE_BYTES + 300_000
 
 
 def test_a_stalled_write_ends_after_ten_seconds_and_a_slow_one_does_not(loop):
     connection, transport = client(thrum.Connection)
-    connection.push([b"x" * 1000, b""])
+    connection.push(b"x" * 1000)
     for _ in range(20):
         loop.pass_s(thrum.WRITE_S - 1)
         transport.read(10)
@@ -143,7 +171,7 @@ def test_a_stalled_write_ends_after_ten_seconds_and_a_slow_one_does_not(loop):
 def test_a_closed_connection_that_never_reads_is_given_up(loop):
     """Its descriptor must come back, though the last bytes never leave."""
     connection, transport = client(thrum.Connection)
-    connection.push([b"x", b""])
+    connection.push(b"x")
     connection.close(1001)
     connection.ended()
     loop.pass_s(thrum.WRITE_S)
@@ -190,6 +218,29 @@ def test_a_close_without_an_answer_ends(loop):
     connection.close(1011)              # once is enough
     loop.pass_s(thrum.CLOSE_S)
     assert transport.aborted and transport.sent.count(b"\x88") == 1
+
+
+def test_many_notes_go_out_with_few_writes_and_in_order(loop):
+    audience, pages = thrum.Audience(), [client(takes=1 << 20) for _ in range(3)]
+    writes = []
+    for number, (page, transport) in enumerate(pages):
+        audience.bind(page, f"agent{number}")
+        audience.bind(page, "everyone")
+        transport.write = lambda data, number=number, write=transport.write: (writes.append(number), write(data))
+    notes = [(b"%d " % n, [(f"agent{n % 2}", b"own"), ("everyone", b"all")]) for n in range(40)]
+    audience.tell(notes)
+    for number, (page, transport) in enumerate(pages):
+        assert transport.sent == b"".join(page.framed(b"%d %s" % (n, b"own" if n % 2 == number else b"all")) for n in range(40))
+    assert len(writes) == 3 * -(-40 // thrum.TOLD_TOGETHER)
+
+
+def test_several_frames_count_as_several(loop):
+    connection, transport = client()
+    connection.push(*[b"x"] * (thrum.QUEUE_MAX - 1))
+    assert connection.outbox.room() == 1 and not connection.silent
+    waiting = transport.waiting
+    connection.push(b"y", b"z")         # what it does not get it finds in the journal
+    assert connection.silent and transport.waiting == waiting + connection.framed(b"y") + thrum.encode_frame(thrum.CLOSE, b"\x03\xf5")
 
 
 def test_an_audience_is_told_once_and_forgets(loop):

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import CLEAN
 from streams import Stream, call, calm, fill, ids, make, messages_of, numbers, send, span, thread_of
-from wire import Refused, http_get, port_of
+from wire import Refused, http_get, port_of, sockets_open
 
 import thrum
 
@@ -483,19 +483,17 @@ def test_case_21_a_thread_that_is_deleted(repo):
 
 @pytest.mark.parametrize("code", [1000, 1001, 4000, None])
 def test_case_22_a_close_is_echoed(repo, code):
-    def connections():
-        return json.loads(http_get(repo, "/health")[2])["connections"]
-    before = connections()
+    before = sockets_open(repo)
     thread, _ = thread_of(repo, 1)
     with Stream(repo) as page, Stream(repo) as other:
         page.subscribe(thread)
         page.ping()
         other.subscribe(thread)
-        assert connections() == before + 2
+        assert sockets_open(repo, before + 2) == before + 2
         payload = code.to_bytes(2, "big") + b"bye" if code else b""
         page.sock.sendall(thrum.encode_frame(thrum.CLOSE, payload, mask=b"mask"))
         assert page.end() == (code or 1005)
         assert page.sock.recv(1) == b""
-        assert connections() == before + 1
+        assert sockets_open(repo, before + 1) == before + 1
         assert numbers(other.rows(0)) == [] and ids(fill(repo, thread, 1) and other.rows(1))
-    assert connections() == before
+    assert sockets_open(repo, before) == before

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 import thrum
-from conftest import CLEAN, FakeWorld, Repo
+from conftest import CLEAN, USER, FakeWorld, Repo
 from generate import answers, difference
 from shapes import shape, shaped
 from team import POISON, Team, error_line, finish, raw_in, start
 from test_daemon import foreground, until  # noqa: F401
 from test_methods import Team as Methods
 
-USER = ("-c", "user.name=Test", "-c", "user.email=test@localhost", "-c", "protocol.file.allow=always")
+GIT = ("git", *USER, "-c", "protocol.file.allow=always")
 
 
 class Tree:
@@ -36,7 +36,7 @@ class Tree:
 
     def git(self, *args, check=True, **more):
         """What the user's own git prints, as bytes."""
-        return subprocess.run(["git", *USER, *args], cwd=self.top, env={**CLEAN, **more.pop("env", {})}, check=check,
+        return subprocess.run([*GIT, *args], cwd=self.top, env={**CLEAN, **more.pop("env", {})}, check=check,
                               capture_output=True, **more).stdout
 
     def file(self, name):

@@ -135,10 +135,10 @@ def test_create_from_an_existing_branch_and_from_a_base(place):
     assert "(new, from detached at" in place.at("d").ok("worktree", "create", "e")
 
 
-@pytest.mark.parametrize("name", ["-x", ".x", "a b", "a/b", "ö", "", "x" * 65, "..", "a\nb"])
-def test_bad_names(place, name):
-    text = place.refused("create", "--", name)
-    assert text.startswith("worktree name ") and "letters, digits" in text
+def test_bad_names(place):
+    for name in ("-x", ".x", "a b", "a/b", "ö", "", "x" * 65, "..", "a\nb"):
+        text = place.refused("create", "--", name)
+        assert text.startswith("worktree name ") and "letters, digits" in text, name
 
 
 def test_create_refuses_what_is_taken(place):
@@ -362,20 +362,20 @@ def test_list_is_harmless_on_a_terminal(make_repo):
 
 # ---------------------------------------------------------------- remove
 
-@pytest.mark.parametrize("way", ["name", "folder", "path", "relative", "agent", "@agent", "branch"])
-def test_remove_by_any_name(place, way):
-    """The folder and git's entry go, the branch and the registration stay, the session ends."""
-    bob = place.create("one", "--agent", "bob", "--branch", "feature/x")
-    session = bob.json("session", "start")["session_id"]
-    word = {"name": "one", "folder": bob.path.name, "path": str(bob.path), "relative": f"../../{bob.path.name}/", "agent": "bob",
-            "@agent": "@bob", "branch": "feature/x"}[way]
+def test_remove_by_any_name(place):
+    """The folder and git's entry go, the branch and the registration stay, the session ends; it can be made again."""
     (place.repo.path / "sub").mkdir()
-    reply = place.repo.json("worktree", "remove", word, cwd=place.repo.path / "sub")
-    assert reply == {"name": bob.path.name, "path": str(bob.path), "branch": "feature/x", "kept": [],
-                     "ended": [{"agent_id": "bob", "session_id": session}]}
-    assert sorted(path.name for path in place.folder.iterdir() if path.name.startswith("my")) == [place.repo.path.name]
-    assert "feature/x" in place.repo.git("branch") and str(bob.path) not in place.repo.git("worktree", "list")
-    assert place.sessions("bob")[0]["end_reason"] == "worktree removed" and "@bob" in place.repo.ok("agent", "list")
+    name = place.path("one").name
+    for word in ("one", name, str(place.path("one")), f"../../{name}/", "bob", "@bob", "feature/x"):
+        bob = place.create("one", "--agent", "bob", "--branch", "feature/x")
+        session = bob.json("session", "start")["session_id"]
+        reply = place.repo.json("worktree", "remove", word, cwd=place.repo.path / "sub")
+        assert reply == {"name": name, "path": str(bob.path), "branch": "feature/x", "kept": [],
+                         "ended": [{"agent_id": "bob", "session_id": session}]}, word
+        assert sorted(path.name for path in place.folder.iterdir() if path.name.startswith("my")) == [place.repo.path.name], word
+        assert "feature/x" in place.repo.git("branch") and str(bob.path) not in place.repo.git("worktree", "list"), word
+        ended, = (each for each in place.sessions("bob") if each["session_id"] == session)
+        assert ended["end_reason"] == "worktree removed" and "@bob" in place.repo.ok("agent", "list"), word
     assert "✓ Worktree created" in place.repo.ok("worktree", "create", "one", "--agent", "bob", "--branch", "feature/x"), "and comes back"
 
 

@@ -46,6 +46,15 @@ class Wire:
         if limit:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, limit)
         self.sock.settimeout(timeout)
+        try:
+            self._open(path, headers)
+        except BaseException:
+            self.sock.close()
+            raise
+        self.ready = []         # messages that nobody has taken yet
+        self.count = 0
+
+    def _open(self, path, headers):
         self.sock.connect(("127.0.0.1", self.port))
         headers = {"Host": f"localhost:{self.port}", **(headers or {})}
         key = base64.b64encode(os.urandom(16)).decode()
@@ -54,18 +63,14 @@ class Wire:
         while head is None:
             data = self.sock.recv(65536)
             if not data:
-                self.sock.close()
                 raise Refused(0)
             buffer += data
             head = thrum.decode_response_head(buffer)
         if head.status != 101:
-            self.sock.close()
             raise Refused(head.status)
         thrum.check_upgrade(head, key)
         self.peer = thrum.WebSocket(1 << 26, client=True)
         self.peer.feed(bytes(buffer) or b"") if buffer else None
-        self.ready = []         # messages that nobody has taken yet
-        self.count = 0
 
     def send(self, value):
         self.peer.send(value if isinstance(value, bytes) else json.dumps(value).encode())
@@ -114,13 +119,13 @@ class Wire:
             assert "id" not in message, message
             name = message["method"][len("notification."):]
             if not methods or name in methods:
-                return {"method": name, **message["params"]}
+                return {**message["params"], "method": name}
 
     def pushes(self):
         """What has been pushed up to now: everything before the reply to a call."""
         self.call("health")
         found, self.ready = self.ready, []
-        return [{"method": message["method"][len("notification."):], **message["params"]} for message in found]
+        return [{**message["params"], "method": message["method"][len("notification."):]} for message in found]
 
     def join(self, name, **subscription):
         """Become a person with a session; what `subscribe` answers, if something is to be subscribed to."""

@@ -193,9 +193,9 @@ function notified(what, params) {
       feed.remove(params.message_ids ?? [params.message_id]);
       return feed.recount();
     }).catch(report);
-  } else if (what === "purge.executed") feed.again(() => feed.reload()).catch(report);
+  } else if (what === "purge.executed" || what === "agent.cleanup") feed.again(() => feed.reload()).catch(report);
   else if (what === "presence") team.heardOf(params.agent_id, params.last_seen_at);
-  else if (/^(agent|session|claim)\.|^work$/.test(what)) team.changed();
+  if (/^(agent|session|claim)\.|^work$/.test(what)) team.changed();
 }
 
 
