@@ -6345,9 +6345,10 @@ class ThreadStream:
     def due(self, now: int):
         """What to ask next, an Ask; or the seconds until there may be something, None when only `wake` tells."""
         room, wait = self._rate.room(now), None
-        ready = [followed for followed in self._turns if followed.not_before <= now]
-        if len(ready) < len(self._turns):
-            wait = (min(followed.not_before for followed in self._turns if followed.not_before > now) - now) / NS
+        late = {followed: followed.not_before - now for followed in self._turns if 0 < followed.not_before - now <= STREAM_RETRY_S * NS}
+        ready = [followed for followed in self._turns if followed not in late]      # also when the clock was set back
+        if late:
+            wait = min(late.values()) / NS
         for followed in ready:          # a state costs nothing, and an empty thread is confirmed at once
             if followed.stale if followed.confirmed else not followed.left:
                 return self._ask(followed, 0 if followed.confirmed else max(0, min(STREAM_BATCH, room)))

@@ -938,6 +938,14 @@ def test_a_query_that_fails_is_said_once_and_tried_again(hall, client):
     assert client.codes() == ["FETCH_FAILED"] * 2           # another time
 
 
+def test_a_clock_that_is_set_back_keeps_nobody_waiting(hall, client):
+    hall.fill("thr_t", 120)
+    client.say({"type": "subscribe", "data": {"thread_id": "thr_t"}})
+    client.stream.answered(client.stream.due(hall.world.at), OSError(), hall.world.at)
+    hall.world.at -= 3600 * SECOND
+    assert client.settle(5).numbers("thr_t") == to(1, 120)
+
+
 def test_a_thread_that_fails_does_not_hold_up_others(hall, client):
     hall.fill("thr_t", 3)
     hall.fill("thr_u", 3)
